@@ -1,0 +1,56 @@
+"""The activations that an epilogue can apply, and their derivatives, in FP32.
+
+=============  =======================================================
+``none``       x
+``relu``       max(x, 0), NaN kept, as torch does
+``gelu``       x Phi(x), the erf form, torch's default
+``gelu_tanh``  0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))  (Hendrycks and Gimpel, 2016)
+``silu``       x / (1 + exp(-x))
+=============  =======================================================
+"""
+
+import triton
+import triton.language as tl
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+
+
+@triton.jit
+def tanh(x):
+    # exp of a non-positive argument cannot overflow, and the sign is put back afterwards.
+    decay = tl.exp(-2.0 * tl.abs(x))
+    magnitude = (1.0 - decay) / (1.0 + decay)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
+def activation_derivative(x, ACTIVATION: tl.constexpr):
+    """d activate(x) / dx at the pre-activation ``x``."""
+    if ACTIVATION == "relu":
+        slope = tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        slope = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "gelu_tanh":
+        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+        inner = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
+    elif ACTIVATION == "silu":
+        gate = 1.0 / (1.0 + tl.exp(-x))
+        slope = gate * (1.0 + x * (1.0 - gate))
+    else:
+        slope = x * 0.0 + 1.0
+    return slope

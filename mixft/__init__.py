@@ -1,0 +1,32 @@
+"""mixft: kernels and a thin API for mixed-precision fine-tuning.
+
+Submodules load at first use, so that ``import mixft`` runs no CUDA query, needs no Triton and compiles nothing.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_SUBMODULES = ("amp", "nn", "ops", "optim")
+_ATTRIBUTES = {
+    "quantize_": "mixft.nn.quantization",
+    "dequantize_": "mixft.nn.quantization",
+    "save_quantized": "mixft.nn.checkpoint",
+    "load_quantized": "mixft.nn.checkpoint",
+}
+
+__all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name in _SUBMODULES:
+        return importlib.import_module(f"mixft.{name}")
+    if name in _ATTRIBUTES:
+        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mixft' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

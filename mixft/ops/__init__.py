@@ -1,0 +1,18 @@
+"""The ops, each registered with ``torch.library`` under ``mixft::``; they accept CPU and GPU tensors alike."""
+
+from .adamw import adamw_
+from .grad import grad_stats, unscale_
+from .int8_matmul import int8_matmul, weight_only_matmul
+from .matmul import matmul
+from .quantize import dequantize, quantize
+
+__all__ = [
+    "adamw_",
+    "dequantize",
+    "grad_stats",
+    "int8_matmul",
+    "matmul",
+    "quantize",
+    "unscale_",
+    "weight_only_matmul",
+]

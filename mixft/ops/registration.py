@@ -1,0 +1,74 @@
+"""How an op reaches its code: one table row per device, every module loaded at the first call.
+
+An op's implementation stands twice under one name and one signature: the Triton launcher in
+``mixft.kernels.<module>`` and the CPU routine in ``mixft.cpu.<module>``. The decorated function is the op's fake: it
+carries the schema in its annotations and allocates outputs of the right shape and dtype.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+
+
+def interpreting() -> bool:
+    """True when ``TRITON_INTERPRET=1``: CPU tensors are then served by the Triton launchers, interpreted."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def launcher(module: str, name: str) -> Callable:
+    """The Triton launcher ``mixft.kernels.<module>.<name>``.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    try:
+        return getattr(importlib.import_module(f"mixft.kernels.{module}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError(
+            f"mixft.{name} on a GPU tensor needs Triton, which is not installed; `pip install triton` at the "
+            f"version that torch {torch.__version__} names"
+        ) from error
+
+
+@functools.cache
+def cpu_routine(module: str, name: str) -> Callable:
+    """The CPU routine ``mixft.cpu.<module>.<name>``."""
+    return getattr(importlib.import_module(f"mixft.cpu.{module}"), name)
+
+
+def define_op(module: str, *, mutates_args: tuple[str, ...] = ()) -> Callable:
+    """Register the decorated fake as the custom op ``mixft::<its name>``, served as the module docstring says.
+
+    Args:
+        module: the file name that holds the implementation, in ``kernels/`` and in ``mixft/cpu/``.
+        mutates_args: names of the arguments that the op changes in place.
+
+    Returns:
+        A decorator that returns the ``torch.library`` op.
+    """
+
+    def decorate(fake: Callable):
+        name = fake.__name__
+
+        def on_cpu(*args):
+            serve = launcher if interpreting() else cpu_routine
+            return serve(module, name)(*args)
+
+        def on_cuda(*args):
+            return launcher(module, name)(*args)
+
+        schema = torch.library.infer_schema(fake, mutates_args=mutates_args)
+        op = torch.library.custom_op(
+            f"mixft::{name}", on_cpu, mutates_args=mutates_args, device_types="cpu", schema=schema
+        )
+        op.register_kernel("cuda")(on_cuda)
+        op.register_fake(fake)
+        return op
+
+    return decorate
