@@ -1,0 +1,4 @@
+def matmul(*args, **kwargs):
+    raise RuntimeError("not written yet")
+
+

@@ -1,0 +1,57 @@
+"""Which code serves a test's tensors, and the error budget that values are held to.
+
+Without a GPU the process runs with ``TRITON_INTERPRET=1``, set before any kernel is imported, so that the Triton code
+itself is what the ``interpreter`` cases run; the ``cpu`` cases switch the variable off and get the CPU routines. On a
+GPU machine ``pytest -m gpu`` runs the same tests on the device.
+"""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+SERVERS = [
+    "cpu",
+    *([] if HAS_GPU else ["interpreter"]),
+    *([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []),
+]
+
+
+@pytest.fixture(params=SERVERS)
+def device(request, monkeypatch) -> torch.device:
+    """A device to make tensors on; the parameter decides which code serves them."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if request.param == "interpreter" else "0")
+    return torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute error of ``actual`` against the FP64 tensor ``exact``; infinite when NaN patterns differ."""
+    actual = actual.detach().double().cpu()
+    exact = exact.detach().cpu()
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    if not torch.equal(actual.isnan(), exact.isnan()):
+        return float("inf")
+    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).nan_to_num(nan=0.0, posinf=float("inf"))
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def assert_within_budget(
+    actual: torch.Tensor, exact: torch.Tensor, torch_result: torch.Tensor, epsilon: float
+) -> None:
+    """Hold ``actual`` to torch's own error at the same dtype plus ``epsilon`` of the largest exact magnitude."""
+    finite = exact[exact.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    budget = error(torch_result, exact) + epsilon * scale
+    measured = error(actual, exact)
+    assert measured <= budget, f"error {measured:.3e} exceeds the budget {budget:.3e}"
