@@ -7,12 +7,34 @@ GPU machine ``pytest -m gpu`` runs the same tests on the device.
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    # Triton's own library functions are interpretable only when first imported in this mode.
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def with_bf16_operands_widened(create_dot):
+        """Triton's interpreter keeps BF16 as bit patterns and its dot multiplies those as integers."""
+
+        def widen(operand):
+            if operand.dtype.scalar != tl.bfloat16:
+                return operand
+            bits = operand.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+        def wrapped(self, a, b, *args):
+            return create_dot(self, widen(a), widen(b), *args)
+
+        return wrapped
+
+    interpreter.InterpreterBuilder.create_dot = with_bf16_operands_widened(
+        interpreter.InterpreterBuilder.create_dot
+    )
 
 SERVERS = [
     "cpu",

@@ -1,8 +1,170 @@
-def int8_matmul(*args, **kwargs):
-    raise RuntimeError("not written yet")
+"""``int8_matmul`` (W8A8) and ``weight_only_matmul`` (W8A16); formulas in ``mixft.kernels.int8_matmul``."""
+
+import torch
+from torch import Tensor
+
+from .registration import define_op
+from .validation import check_activation, check_bias, check_dtype, check_out_dtype, check_same_device
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def weight_only_matmul(*args, **kwargs):
-    raise RuntimeError("not written yet")
+@define_op("int8_matmul", name="int8_matmul")
+def _int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+@define_op("int8_matmul", name="weight_only_matmul")
+def _weight_only_matmul(
+    a: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype = torch.float16,
+) -> Tensor:
+    """``act(a_scale * b_scale * (a @ b.T) + bias)`` with the product exact in int32 and the rest in FP32.
+
+    Args:
+        a: int8 [..., K].
+        b: int8 [N, K].
+        a_scale: FP32, one scale for all rows (0-d or 1 element) or one a row ([...] or [..., 1]).
+        b_scale: FP32, one element, [N] or [N, 1].
+        bias: FP16, BF16 or FP32 [N].
+        activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        out_dtype: torch.float16, torch.bfloat16 or torch.float32.
+
+    Returns:
+        [..., N] of ``out_dtype``. No gradient flows through int8 operands.
+
+    Raises:
+        TypeError: an operand, scale or ``out_dtype`` of another dtype.
+        ValueError: shapes that do not fit, an unknown activation, tensors on several devices.
+    """
+    check_dtype("a", a, (torch.int8,))
+    check_dtype("b", b, (torch.int8,))
+    check_dtype("a_scale", a_scale, (torch.float32,))
+    rows = _check_operands(a, b, b_scale, bias, out_dtype)
+    check_same_device(a=a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
+    out = _int8_matmul(
+        a.reshape(rows, a.shape[-1]),
+        b,
+        _as_column("a_scale", a_scale, rows),
+        _as_column("b_scale", b_scale, b.shape[0]),
+        bias,
+        check_activation(activation),
+        out_dtype,
+    )
+    return out.view(*a.shape[:-1], b.shape[0])
+
+
+def weight_only_matmul(
+    a: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``act(b_scale * (a @ b.T) + bias)`` with int8 ``b`` widened on the fly and an FP32 sum.
+
+    Args:
+        a: FP16, BF16 or FP32 [..., K].
+        b: int8 [N, K].
+        b_scale: FP32, one element, [N] or [N, 1].
+        bias: FP16, BF16 or FP32 [N].
+        activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+        out_dtype: torch.float16, torch.bfloat16 or torch.float32; None is the dtype of ``a``.
+
+    Returns:
+        [..., N] of ``out_dtype``. The gradient reaches ``a`` when there is no activation.
+
+    Raises:
+        TypeError: an operand, scale or ``out_dtype`` of another dtype.
+        ValueError: shapes that do not fit, an unknown activation, tensors on several devices, or an activation while
+            ``a`` requires grad.
+    """
+    out_dtype = a.dtype if out_dtype is None else out_dtype
+    check_dtype("a", a, FLOATS)
+    check_dtype("b", b, (torch.int8,))
+    rows = _check_operands(a, b, b_scale, bias, out_dtype)
+    check_same_device(a=a, b=b, b_scale=b_scale, bias=bias)
+    if activation not in (None, "none") and a.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"activation={activation!r} cannot be differentiated here; apply the activation to the result, or call "
+            "under torch.no_grad()"
+        )
+    out = _weight_only_matmul(
+        a.reshape(rows, a.shape[-1]),
+        b,
+        _as_column("b_scale", b_scale, b.shape[0]),
+        bias,
+        check_activation(activation),
+        out_dtype,
+    )
+    return out.view(*a.shape[:-1], b.shape[0])
+
+
+def _save_for_backward(ctx, inputs, output):
+    a, b, b_scale, bias = inputs[:4]
+    ctx.save_for_backward(b, b_scale)
+    ctx.a_dtype = a.dtype
+    ctx.bias_dtype = bias.dtype if bias is not None else None
+
+
+def _backward(ctx, grad_out: Tensor):
+    b, b_scale = ctx.saved_tensors
+    grad_a = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        # Training on frozen int8 weights: the transposed copy is transient, and its rows carry no scale of their own,
+        # so the weight's scale goes into the gradient.
+        unit = torch.ones_like(b_scale[:1]).expand(b.shape[1], 1)
+        scaled = (grad_out.float() * b_scale.view(-1)).to(ctx.a_dtype)
+        grad_a = _weight_only_matmul(scaled, b.t().contiguous(), unit, None, "none", ctx.a_dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad_out.float().sum(0).to(ctx.bias_dtype)
+    return grad_a, None, None, grad_bias, None, None
+
+
+_weight_only_matmul.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _check_operands(a, b, b_scale, bias, out_dtype) -> int:
+    """Check what both products share; return the number of rows of ``a``."""
+    check_dtype("b_scale", b_scale, (torch.float32,))
+    check_out_dtype(out_dtype)
+    if b.dim() != 2 or a.dim() < 1 or a.shape[-1] != b.shape[1]:
+        raise ValueError(
+            f"b must be [N, K] with the K of a [..., K]; a has shape {tuple(a.shape)}, b {tuple(b.shape)}"
+        )
+    check_bias(bias, b.shape[0])
+    return a.shape[:-1].numel()
+
+
+def _as_column(name: str, scale: Tensor, rows: int) -> Tensor:
+    """``scale`` as [rows, 1]; a single scale is repeated by a stride of 0."""
+    if scale.numel() == 1:
+        return scale.reshape(1, 1).expand(rows, 1)
+    if scale.numel() == rows:
+        return scale.reshape(rows, 1)
+    raise ValueError(f"{name} must have 1 or {rows} elements; it has shape {tuple(scale.shape)}")

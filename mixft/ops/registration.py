@@ -42,11 +42,12 @@ def cpu_routine(module: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"mixft.cpu.{module}"), name)
 
 
-def define_op(module: str, *, mutates_args: tuple[str, ...] = ()) -> Callable:
-    """Register the decorated fake as the custom op ``mixft::<its name>``, served as the module docstring says.
+def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, ...] = ()) -> Callable:
+    """Register the decorated fake as the custom op ``mixft::<name>``, served as the module docstring says.
 
     Args:
         module: the file name that holds the implementation, in ``kernels/`` and in ``mixft/cpu/``.
+        name: the implementation's name there, and the op's; None is the fake's own name.
         mutates_args: names of the arguments that the op changes in place.
 
     Returns:
@@ -54,18 +55,18 @@ def define_op(module: str, *, mutates_args: tuple[str, ...] = ()) -> Callable:
     """
 
     def decorate(fake: Callable):
-        name = fake.__name__
+        implementation = name or fake.__name__
 
         def on_cpu(*args):
             serve = launcher if interpreting() else cpu_routine
-            return serve(module, name)(*args)
+            return serve(module, implementation)(*args)
 
         def on_cuda(*args):
-            return launcher(module, name)(*args)
+            return launcher(module, implementation)(*args)
 
         schema = torch.library.infer_schema(fake, mutates_args=mutates_args)
         op = torch.library.custom_op(
-            f"mixft::{name}", on_cpu, mutates_args=mutates_args, device_types="cpu", schema=schema
+            f"mixft::{implementation}", on_cpu, mutates_args=mutates_args, device_types="cpu", schema=schema
         )
         op.register_kernel("cuda")(on_cuda)
         op.register_fake(fake)

@@ -1,0 +1,239 @@
+"""Matrix products with int8 weights.
+
+``int8_matmul`` (W8A8)::
+
+    out[m, n] = act(a_scale[m] * b_scale[n] * sum_k a[m, k] * b[n, k] + bias[n])
+
+a int8 [M, K], b int8 [N, K], scales FP32 [M] and [N], the sum exact in int32, the rest in FP32, one cast at the store.
+
+``weight_only_matmul`` (W8A16)::
+
+    out[m, n] = act(b_scale[n] * sum_k a[m, k] * b[n, k] + bias[n])
+
+a FP16, BF16 or FP32 [M, K]; int8 values are exact in each of them, so the product's only rounding is its FP32 sum.
+
+Both store out [M, N] in FP16, BF16 or FP32. Operands are read along K in 16-byte pieces: the launchers copy one that is
+N-contiguous, misaligned or of a K that 16 does not divide, since byte-wise loads would cost more than the copy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .activation import activate
+from .architecture import Architecture, architecture_of
+from .configuration import configuration, configurations
+from .variant import Variant
+
+SMALL_M = 32
+
+
+@dataclass(frozen=True)
+class Int8MatmulConfig:
+    """Launch configuration of one product; field names as in the kernels."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Programs walk GROUP_M rows of tiles at a time, so that neighbours share their columns of b in the L2."""
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    per_group = GROUP_M * tiles_n
+    first_m = (program // per_group) * GROUP_M
+    rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = program % per_group
+    return first_m + within % rows, within // rows
+
+
+@triton.jit
+def scaled_matmul_kernel(
+    a_ptr,
+    b_ptr,
+    a_scale_ptr,
+    b_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_am,
+    stride_bn,
+    stride_a_scale,
+    stride_b_scale,
+    stride_out,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_A_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    # Rows past the end read the last row again: no mask in the loop, and the store drops them.
+    read_rows = tl.minimum(rows, M - 1).to(tl.int64)
+    read_columns = tl.minimum(columns, N - 1).to(tl.int64)
+    a_ptrs = a_ptr + read_rows[:, None] * stride_am + inner[None, :]
+    b_ptrs = b_ptr + read_columns[None, :] * stride_bn + inner[:, None]
+    INTEGER: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=inner[None, :] < K - start, other=0)
+            b = tl.load(b_ptrs, mask=inner[:, None] < K - start, other=0)
+        if INTEGER:
+            accumulator += tl.dot(a, b, out_dtype=tl.int32)
+        else:
+            accumulator = tl.dot(a, b.to(a.dtype), accumulator, input_precision="ieee")
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+
+    result = accumulator.to(tl.float32)
+    valid_columns = columns < N
+    if HAS_A_SCALE:
+        result *= tl.load(a_scale_ptr + read_rows * stride_a_scale)[:, None]
+    result *= tl.load(b_scale_ptr + read_columns * stride_b_scale)[None, :]
+    if HAS_BIAS:
+        result += tl.load(bias_ptr + columns, mask=valid_columns, other=0.0).to(tl.float32)[None, :]
+    result = activate(result, ACTIVATION)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & valid_columns[None, :])
+
+
+def int8_matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launch the W8A8 product of the module docstring. ``a_scale`` [M, 1], ``b_scale`` [N, 1], any strides."""
+    return _launch("int8_matmul", a, b, a_scale, b_scale, bias, activation, out_dtype)
+
+
+def weight_only_matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launch the W8A16 product of the module docstring. ``b_scale`` [N, 1]."""
+    return _launch("weight_only_matmul", a, b, None, b_scale, bias, activation, out_dtype)
+
+
+def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
+    (M, K), N = a.shape, b.shape[0]
+    out = torch.empty((M, N), device=a.device, dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    arch = architecture_of(a.device)
+    if not arch.tensor_cores:
+        raise RuntimeError(f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use")
+    config = configuration(op, Int8MatmulConfig, arch, "small" if M <= SMALL_M else "large")
+    a, b = _readable(a), _readable(b)
+    K = a.shape[1]
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    with torch.cuda.device_of(a):
+        scaled_matmul_kernel[grid](
+            a,
+            b,
+            a_scale if a_scale is not None else b_scale,
+            b_scale,
+            bias if bias is not None else b_scale,
+            out,
+            M,
+            N,
+            K,
+            a.stride(0),
+            b.stride(0),
+            a_scale.stride(0) if a_scale is not None else 0,
+            b_scale.stride(0),
+            out.stride(0),
+            BLOCK_M=config.BLOCK_M,
+            BLOCK_N=config.BLOCK_N,
+            BLOCK_K=config.BLOCK_K,
+            GROUP_M=config.GROUP_M,
+            EVEN_K=K % config.BLOCK_K == 0,
+            HAS_A_SCALE=a_scale is not None,
+            HAS_BIAS=bias is not None,
+            ACTIVATION=activation,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out
+
+
+def _readable(matrix: torch.Tensor) -> torch.Tensor:
+    """``matrix`` itself where 16-byte loads along K are possible, else a copy with K zero-padded to a multiple of 16."""
+    K = matrix.shape[1]
+    if K % 16 == 0 and matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0:
+        return matrix
+    padded = matrix.new_zeros((matrix.shape[0], triton.cdiv(K, 16) * 16))
+    padded[:, :K] = matrix
+    return padded
+
+
+def variants(arch: Architecture) -> list[Variant]:
+    """The W8A8 and W8A16 products in each bucket, with and without an epilogue, and with a K that the block does not divide."""
+    if not arch.tensor_cores:
+        return []
+    operand = {"int8_matmul": ("i8", "fp16"), "weight_only_matmul": ("fp16", "fp16")}
+    found = []
+    for op, (a_type, out_type) in operand.items():
+        for (name, bucket), config in configurations(op, Int8MatmulConfig).items():
+            if name != arch.name:
+                continue
+            for epilogue, even in (("none", True), ("gelu", False)):
+                found.append(_variant(op, bucket, config, a_type, out_type, epilogue, even))
+    return found
+
+
+def _variant(op, bucket, config, a_type, out_type, epilogue, even):
+    pointers = {
+        "a_ptr": f"*{a_type}",
+        "b_ptr": "*i8",
+        "a_scale_ptr": "*fp32",
+        "b_scale_ptr": "*fp32",
+        "bias_ptr": f"*{out_type}",
+        "out_ptr": f"*{out_type}",
+    }
+    sizes = ("M", "N", "K", "stride_am", "stride_bn", "stride_a_scale", "stride_b_scale", "stride_out")
+    return Variant(
+        name=f"{op}[{a_type},{epilogue},{bucket},{'even' if even else 'ragged'}]",
+        function=scaled_matmul_kernel,
+        signature={**pointers, **dict.fromkeys(sizes, "i32")},
+        constexprs={
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "BLOCK_K": config.BLOCK_K,
+            "GROUP_M": config.GROUP_M,
+            "EVEN_K": even,
+            "HAS_A_SCALE": op == "int8_matmul",
+            "HAS_BIAS": epilogue != "none",
+            "ACTIVATION": epilogue,
+        },
+        divisible_by_16=(*pointers, "N", "K", "stride_am", "stride_bn", "stride_out"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,25 @@
+"""Which of torch's CPU fast paths this processor runs at speed; asked once, at the first call that needs to know."""
+
+import functools
+
+import torch
+
+
+def _supports(*names: str) -> bool:
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+@functools.cache
+def has_int8_dot() -> bool:
+    """Whether oneDNN multiplies int8 with dot-product instructions (VNNI or AMX)."""
+    return torch.backends.mkldnn.is_available() and _supports(
+        "_is_vnni_supported", "_is_avx512_vnni_supported", "_is_amx_tile_supported"
+    )
+
+
+@functools.cache
+def has_bf16_dot() -> bool:
+    """Whether oneDNN multiplies BF16 with dot-product instructions (AVX512-BF16 or AMX)."""
+    return torch.backends.mkldnn.is_available() and _supports(
+        "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    )

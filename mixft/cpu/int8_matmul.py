@@ -1,0 +1,81 @@
+"""CPU routines of the int8 products: ``torch._int_mm`` on VNNI, exact FP32 products elsewhere."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .activation import ACTIVATIONS
+from .instruction_set import has_bf16_dot, has_int8_dot
+
+# The largest K whose int8 products sum exactly in FP32: 1024 * 128 * 128 = 2**24.
+EXACT_FP32_K = 1024
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
+    out = _in_place_float(integer_product(a, b.t())).mul_(b_scale.view(-1))
+    out = out.mul_(a_scale) if bias is None else torch.addcmul(bias.float(), out, a_scale, out=out)
+    return ACTIVATIONS[activation](out).to(out_dtype)
+
+
+def weight_only_matmul(
+    a: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype
+) -> Tensor:
+    """``mixft.kernels.int8_matmul.weight_only_matmul`` on the CPU."""
+    exact = torch.bfloat16 if a.dtype == torch.bfloat16 and has_bf16_dot() else torch.float32
+    out = torch.mm(a.to(exact), b.to(exact).t()).float().mul_(b_scale.view(-1))
+    if bias is not None:
+        out.add_(bias)
+    return ACTIVATIONS[activation](out).to(out_dtype)
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """The exact int32 product of int8 ``a`` [M, K] and ``b`` [K, N], of any strides."""
+    if a.numel() == 0 or b.numel() == 0:
+        return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+    if int_mm_is_fast_and_exact():
+        return torch._int_mm(a, b)
+    return fp32_integer_product(a, b)
+
+
+def fp32_integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`integer_product` through FP32 products short enough in K to be exact."""
+    total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+    for start in range(0, a.shape[1], EXACT_FP32_K):
+        stop = start + EXACT_FP32_K
+        total += torch.mm(a[:, start:stop].float(), b[start:stop].float()).to(torch.int32)
+    return total
+
+
+@functools.cache
+def int_mm_is_fast_and_exact() -> bool:
+    """Whether to use ``torch._int_mm`` here.
+
+    It needs dot-product instructions to be faster than FP32, and it has been silently wrong on a CPU without them
+    (pytorch issue 136746), so the first call holds it to an exact product at the extremes where saturation would show.
+    """
+    if not has_int8_dot():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for M, K, N in ((1, 64, 32), (33, 257, 65)):
+        a = torch.randint(-128, 128, (M, K), dtype=torch.int8, generator=generator)
+        b = torch.randint(-128, 128, (K, N), dtype=torch.int8, generator=generator)
+        a[0], b[:, 0] = -128, 127
+        if not torch.equal(torch._int_mm(a, b), fp32_integer_product(a, b)):
+            return False
+    return True
+
+
+def _in_place_float(accumulator: Tensor) -> Tensor:
+    """Convert int32 to FP32 in the same memory: element for element, one pass and no second buffer."""
+    return accumulator.view(torch.float32).copy_(accumulator)
+

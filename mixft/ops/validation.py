@@ -1,0 +1,49 @@
+"""Checks that several ops make of their arguments; each error names the argument, what it was and what would do."""
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError unless ``tensor`` has one of the ``allowed`` dtypes."""
+    if tensor.dtype not in allowed:
+        raise TypeError(f"{name} must be {_either(allowed)}; it is {tensor.dtype}")
+
+
+def check_out_dtype(out_dtype: torch.dtype) -> None:
+    """Raise TypeError unless the result may have ``out_dtype``."""
+    if out_dtype not in OUT_DTYPES:
+        raise TypeError(f"out_dtype must be {_either(OUT_DTYPES)}; it is {out_dtype}")
+
+
+def check_activation(activation: str | None) -> str:
+    """The kernels' name of ``activation``; raise ValueError for one that there is not."""
+    if activation is None:
+        return "none"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; it is {activation!r}")
+    return activation
+
+
+def check_bias(bias: Tensor | None, out_features: int) -> None:
+    """Raise unless ``bias`` is None or a floating [out_features]."""
+    if bias is None:
+        return
+    check_dtype("bias", bias, OUT_DTYPES)
+    if tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must have shape ({out_features},); it has shape {tuple(bias.shape)}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors that are given lie on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device; got {listing}")
+
+
+def _either(dtypes) -> str:
+    return " or ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,157 @@
+"""The int8 products against FP64: exact sums, scales, epilogues, odd sizes, strides and bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_within_budget
+
+from mixft.cpu.int8_matmul import fp32_integer_product, integer_product
+from mixft.ops import int8_matmul, weight_only_matmul
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+SHAPES = [(1, 1, 1), (17, 66, 33), (3, 1000, 5), (40, 100, 130), (0, 4, 5), (3, 0, 4), (4, 5, 0)]
+EPSILON = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22}
+
+
+def int8(*shape, device):
+    return torch.randint(-128, 128, shape, dtype=torch.int8).to(device)
+
+
+def exact_product(a, b, a_scale, b_scale, bias, activation):
+    product = a.double().cpu() @ b.double().cpu().t()
+    scaled = product * a_scale.double().cpu().reshape(-1, 1) * b_scale.double().cpu().reshape(1, -1)
+    return ACTIVATIONS[activation](scaled if bias is None else scaled + bias.double().cpu())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("out_dtype", EPSILON)
+def test_int8_matmul_matches_fp64(device, shape, out_dtype):
+    M, K, N = shape
+    a, b = int8(M, K, device=device), int8(N, K, device=device)
+    a_scale, b_scale = torch.rand(M, 1, device=device) / 100, torch.rand(N, 1, device=device) / 100
+    bias = torch.randn(N, device=device)
+    exact = exact_product(a, b, a_scale, b_scale, bias, None)
+    out = int8_matmul(a, b, a_scale, b_scale, bias, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    assert_within_budget(out, exact, exact.to(out_dtype), EPSILON[out_dtype])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_epilogues(device, activation, with_bias):
+    a, b = int8(33, 50, device=device), int8(21, 50, device=device)
+    a_scale, b_scale = torch.rand(33, device=device) / 500, torch.rand(21, device=device) / 50
+    bias = torch.randn(21, device=device).half() if with_bias else None
+    exact = exact_product(a, b, a_scale, b_scale, bias, activation)
+    out = int8_matmul(a, b, a_scale, b_scale, bias, activation, torch.float32)
+    assert_within_budget(out, exact, exact.float(), 2**-21)
+    x = torch.randn(33, 50, device=device).half()
+    exact = exact_product(x, b, torch.ones(33), b_scale, bias, activation)
+    out = weight_only_matmul(x, b, b_scale, bias, activation, torch.float32)
+    assert_within_budget(out, exact, exact.float(), 2**-20)
+
+
+def test_sums_beyond_fp32_are_exact_before_the_scale(device):
+    a = torch.full((2, 2080), -128, dtype=torch.int8, device=device)
+    b = torch.full((3, 2080), -128, dtype=torch.int8, device=device)
+    a[:, 0], b[:, 0] = 1, 1
+    one = torch.ones(1, device=device)
+    out = int8_matmul(a, b, one, one, out_dtype=torch.float32)
+    assert torch.equal(out.cpu(), torch.full((2, 3), 2079 * 128 * 128 + 1).float())
+
+
+def test_non_contiguous_and_misaligned_operands(device):
+    a = int8(70, 37, device=device).t()
+    b = int8(23 * 70 + 3, device=device)[3:].view(23, 70)
+    a_scale = torch.rand(37, 4, device=device)[:, 1]
+    b_scale = torch.rand(1, device=device)
+    exact = exact_product(a, b, a_scale, b_scale.expand(23), None, None)
+    out = int8_matmul(a, b, a_scale, b_scale, out_dtype=torch.float32)
+    assert_within_budget(out, exact, exact.float(), 2**-22)
+
+
+def test_leading_dimensions_are_kept(device):
+    a, b = int8(2, 3, 16, device=device), int8(5, 16, device=device)
+    a_scale, b_scale = torch.rand(2, 3, 1, device=device), torch.rand(5, device=device)
+    exact = exact_product(a.view(6, 16), b, a_scale, b_scale, None, None).view(2, 3, 5)
+    assert_within_budget(int8_matmul(a, b, a_scale, b_scale, out_dtype=torch.float32), exact, exact.float(), 2**-22)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_only_matmul_matches_fp64(device, dtype, shape):
+    M, K, N = shape
+    a, b = torch.randn(M, K, device=device).to(dtype), int8(N, K, device=device)
+    b_scale, bias = torch.rand(N, device=device) / 100, torch.randn(N, device=device).to(dtype)
+    exact = exact_product(a, b, torch.ones(M), b_scale, bias, None)
+    weight = (b.float() * b_scale[:, None]).to(dtype)
+    torch_result = F.linear(a.cpu(), weight.cpu(), bias.cpu())
+    out = weight_only_matmul(a, b, b_scale, bias)
+    assert out.dtype == dtype
+    assert_within_budget(out, exact, torch_result, EPSILON[dtype])
+
+
+def test_weight_only_matmul_is_differentiable_in_its_activations(device):
+    a = torch.randn(6, 17, device=device, requires_grad=True)
+    b, b_scale = int8(9, 17, device=device), torch.rand(9, device=device) / 100
+    bias = torch.randn(9, device=device, requires_grad=True)
+    grad_out = torch.randn(6, 9, device=device)
+    weight_only_matmul(a, b, b_scale, bias).backward(grad_out)
+    exact = grad_out.double().cpu() @ (b.double().cpu() * b_scale.double().cpu()[:, None])
+    assert_within_budget(a.grad, exact, exact.float(), 2**-20)
+    assert_within_budget(bias.grad, grad_out.double().cpu().sum(0), grad_out.sum(0), 2**-20)
+    with pytest.raises(ValueError, match="activation='gelu' cannot be differentiated"):
+        weight_only_matmul(a, b, b_scale, bias, "gelu")
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (33, 1025, 17), (2, 3000, 2)])
+def test_both_cpu_integer_products_are_exact(shape):
+    M, K, N = shape
+    a, b = int8(M, K, device="cpu"), int8(K, N, device="cpu")
+    exact = (a.double() @ b.double()).to(torch.int32)
+    assert torch.equal(integer_product(a, b), exact)
+    assert torch.equal(fp32_integer_product(a, b), exact)
+    assert torch.equal(integer_product(b.t(), a.t()), exact.t())
+
+
+def test_opcheck(device):
+    a, b = int8(5, 32, device=device), int8(4, 32, device=device)
+    a_scale, b_scale = torch.rand(5, 1, device=device), torch.rand(4, 1, device=device)
+    bias = torch.randn(4, device=device)
+    torch.library.opcheck(
+        torch.ops.mixft.int8_matmul.default, (a, b, a_scale, b_scale, bias, "gelu", torch.float16)
+    )
+    x = torch.randn(5, 32, device=device, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.mixft.weight_only_matmul.default, (x, b, b_scale, bias, "none", torch.float32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"a": torch.ones(2, 4)}, TypeError, "a must be torch.int8; it is torch.float32"),
+        ({"b": torch.ones(3, 5, dtype=torch.int8)}, ValueError, r"a has shape \(2, 4\), b \(3, 5\)"),
+        ({"a_scale": torch.ones(3)}, ValueError, r"a_scale must have 1 or 2 elements; it has shape \(3,\)"),
+        ({"b_scale": torch.ones(3).half()}, TypeError, "b_scale must be torch.float32"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \(3,\); it has shape \(4,\)"),
+        ({"activation": "tanh"}, ValueError, "activation must be None or one of none, relu"),
+        ({"out_dtype": torch.int32}, TypeError, "out_dtype must be torch.float16 or"),
+        ({"b": torch.ones(3, 4, dtype=torch.int8, device="meta")}, ValueError, "b on meta"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    arguments = {
+        "a": torch.ones(2, 4, dtype=torch.int8),
+        "b": torch.ones(3, 4, dtype=torch.int8),
+        "a_scale": torch.ones(2),
+        "b_scale": torch.ones(3),
+    }
+    with pytest.raises(error, match=message):
+        int8_matmul(**{**arguments, **change})
