@@ -1,0 +1,50 @@
+"""The command line. A command's module loads when that command is asked for, and no other."""
+
+import importlib
+import sys
+
+from mixft.cli.errors import InputError
+
+COMMANDS = ("finetune", "predict", "doctor", "bench")
+EXTRA = ("typer", "rich", "matplotlib", "transformers")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``mixft <arguments>``; ``sys.argv`` where none are given.
+
+    Returns:
+        The exit code: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _run(arguments or ["--help"])
+    except InputError as error:
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        return _refuse(f"this command needs {error.name}, which is not installed; pip install 'mixft[cli]'")
+
+
+def _run(arguments: list[str]) -> int:
+    import typer
+
+    asked = arguments[0]
+    app = typer.Typer(add_completion=False, help="Mixed-precision fine-tuning.")
+    app.callback()(lambda: None)
+    for name in [asked] if asked in COMMANDS else COMMANDS:
+        app.command(name)(getattr(importlib.import_module(f"mixft.cli.{name}"), name))
+    usage_error = typer.BadParameter.__base__  # typer gives the base of its usage errors no name of its own
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="mixft", standalone_mode=False)
+    except usage_error as error:
+        where = f"mixft {asked} --help" if asked in COMMANDS else "mixft --help"
+        return _refuse(f"{error.format_message()} ({where} lists what there is)")
+    except typer.Abort:
+        return 130
+    return code or 0
+
+
+def _refuse(message: str) -> int:
+    print("mixft:", " ".join(message.split()), file=sys.stderr)
+    return 2

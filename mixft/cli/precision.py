@@ -1,0 +1,108 @@
+"""The precisions to train in: each builds, from an FP32 model, what the training loop needs and no more.
+
+``fp32`` is plain torch, the baseline: ``torch.nn.Linear``, ``torch.optim.AdamW``, torch's own clipping. ``bf16``
+is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16, FP32 masters in the optimizer and
+a loss scaler. ``int8`` multiplies in int8, forward and backward, from FP32 parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import mixft
+
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 1.0
+
+
+@dataclass
+class Setup:
+    """A model and what trains it.
+
+    Attributes:
+        model: the model, converted for the precision.
+        optimizer: over all of its parameters.
+        autocast: dtype of torch's autocast in the forward pass, None for none.
+        scaler: a loss scaler, None for none.
+        max_grad_norm: clip to this norm before the step; None where the optimizer clips inside it.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: torch.dtype | None = None
+    scaler: "mixft.amp.LossScaler | None" = None
+    max_grad_norm: float | None = None
+
+    def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The model's logits, FP32 [batch, classes]."""
+        device = inputs["input_ids"].device
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            return self.model(**inputs).logits.float()
+
+    def update(self, loss: torch.Tensor) -> None:
+        """Backward and one optimizer step; gradients are cleared after it."""
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward()
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def loss_scale(self) -> float | None:
+        return None if self.scaler is None else self.scaler.get_scale()
+
+    def overflow_steps(self) -> int:
+        return 0 if self.scaler is None else int(self.scaler.overflow_steps)
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of all tensors in the optimizer's state."""
+        states = self.optimizer.state.values()
+        return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value))
+
+    def model_bytes(self) -> int:
+        """Bytes of all parameters and buffers, shared ones counted once."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+
+def _fp32(model: torch.nn.Module, learning_rate: float) -> Setup:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    return Setup(model, optimizer, max_grad_norm=MAX_GRAD_NORM)
+
+
+def _bf16(model: torch.nn.Module, learning_rate: float) -> Setup:
+    return Setup(model, _fused_adamw(model, learning_rate), autocast=torch.bfloat16)
+
+
+def _fp16(model: torch.nn.Module, learning_rate: float) -> Setup:
+    model.half()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is torch.nn.Linear:
+                setattr(module, name, mixft.nn.Linear.from_linear(child))
+    return Setup(model, _fused_adamw(model, learning_rate), scaler=mixft.amp.LossScaler())
+
+
+def _int8(model: torch.nn.Module, learning_rate: float) -> Setup:
+    mixft.quantize_(model, mode="train")
+    on_gpu = next(model.parameters()).is_cuda
+    return Setup(model, _fused_adamw(model, learning_rate), autocast=torch.bfloat16 if on_gpu else None)
+
+
+def _fused_adamw(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    return mixft.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM
+    )
+
+
+PRECISIONS: dict[str, Callable[[torch.nn.Module, float], Setup]] = {
+    "fp32": _fp32,
+    "bf16": _bf16,
+    "fp16": _fp16,
+    "int8": _int8,
+}

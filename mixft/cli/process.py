@@ -1,0 +1,85 @@
+"""Start a run's process, hand it its job, pass its progress on, and end it when the command ends."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mixft.cli.job import Job
+
+
+class RunFailed(Exception):
+    """A run's process ended without a result."""
+
+
+def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
+    """Train in a process of its own; its log is ``train.log`` in the job's output folder.
+
+    Returns:
+        The run's entry in ``report.json``.
+
+    Raises:
+        RunFailed: the process ended before its result; the message has the last line of its log.
+    """
+    log = Path(job.output) / "train.log"
+    log.parent.mkdir(parents=True)
+    result = None
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mixft.cli.training"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            env=_environment(),
+        )
+        try:
+            _hand_over(process, job)
+            for line in process.stdout:
+                event = json.loads(line)
+                if event["event"] == "result":
+                    result = event["run"]
+                else:
+                    on_event(event)
+            process.wait()
+        finally:
+            _end(process)
+    if result is None or process.returncode != 0:
+        raise RunFailed(f"the run {job.name} failed: {_reason(process.returncode, log)}; its log is {log}")
+    return result
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+
+
+def _hand_over(process: subprocess.Popen, job: Job) -> None:
+    try:
+        with process.stdin as stream:
+            stream.write(job.to_json())
+    except BrokenPipeError:
+        pass  # it died before it read its job: the exit code and the log say why
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stop the process where it still runs, as after Ctrl-C."""
+    process.stdout.close()
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _reason(returncode: int, log: Path) -> str:
+    if returncode < 0:
+        hint = ", perhaps for want of memory" if returncode == -9 else ""
+        return f"its process was ended by signal {-returncode}{hint}"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else f"its process exited with code {returncode}"

@@ -1,0 +1,66 @@
+"""What is seen while a run trains: a live bar on a terminal, a line at every tenth elsewhere."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def describe(event: dict) -> str:
+    """Loss, accuracy, learning rate, loss scale and rate of one ``step`` event, in one line."""
+    loss = "nan" if event["loss"] is None else f"{event['loss']:.3f}"
+    parts = [f"loss {loss}", f"accuracy {event['accuracy']:.1%}", f"lr {event['learning_rate']:.1e}"]
+    if event["loss_scale"] is not None:
+        parts.append(f"scale {event['loss_scale']:g}")
+    parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+class RunProgress:
+    """Shows the events of one run; a context manager around it.
+
+    Args:
+        console: where to; its ``is_terminal`` decides between the bar and the lines.
+        name: the run's name, such as ``int8 seed 1``.
+    """
+
+    def __init__(self, console: Console, name: str):
+        self.console = console
+        self.name = name
+        self.steps = 0
+        self.tenth = 0
+        self.bar = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[state]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.task = self.bar.add_task(name, total=None, state="starting")
+
+    def __enter__(self) -> "RunProgress":
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_event(self, event: dict) -> None:
+        if event["event"] == "start":
+            self.steps = event["steps"]
+            if self.bar is not None:
+                self.bar.reset(self.task, total=self.steps)
+        elif event["event"] == "step":
+            self._show(describe(event), event["step"])
+        elif self.bar is not None:
+            self.bar.update(self.task, state=event["name"])
+
+    def _show(self, state: str, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, state=state)
+        elif step * 10 // self.steps > self.tenth:
+            self.tenth = step * 10 // self.steps
+            self.console.print(f"{self.name}  {step}/{self.steps}  {state}", soft_wrap=True, highlight=False)

@@ -1,0 +1,140 @@
+"""What a finished ``mixft finetune`` leaves: ``report.json``, the loss curves and the table on the screen."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+import mixft
+
+REPORT = "report.json"
+CURVES = "loss.png"
+SMOOTHING = 0.05  # share of the steps that one point of a curve averages
+
+
+def environment(device: torch.device) -> dict:
+    """Versions and the machine, as far as they bear on time and accuracy."""
+    on_gpu = device.type == "cuda"
+    return {
+        "mixft": mixft.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def write_report(folder: Path, environment: dict, task: dict, runs: list[dict]) -> None:
+    """Write ``report.json`` whole or not at all."""
+    draft = folder / f".{REPORT}.draft"
+    content = {"environment": environment, "task": task, "runs": runs}
+    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(draft, folder / REPORT)
+
+
+def by_precision(runs: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each precision, precisions in the order they first ran."""
+    grouped: dict[str, list[dict]] = {}
+    for run in runs:
+        grouped.setdefault(run["precision"], []).append(run)
+    return grouped
+
+
+def comparison(runs: list[dict]) -> Table:
+    """One row a precision, means over its seeds; ± is the standard deviation over seeds."""
+    grouped = by_precision(runs)
+    first, seeds = next(iter(grouped)), len({run["seed"] for run in runs})
+    title = f"means over {seeds} seeds" if seeds > 1 else f"seed {runs[0]['seed']}"
+    table = Table(title=f"Fine-tuning, {title}")
+    table.add_column("precision")
+    columns = (
+        "time per step",
+        f"speed-up\nover {first}",
+        "peak\nmemory",
+        "optimizer\nbytes",
+        "held-out\naccuracy",
+        "accuracy\nafter int8",
+        "overflow\nsteps",
+    )
+    for column in columns:
+        table.add_column(column, justify="right")
+    baseline = _mean(grouped[first], "seconds_per_step_median")
+    for precision, group in grouped.items():
+        seconds = _mean(group, "seconds_per_step_median")
+        table.add_row(
+            precision,
+            f"{seconds * 1e3:,.1f} ms",
+            f"{baseline / seconds:.2f}x",
+            _size(_mean(group, "peak_memory_bytes")),
+            _size(_mean(group, "optimizer_bytes")),
+            _percent(group, "eval_accuracy"),
+            _percent(group, "eval_accuracy_int8"),
+            f"{_mean(group, 'overflow_steps'):g}",
+        )
+    return table
+
+
+def draw_curves(runs: list[dict], path: Path) -> None:
+    """Draw the training loss of every precision over the steps as a PNG: the mean over seeds, smoothed, and
+    behind it, faint, the losses of each run as they were."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (precision, group) in enumerate(by_precision(runs).items()):
+        curves = [[float("nan") if loss is None else loss for loss in run["losses"]] for run in group]
+        color = f"C{index}"
+        for curve in curves:
+            axes.plot(range(1, len(curve) + 1), curve, color=color, alpha=0.15, linewidth=0.8)
+        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+        axes.plot(range(1, len(mean) + 1), _smooth(mean), color=color, linewidth=1.8, label=precision)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.set_title("Training loss, running mean" + (" over seeds" if len(curves) > 1 else ""))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean of the last values at every point, over a window that is a share of them all."""
+    window = max(1, round(SMOOTHING * len(values)))
+    return [statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def _mean(group: list[dict], key: str) -> float:
+    return statistics.fmean(run[key] for run in group)
+
+
+def _percent(group: list[dict], key: str) -> str:
+    values = [100 * run[key] for run in group]
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}%{spread}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
