@@ -149,7 +149,9 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
         return out
     arch = architecture_of(a.device)
     if not arch.tensor_cores:
-        raise RuntimeError(f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use")
+        raise RuntimeError(
+            f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use"
+        )
     config = configuration(op, Int8MatmulConfig, arch, "small" if M <= SMALL_M else "large")
     a, b = _readable(a), _readable(b)
     K = a.shape[1]

@@ -7,7 +7,6 @@ GPU machine ``pytest -m gpu`` runs the same tests on the device.
 
 import os
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,26 +14,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     # Triton's own library functions are interpretable only when first imported in this mode.
-    import triton.language as tl
-    from triton.runtime import interpreter
+    import interpreter_bf16
 
-    def with_bf16_operands_widened(create_dot):
-        """Triton's interpreter keeps BF16 as bit patterns and its dot multiplies those as integers."""
-
-        def widen(operand):
-            if operand.dtype.scalar != tl.bfloat16:
-                return operand
-            bits = operand.data.astype(np.uint32) << 16
-            return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-        def wrapped(self, a, b, *args):
-            return create_dot(self, widen(a), widen(b), *args)
-
-        return wrapped
-
-    interpreter.InterpreterBuilder.create_dot = with_bf16_operands_widened(
-        interpreter.InterpreterBuilder.create_dot
-    )
+    interpreter_bf16.install()
 
 SERVERS = [
     "cpu",
@@ -64,7 +46,9 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     if not torch.equal(actual.isnan(), exact.isnan()):
         return float("inf")
-    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).nan_to_num(nan=0.0, posinf=float("inf"))
+    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).nan_to_num(
+        nan=0.0, posinf=float("inf")
+    )
     return difference.max().item() if difference.numel() else 0.0
 
 
