@@ -1,8 +1,174 @@
-def dequantize(*args, **kwargs):
-    raise RuntimeError("not written yet")
+"""int8 quantization along a dimension, by groups along it, or of a whole tensor; and its inverse.
+
+    symmetric   S = max|x| / 127                   Z = 0                       Q = round(x / S)      in [-127, 127]
+    affine      S = (max(x, 0) - min(x, 0)) / 255  Z = round(-128 - min(x) / S)  Q = round(x / S + Z)  in [-128, 127]
+    inverse     x = (Q - Z) S
+
+(Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, 2018.)
+"""
+
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .registration import define_op
+from .validation import check_dtype, check_out_dtype, check_same_device
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_SEED = 2**63 - 1
 
 
-def quantize(*args, **kwargs):
-    raise RuntimeError("not written yet")
+@define_op("quantize", name="quantize")
+def _quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    outer, _, inner = x.shape
+    shape = (outer, 1, inner)
+    return (
+        torch.empty(x.shape, dtype=torch.int8, device=x.device),
+        torch.empty(shape, dtype=torch.float32, device=x.device),
+        torch.empty(0 if symmetric else shape, dtype=torch.int32, device=x.device),
+    )
 
 
+@define_op("quantize", name="dequantize")
+def _dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(values.shape, dtype=dtype, device=values.device)
+
+
+def _save_values(ctx, inputs, output):
+    values, _, zero_point, _ = inputs
+    ctx.save_for_backward(values, zero_point)
+
+
+def _scale_gradient(ctx, grad):
+    values, zero_point = ctx.saved_tensors
+    steps = values.float() if zero_point is None else values.float() - zero_point
+    return None, (grad * steps).sum(1, keepdim=True), None, None
+
+
+_dequantize.register_autograd(_scale_gradient, setup_context=_save_values)
+
+
+def quantize(
+    x: Tensor,
+    *,
+    dim: int | None = -1,
+    group_size: int | None = None,
+    symmetric: bool = True,
+    stochastic: bool = False,
+    nonfinite: Literal["saturate", "error"] = "saturate",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize ``x`` to int8; the formulas head this module.
+
+    Products with the rounded inverse of S stand for the quotients, so a value whose exact quotient lies within 2^-15 of
+    a tie may go to either neighbour. S is at least 2^-126: a group of zeros gets that scale, and dequantizes to zeros.
+
+    Args:
+        x: FP16, BF16 or FP32, any shape and strides. No gradient flows through the result.
+        dim: the dimension that shares a scale, as the one that ``torch.amax`` reduces: -1 gives one scale a row of a
+            matrix, 0 one a column, None one for the tensor.
+        group_size: elements along ``dim`` that share a scale, a divisor of that dimension; None for all of them.
+        symmetric: the formula.
+        stochastic: round x/S + Z up or down at random, such that the mean is x/S + Z (to 2^-16), with a seed drawn
+            from torch's generator of x's device; False rounds to the nearest, ties to even.
+        nonfinite: "saturate" takes ranges over finite values, turns NaN into the representation of zero and
+            an infinity into 127 or the lowest value; "error" raises instead, which waits for the device.
+
+    Returns:
+        ``values``, int8 of x's shape, contiguous; ``scale``, FP32 with 1, or the number of groups, in place of ``dim``
+        (1 everywhere when it is None); ``zero_point``, int32 of scale's shape, or None when ``symmetric``.
+
+    Raises:
+        TypeError: x is not a floating tensor of these dtypes.
+        IndexError: x has no dimension ``dim``.
+        ValueError: ``group_size`` does not divide the dimension or comes with ``dim=None``; an unknown ``nonfinite``;
+            NaN or infinity in x under ``nonfinite="error"``.
+    """
+    check_dtype("x", x, FLOATS)
+    if nonfinite not in ("saturate", "error"):
+        raise ValueError(f"nonfinite must be 'saturate' or 'error'; it is {nonfinite!r}")
+    grouped, scale_shape = _shapes(x, dim, group_size)
+    if nonfinite == "error" and x.numel():
+        extremes = torch.stack(torch.aminmax(x.detach()))
+        if not extremes.isfinite().all():
+            raise ValueError("x holds NaN or infinity; nonfinite='saturate' accepts them")
+    seed = torch.randint(LARGEST_SEED, (), device=x.device) if stochastic else None
+    values, scale, zero_point = _quantize(x.detach().reshape(grouped), symmetric, seed)
+    return (
+        values.view(x.shape),
+        scale.view(scale_shape),
+        None if symmetric else zero_point.view(scale_shape),
+    )
+
+
+def dequantize(
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    dim: int | None = -1,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(values - zero_point) scale``, computed in FP32; the inverse of ``quantize`` with the same ``dim`` and groups.
+
+    Differentiable in ``scale``.
+
+    Args:
+        values: int8, any shape and strides.
+        scale: FP32, of the shape that ``quantize`` gives.
+        zero_point: int32 of scale's shape, or None for zero.
+        dim: as in ``quantize``.
+        group_size: as in ``quantize``.
+        dtype: of the result: torch.float16, torch.bfloat16 or torch.float32.
+
+    Returns:
+        A contiguous tensor of values' shape.
+
+    Raises:
+        TypeError: an argument of another dtype.
+        IndexError: ``values`` has no dimension ``dim``.
+        ValueError: ``group_size`` does not divide the dimension or comes with ``dim=None``; scale or zero point of
+            another shape; tensors on several devices.
+    """
+    check_dtype("values", values, (torch.int8,))
+    check_dtype("scale", scale, (torch.float32,))
+    check_out_dtype(dtype)
+    grouped, scale_shape = _shapes(values, dim, group_size)
+    _check_shape("scale", scale, scale_shape)
+    if zero_point is not None:
+        check_dtype("zero_point", zero_point, (torch.int32,))
+        _check_shape("zero_point", zero_point, scale_shape)
+        zero_point = zero_point.reshape(grouped[0], 1, grouped[2]).contiguous()
+    check_same_device(values=values, scale=scale, zero_point=zero_point)
+    scale = scale.reshape(grouped[0], 1, grouped[2]).contiguous()
+    return _dequantize(values.reshape(grouped), scale, zero_point, dtype).view(values.shape)
+
+
+def _shapes(tensor: Tensor, dim: int | None, group_size: int | None) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """The 3-D shape (outer, group, inner) that the ops see, and the scale's shape, for ``tensor``."""
+    shape = tuple(tensor.shape)
+    if dim is None:
+        if group_size is not None:
+            raise ValueError("group_size needs a dim to group along; dim is None, so flatten the tensor or name one")
+        return (1, prod(shape), 1), (1,) * len(shape)
+    rank = max(len(shape), 1)
+    if not -rank <= dim < rank:
+        raise IndexError(f"dim must be None or from {-rank} to {rank - 1} for shape {shape}; it is {dim}")
+    if not shape:
+        shape = (1,)
+    dim %= rank
+    length = shape[dim]
+    size = length if group_size is None else group_size
+    if group_size is not None and (group_size < 1 or length % group_size):
+        raise ValueError(f"group_size must divide dimension {dim} of size {length}; it is {group_size}")
+    groups = 1 if group_size is None else length // group_size
+    before, after = shape[:dim], shape[dim + 1 :]
+    scale_shape = (*before, groups, *after) if tensor.dim() else ()
+    return (prod(before) * groups, size, prod(after)), scale_shape
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected}; it has shape {tuple(tensor.shape)}")

@@ -1,0 +1,381 @@
+"""int8 quantization and its inverse, along one dimension of a 3-D view.
+
+    symmetric   S = max|x| / 127                   Z = 0                       Q = round(x / S)      in [-127, 127]
+    affine      S = (max(x, 0) - min(x, 0)) / 255  Z = round(-128 - min(x) / S)  Q = round(x / S + Z)  in [-128, 127]
+    inverse     x = (Q - Z) S
+
+``x`` is [outer, n, inner], any strides, FP16, BF16 or FP32; ``n`` is the dimension reduced. ``Q`` is int8 of x's shape,
+``S`` FP32 and ``Z`` int32 of shape [outer, 1, inner]; the outputs are contiguous. All arithmetic is FP32.
+
+- S is never below 2^-126, the smallest normal FP32 number, so that 1/S is finite and an all-zero group needs no branch.
+- The range is taken over finite values; an infinity saturates, NaN becomes the representation of zero.
+- Rounding is to the nearest, ties to even, or stochastic: the nearest of x/S + Z + u with u uniform in (-1/2, 1/2).
+
+A group that fits a program's registers is read once. A longer one is read twice, by two launches, each over many
+programs: the first leaves one partial range a program, the second reduces those and rounds.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .architecture import Architecture, architecture_of
+from .configuration import configuration
+from .variant import Variant
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Sizes of the tiles that one program works on.
+
+    Attributes:
+        elements: elements of a tile, when nothing asks for more.
+        resident: largest tile that is held in registers between finding the range and rounding.
+        columns: groups a tile where neighbouring groups, not neighbours in a group, are adjacent in memory.
+        elements_per_thread: elements of a tile that each thread holds.
+        programs: programs that a two-launch call aims for.
+    """
+
+    elements: int
+    resident: int
+    columns: int
+    elements_per_thread: int
+    programs: int
+
+
+# The sum of 1.5 * 2^23 and any |y| < 2^22 is rounded at the unit, ties to even, and its low byte is that integer.
+UNIT_ROUNDER = tl.constexpr(12582912.0)
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def finite_range(x, SYMMETRIC: tl.constexpr):
+    """The range of the finite values and zero in each row of the tile."""
+    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+    if SYMMETRIC:
+        high = tl.max(tl.abs(x), axis=1)
+        low = -high
+    else:
+        high = tl.maximum(tl.max(x, axis=1), 0.0)
+        low = tl.minimum(tl.min(x, axis=1), 0.0)
+    return low, high
+
+
+@triton.jit
+def scale_of(low, high, SYMMETRIC: tl.constexpr):
+    """Scale, its inverse and zero point, FP32, of the ranges ``low`` to ``high``."""
+    if SYMMETRIC:
+        high = tl.maximum(high, 127.0 * SMALLEST_SCALE)
+        scale = tl.div_rn(high, 127.0)
+        inverse = tl.div_rn(127.0, high)
+        zero_point = 0.0 * low
+    else:
+        # Each end is divided by itself: their difference may exceed the largest FP32 number.
+        scale = tl.maximum(tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0), SMALLEST_SCALE)
+        inverse = tl.div_rn(1.0, scale)
+        zero_point = (-128.0 - low * inverse) + UNIT_ROUNDER - UNIT_ROUNDER
+        zero_point = tl.minimum(tl.maximum(zero_point, -128.0), 127.0)
+    return scale, inverse, zero_point
+
+
+@triton.jit
+def store_scale(scale_ptr, zero_point_ptr, offsets, mask, scale, zero_point, SYMMETRIC: tl.constexpr):
+    tl.store(scale_ptr + offsets, scale, mask=mask)
+    if not SYMMETRIC:
+        tl.store(zero_point_ptr + offsets, zero_point.to(tl.int32), mask=mask)
+
+
+@triton.jit
+def rounding_noise(seed_ptr, group, first, BLOCK_N: tl.constexpr):
+    """Uniform odd multiples of 2^-16 in (-1/2, 1/2) for elements ``first``... of each ``group``.
+
+    One Philox call serves eight elements, 16 bits each. Seven rounds are the fewest that pass BigCrush
+    (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011).
+    """
+    word = first // 8 + tl.arange(0, BLOCK_N // 8)
+    low = (group & 0xFFFFFFFF).to(tl.uint32)[:, None] + tl.zeros_like(word)[None, :].to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)[:, None] + tl.zeros_like(word)[None, :].to(tl.uint32)
+    counter = word.to(tl.uint32)[None, :] + tl.zeros_like(low)
+    a, b, c, d = tl.philox(tl.load(seed_ptr), counter, low, high, tl.zeros_like(low), n_rounds=7)
+    ab = tl.join(tl.join(a & 0xFFFF, a >> 16), tl.join(b & 0xFFFF, b >> 16))
+    cd = tl.join(tl.join(c & 0xFFFF, c >> 16), tl.join(d & 0xFFFF, d >> 16))
+    bits = tl.reshape(tl.join(ab, cd), [group.shape[0], BLOCK_N])
+    return (bits | 1).to(tl.float32) * (2.0**-16) - 0.5
+
+
+@triton.jit
+def round_to_int8(x, inverse, zero_point, seed_ptr, group, first, SYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr):
+    y = tl.where(x == x, x * inverse[:, None], 0.0)
+    if SYMMETRIC:
+        y = tl.minimum(tl.maximum(y, -127.0), 127.0)
+    else:
+        y = tl.minimum(tl.maximum(y + zero_point[:, None], -128.0), 127.0)
+    if seed_ptr is not None:
+        y += rounding_noise(seed_ptr, group, first, BLOCK_N)
+    return (y + UNIT_ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def quantize_resident(
+    x_ptr, values_ptr, scale_ptr, zero_point_ptr, seed_ptr,
+    n, kept, blocks_kept,
+    x_stride_batch, x_stride_n, x_stride_kept,
+    values_stride_batch, values_stride_n, values_stride_kept,
+    SYMMETRIC: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // blocks_kept
+    k = (program % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    j = tl.arange(0, BLOCK_N)
+    mask = (k < kept)[:, None] & (j < n)[None, :]
+    group = batch * kept + k
+
+    source = x_ptr + batch * x_stride_batch + k[:, None] * x_stride_kept + j.to(tl.int64)[None, :] * x_stride_n
+    x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    low, high = finite_range(x, SYMMETRIC)
+    scale, inverse, zero_point = scale_of(low, high, SYMMETRIC)
+    store_scale(scale_ptr, zero_point_ptr, group, k < kept, scale, zero_point, SYMMETRIC)
+    values = round_to_int8(x, inverse, zero_point, seed_ptr, group, 0, SYMMETRIC, BLOCK_N)
+    target = values_ptr + batch * values_stride_batch + k[:, None] * values_stride_kept
+    tl.store(target + j.to(tl.int64)[None, :] * values_stride_n, values, mask=mask)
+
+
+@triton.jit
+def partial_ranges(
+    x_ptr, low_ptr, high_ptr,
+    n, kept, blocks_kept, splits, span,
+    x_stride_batch, x_stride_n, x_stride_kept,
+    SYMMETRIC: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    split = program % splits
+    batch = program // splits // blocks_kept
+    k = (program // splits % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    low = tl.zeros([BLOCK_KEPT], tl.float32)
+    high = tl.zeros([BLOCK_KEPT], tl.float32)
+    for first in range(0, span, BLOCK_N):
+        j = split * span + first + tl.arange(0, BLOCK_N)
+        mask = (k < kept)[:, None] & (j < n)[None, :]
+        source = x_ptr + batch * x_stride_batch + k[:, None] * x_stride_kept + j[None, :] * x_stride_n
+        x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        tile_low, tile_high = finite_range(x, SYMMETRIC)
+        low = tl.minimum(low, tile_low)
+        high = tl.maximum(high, tile_high)
+    offsets = (batch * splits + split) * kept + k
+    tl.store(high_ptr + offsets, high, mask=k < kept)
+    if not SYMMETRIC:
+        tl.store(low_ptr + offsets, low, mask=k < kept)
+
+
+@triton.jit
+def quantize_split(
+    x_ptr, values_ptr, scale_ptr, zero_point_ptr, low_ptr, high_ptr, seed_ptr,
+    n, kept, blocks_kept, splits, span,
+    x_stride_batch, x_stride_n, x_stride_kept,
+    values_stride_batch, values_stride_n, values_stride_kept,
+    SYMMETRIC: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    split = program % splits
+    batch = program // splits // blocks_kept
+    k = (program // splits % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    group = batch * kept + k
+
+    s = tl.arange(0, BLOCK_SPLITS)
+    partial = (batch * splits + s)[None, :] * kept + k[:, None]
+    partial_mask = (k < kept)[:, None] & (s < splits)[None, :]
+    high = tl.max(tl.load(high_ptr + partial, mask=partial_mask, other=0.0), axis=1)
+    low = -high
+    if not SYMMETRIC:
+        low = tl.min(tl.load(low_ptr + partial, mask=partial_mask, other=0.0), axis=1)
+    scale, inverse, zero_point = scale_of(low, high, SYMMETRIC)
+    if split == 0:
+        store_scale(scale_ptr, zero_point_ptr, group, k < kept, scale, zero_point, SYMMETRIC)
+
+    for first in range(0, span, BLOCK_N):
+        j = split * span + first + tl.arange(0, BLOCK_N)
+        mask = (k < kept)[:, None] & (j < n)[None, :]
+        source = x_ptr + batch * x_stride_batch + k[:, None] * x_stride_kept + j[None, :] * x_stride_n
+        x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        values = round_to_int8(x, inverse, zero_point, seed_ptr, group, split * span + first, SYMMETRIC, BLOCK_N)
+        target = values_ptr + batch * values_stride_batch + k[:, None] * values_stride_kept
+        tl.store(target + j[None, :] * values_stride_n, values, mask=mask)
+
+
+@triton.jit
+def dequantize_tile(
+    values_ptr, scale_ptr, zero_point_ptr, out_ptr,
+    n, kept, blocks_kept, blocks_n,
+    values_stride_batch, values_stride_n, values_stride_kept,
+    out_stride_batch, out_stride_n, out_stride_kept,
+    BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // blocks_n // blocks_kept
+    k = (program // blocks_n % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    j = (program % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (k < kept)[:, None] & (j < n)[None, :]
+    source = values_ptr + batch * values_stride_batch + k[:, None] * values_stride_kept + j[None, :] * values_stride_n
+    y = tl.load(source, mask=mask, other=0).to(tl.float32)
+    if zero_point_ptr is not None:
+        zero_point = tl.load(zero_point_ptr + batch * kept + k, mask=k < kept, other=0)
+        y -= zero_point.to(tl.float32)[:, None]
+    y *= tl.load(scale_ptr + batch * kept + k, mask=k < kept, other=0.0)[:, None]
+    target = out_ptr + batch * out_stride_batch + k[:, None] * out_stride_kept + j[None, :] * out_stride_n
+    tl.store(target, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def batch_n_kept(tensor: Tensor, inner: int) -> Tensor:
+    """[outer, n, inner] as [batch, n, kept]: with one inner element it is the outer dimension that tiles run along."""
+    return tensor if inner > 1 else tensor.transpose(0, 2)
+
+
+def tile(x: Tensor, config: QuantizeConfig) -> tuple[int, int, bool]:
+    """(BLOCK_KEPT, BLOCK_N, resident) for ``x`` as [batch, n, kept]."""
+    _, n, kept = x.shape
+    block_n = max(8, triton.next_power_of_2(n))
+    widest = triton.next_power_of_2(kept)
+    narrowest = min(config.columns if x.stride(2) == 1 and x.stride(1) != 1 else 1, widest)
+    if block_n * narrowest <= config.resident:
+        return min(max(config.elements // block_n, narrowest), widest), block_n, True
+    return narrowest, config.elements // narrowest, False
+
+
+def warps(block_kept: int, block_n: int, config: QuantizeConfig, arch: Architecture) -> int:
+    # With more than 16 warps a thread has 64 registers, and the largest tiles spill.
+    return min(max(block_kept * block_n // (config.elements_per_thread * arch.warp_size), 1), 16)
+
+
+def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize ``x`` [outer, n, inner] along ``n``.
+
+    Args:
+        x: FP16, BF16 or FP32, any strides.
+        symmetric: the formula, see the module docstring.
+        seed: int64 scalar tensor on x's device for stochastic rounding; None rounds to the nearest.
+
+    Returns:
+        values int8 [outer, n, inner], scale FP32 [outer, 1, inner], zero point int32 [outer, 1, inner], or [0] when
+        ``symmetric``.
+    """
+    outer, n, inner = x.shape
+    values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((outer, 1, inner), dtype=torch.float32, device=x.device)
+    zero_point = torch.empty(0 if symmetric else scale.shape, dtype=torch.int32, device=x.device)
+    if scale.numel() == 0:
+        return values, scale, zero_point
+    zero_point_pointer = None if symmetric else zero_point
+    arch = architecture_of(x.device)
+    config = configuration("quantize", QuantizeConfig, arch, "all")
+    source, target = batch_n_kept(x, inner), batch_n_kept(values, inner)
+    batch, _, kept = source.shape
+    block_kept, block_n, resident = tile(source, config)
+    blocks_kept = triton.cdiv(kept, block_kept)
+    constants = {
+        "SYMMETRIC": symmetric,
+        "BLOCK_KEPT": block_kept,
+        "BLOCK_N": block_n,
+        "num_warps": warps(block_kept, block_n, config, arch),
+    }
+    with torch.cuda.device_of(x):
+        if resident:
+            quantize_resident[(batch * blocks_kept,)](
+                source, target, scale, zero_point_pointer, seed, n, kept, blocks_kept,
+                *source.stride(), *target.stride(), **constants,
+            )  # fmt: skip
+            return values, scale, zero_point
+        most = 1024 if block_kept == 1 else 64
+        splits = min(triton.cdiv(config.programs, batch * blocks_kept), triton.cdiv(n, block_n), most)
+        span = triton.cdiv(triton.cdiv(n, block_n), splits) * block_n
+        splits = triton.cdiv(n, span)
+        high = torch.empty((batch, splits, kept), dtype=torch.float32, device=x.device)
+        low = None if symmetric else torch.empty_like(high)
+        grid = (batch * blocks_kept * splits,)
+        partial_ranges[grid](
+            source, low, high, n, kept, blocks_kept, splits, span, *source.stride(), **constants
+        )  # fmt: skip
+        quantize_split[grid](
+            source, target, scale, zero_point_pointer, low, high, seed, n, kept, blocks_kept, splits, span,
+            *source.stride(), *target.stride(), BLOCK_SPLITS=triton.next_power_of_2(splits), **constants,
+        )  # fmt: skip
+    return values, scale, zero_point
+
+
+def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(values - zero_point) scale as ``dtype``, contiguous.
+
+    Args:
+        values: int8 [outer, n, inner], any strides.
+        scale: FP32 [outer, 1, inner], contiguous.
+        zero_point: int32 of scale's shape, contiguous, or None.
+        dtype: FP16, BF16 or FP32.
+    """
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    if out.numel() == 0:
+        return out
+    arch = architecture_of(values.device)
+    config = configuration("quantize", QuantizeConfig, arch, "all")
+    inner = values.shape[2]
+    source, target = batch_n_kept(values, inner), batch_n_kept(out, inner)
+    batch, n, kept = source.shape
+    block_kept, block_n, resident = tile(source, config)
+    if resident and block_kept * block_n > config.elements:
+        block_n = config.elements // block_kept
+    blocks_kept, blocks_n = triton.cdiv(kept, block_kept), triton.cdiv(n, block_n)
+    with torch.cuda.device_of(values):
+        dequantize_tile[(batch * blocks_kept * blocks_n,)](
+            source, scale, zero_point, target, n, kept, blocks_kept, blocks_n, *source.stride(), *target.stride(),
+            BLOCK_KEPT=block_kept, BLOCK_N=block_n, num_warps=warps(block_kept, block_n, config, arch),
+        )  # fmt: skip
+    return out
+
+
+def variants(arch: Architecture) -> list[Variant]:
+    """The variants a launcher call makes: rows held in registers, columns and long groups in two launches."""
+    config = configuration("quantize", QuantizeConfig, arch, "all")
+    strided = {"x_stride_batch": "i64", "values_stride_batch": "i64"}
+    rows = {"x_stride_n": 1, "values_stride_n": 1}
+    columns = {"x_stride_kept": 1, "values_stride_kept": 1}
+    found = []
+
+    def add(name, function, x, symmetric, stochastic, tile, layout):
+        names = function.arg_names
+        types = {
+            "x_ptr": f"*{x}", "out_ptr": f"*{x}", "values_ptr": "*i8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
+            "low_ptr": "*fp32", "high_ptr": "*fp32", "seed_ptr": "*i64",
+        }  # fmt: skip
+        constants = {"SYMMETRIC": symmetric, "BLOCK_KEPT": tile[0], "BLOCK_N": tile[1], "BLOCK_SPLITS": 16}
+        constants |= rows if layout == "rows" else columns
+        constants |= {key.replace("x_", "out_"): value for key, value in constants.items() if key.startswith("x_")}
+        if symmetric:
+            constants |= {"zero_point_ptr": None, "low_ptr": None}
+        if not stochastic:
+            constants |= {"seed_ptr": None}
+        constants = {key: value for key, value in constants.items() if key in names}
+        signature = {key: types.get(key, strided.get(key, "i32")) for key in names if key not in constants}
+        found.append(
+            Variant(
+                name=f"{function.__name__}[{name}]",
+                function=function,
+                signature=signature,
+                constexprs=constants,
+                divisible_by_16=tuple(key for key in signature if key not in ("blocks_kept", "splits", "blocks_n")),
+                num_warps=warps(*tile, config, arch),
+            )
+        )
+
+    square = (config.columns, config.elements // config.columns)
+    add("fp16,row 4096", quantize_resident, "fp16", True, False, (1, 4096), "rows")
+    add("bf16,row 16384,affine,stochastic", quantize_resident, "bf16", False, True, (1, 16384), "rows")
+    add("fp32,group 128,stochastic", quantize_resident, "fp32", True, True, (32, 128), "rows")
+    add("bf16,columns of 256", quantize_resident, "bf16", True, False, (config.columns, 256), "columns")
+    add("fp16,columns", partial_ranges, "fp16", True, False, square, "columns")
+    add("fp32,tensor,affine", partial_ranges, "fp32", False, False, (1, config.elements), "rows")
+    add("fp16,columns", quantize_split, "fp16", True, False, square, "columns")
+    add("fp32,tensor,affine,stochastic", quantize_split, "fp32", False, True, (1, config.elements), "rows")
+    add("fp16,rows", dequantize_tile, "fp16", True, False, (1, config.elements), "rows")
+    add("fp32,columns,affine", dequantize_tile, "fp32", False, False, square, "columns")
+    return found

@@ -1,0 +1,112 @@
+"""int8 quantization on the CPU in as few passes over memory as torch's own operators allow.
+
+The formulas, and the meaning of the arguments, are those of ``mixft.kernels.quantize``. Rounding and the conversion
+to int8 are one addition and one narrowing copy: 1.5 * 2^23 + y is rounded at the unit, ties to even, and the low byte
+of that FP32 number is round(y) as int8.
+"""
+
+from collections.abc import Iterator
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+UNIT_ROUNDER = 12582912.0
+SMALLEST_SCALE = 2.0**-126
+
+# Elements rounded at a time: an FP32 buffer of 4 MB stays in the last-level cache and is below the size at which the
+# allocator asks the system for new pages at every call.
+PIECE = 1 << 20
+
+# Lowest bit of each of the four 16-bit lanes of an int64.
+ODD_LANES = 0x0001000100010001
+
+
+def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize ``x`` [outer, n, inner] along ``n``; see ``mixft.kernels.quantize.quantize``."""
+    outer, _, inner = x.shape
+    values = torch.empty(x.shape, dtype=torch.int8)
+    if values.numel() == 0:
+        low = high = torch.zeros((outer, 1, inner))
+        finite = True
+    else:
+        low, high = value_range(x, symmetric)
+        finite = bool((high - low).isfinite().all())
+    if not finite:
+        low, high = value_range(torch.where(x.isfinite(), x, 0), symmetric)
+    if symmetric:
+        high = high.clamp_(min=127 * SMALLEST_SCALE)
+        scale, inverse = high / 127, 127 / high
+        shift = torch.tensor(UNIT_ROUNDER)
+        zero_point = torch.empty(0, dtype=torch.int32)
+        lowest = -127
+    else:
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        scale = (high / 255 - low / 255).clamp_(min=SMALLEST_SCALE)
+        inverse = scale.reciprocal()
+        zero_point = (-128 - low * inverse).round_().clamp_(-128, 127)
+        shift = zero_point + UNIT_ROUNDER
+        zero_point = zero_point.to(torch.int32)
+        lowest = -128
+    if values.numel() == 0:
+        return values, scale, zero_point
+
+    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+    # A finite symmetric group cannot leave the range by rounding to the nearest, so it needs no clamp.
+    clamped = not (symmetric and finite and generator is None)
+    for source, target, factor, offset in pieces(x, values, inverse, shift):
+        if inner > 1 and x.dtype == torch.float32 and finite and generator is None:
+            y = torch.addcmul(offset, source, factor)
+        else:
+            y = torch.mul(source, factor) if source.dtype == torch.float32 else source.float().mul_(factor)
+            if not finite:
+                y.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            if generator is not None:
+                y.add_(rounding_noise(y.shape, generator), alpha=2.0**-16)
+            y.add_(offset)
+        if clamped:
+            y.clamp_(UNIT_ROUNDER + lowest, UNIT_ROUNDER + 127)
+        target.copy_(y.view(torch.int32))
+    return values, scale, zero_point
+
+
+def value_range(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """FP32 (low, high) along dimension 1; (-absmax, absmax) when ``symmetric``. NaN and infinity show in the result."""
+    if x.dtype == torch.float32:
+        # Two reductions that read only are faster than one over the absolute values, which are written first.
+        low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+        if symmetric:
+            high = torch.maximum(high, low.neg_())
+            low = -high
+        return low, high
+    if symmetric:
+        # Without the sign bit 16-bit floats are in the order of their bits, with NaN on top, and integers reduce faster.
+        magnitude = x.view(torch.int16) & 0x7FFF
+        high = magnitude.amax(1, keepdim=True).view(x.dtype).float()
+        return -high, high
+    return x.amin(1, keepdim=True).float(), x.amax(1, keepdim=True).float()
+
+
+def pieces(x: Tensor, values: Tensor, *groups: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Matching parts of ``PIECE`` elements or so of x, of values and of tensors [outer, 1, inner] or scalars."""
+    dim = 0 if x.shape[0] >= x.shape[1] else 1
+    length = max(1, PIECE * x.shape[dim] // x.numel())
+    split = [
+        group.split(length, dim) if group.dim() == 3 and group.shape[dim] > 1 else repeat(group) for group in groups
+    ]
+    return zip(x.split(length, dim), values.split(length, dim), *split, strict=False)
+
+
+def rounding_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """FP32 odd integers, uniform in (-2^15, 2^15): four from each 64-bit random number, the dear part."""
+    count = shape.numel()
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return bits.bitwise_or_(ODD_LANES).view(torch.int16)[:count].view(shape).float()
+
+
+def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(values - zero_point) scale as ``dtype``, contiguous; see ``mixft.kernels.quantize.dequantize``."""
+    y = values.to(torch.float32, memory_format=torch.contiguous_format)
+    if zero_point is not None:
+        y.sub_(zero_point)
+    return y.mul_(scale).to(dtype)
