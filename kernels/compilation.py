@@ -1,0 +1,146 @@
+"""Compile a shipped kernel variant for any architecture, without a GPU, and read the machine code's properties.
+
+Run this in a process without ``TRITON_INTERPRET``: a jit function made under the interpreter cannot be compiled.
+"""
+
+import importlib
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from types import ModuleType
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .architecture import Architecture
+from .variant import Variant
+
+
+@dataclass(frozen=True)
+class CompiledVariant:
+    """What the compiler made of one ``Variant``.
+
+    Attributes:
+        name: the variant's name.
+        architecture: the name of the architecture.
+        registers: registers a thread (CUDA), vector registers a lane (HIP).
+        spilled_bytes: bytes a thread keeps in local memory for want of registers.
+        shared_memory: bytes of shared memory a program.
+        dots: the tile products (``tl.dot``) of the source, each by its accumulator, such as ``"128x256xf32"``.
+        matrix_instructions: the kinds in use, of ``"mma.sync"``, ``"wgmma"``, ``"tcgen05.mma"`` and ``"mfma"``.
+        loads: ``{bytes a thread and instruction: instructions}`` from global memory.
+        stores: the same, to global memory.
+    """
+
+    name: str
+    architecture: str
+    registers: int
+    spilled_bytes: int
+    shared_memory: int
+    dots: tuple[str, ...]
+    matrix_instructions: tuple[str, ...]
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+def kernel_modules() -> dict[str, ModuleType]:
+    """Every module of this package that ships kernels, that is, has ``variants``, by its short name."""
+    package = importlib.import_module(__package__)
+    modules = {
+        entry.name: importlib.import_module(f"{__package__}.{entry.name}")
+        for entry in pkgutil.iter_modules(package.__path__)
+    }
+    return {name: module for name, module in modules.items() if hasattr(module, "variants")}
+
+
+def compile_variant(variant: Variant, arch: Architecture) -> CompiledVariant:
+    """Compile ``variant`` for ``arch``.
+
+    Raises:
+        RuntimeError: the process runs under ``TRITON_INTERPRET=1``.
+        ValueError: an argument of the jit function has neither a type nor a value in ``variant``.
+        triton.TritonError: the code does not compile for that architecture.
+    """
+    if not isinstance(variant.function, triton.JITFunction):
+        raise RuntimeError(f"{variant.name} was defined under TRITON_INTERPRET=1; unset it to compile kernels")
+    kernel = triton.compile(
+        _source(variant),
+        target=GPUTarget(arch.backend, arch.capability, arch.warp_size),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options},
+    )
+    dots = re.findall(r"tt\.dot .*-> tensor<(\w+)>", kernel.asm["ttir"])
+    resources = _hip_resources(kernel) if arch.backend == "hip" else _cuda_resources(kernel)
+    return CompiledVariant(
+        name=variant.name,
+        architecture=arch.name,
+        dots=tuple(dots),
+        **resources,
+    )
+
+
+def _source(variant: Variant) -> ASTSource:
+    names = variant.function.arg_names
+    missing = [name for name in names if name not in variant.signature and name not in variant.constexprs]
+    unknown = [name for name in (*variant.signature, *variant.constexprs) if name not in names]
+    if missing or unknown:
+        raise ValueError(f"{variant.name}: arguments without type or value {missing}, unknown arguments {unknown}")
+    signature = {name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
+    return ASTSource(variant.function, signature, variant.constexprs, attributes)
+
+
+def _cuda_resources(kernel) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    ptx = kernel.asm["ptx"]
+    loads = _ptx_widths(ptx, "ld")
+    # cp.async names its bytes as the third operand.
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], \[[^\]]*\], (0x\w+|\d+)", ptx)
+    loads.update(int(size, 0) for size in copies)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spilled_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared_memory": kernel.metadata.shared,
+        "matrix_instructions": tuple(sorted(set(re.findall(r"\b(mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma)", ptx)))),
+        "loads": dict(loads),
+        "stores": dict(_ptx_widths(ptx, "st")),
+    }
+
+
+def _ptx_widths(ptx: str, instruction: str) -> Counter[int]:
+    accesses = re.findall(rf"\b{instruction}\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx)
+    return Counter(int(vector or 1) * int(bits) // 8 for vector, bits in accesses)
+
+
+_HIP_BYTES = {"byte": 1, "short": 2, "dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+
+
+def _hip_resources(kernel) -> dict:
+    code = kernel.asm["amdgcn"]
+
+    def metadata(key: str) -> int:
+        return int(re.search(rf"^\s+\.{key}:\s*(\d+)", code, re.MULTILINE)[1])
+
+    accesses = {"load": Counter(), "store": Counter()}
+    pattern = r"\b(?:global|buffer|flat)_(load|store)_[us]?(byte|short|dwordx[234]|dword)"
+    for direction, size in re.findall(pattern, code):
+        accesses[direction][_HIP_BYTES[size]] += 1
+    spilled = 4 * (metadata("vgpr_spill_count") + metadata("sgpr_spill_count"))
+    return {
+        "registers": metadata("vgpr_count"),
+        "spilled_bytes": max(spilled, metadata("private_segment_fixed_size")),
+        # Triton asks for its shared memory at launch; the group segment holds what is fixed at compile time.
+        "shared_memory": max(kernel.metadata.shared, metadata("group_segment_fixed_size")),
+        "matrix_instructions": ("mfma",) if "v_mfma_" in code else (),
+        "loads": dict(accesses["load"]),
+        "stores": dict(accesses["store"]),
+    }
