@@ -38,9 +38,11 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_derivative(x, ACTIVATION: tl.constexpr):
-    """d activate(x) / dx at the pre-activation ``x``."""
+    """d activate(x) / dx at the pre-activation ``x``; at NaN the slope of ReLU is 1, as torch has it."""
+    # Beyond 64 every slope is 0 or 1 in FP32; without the limits an infinite x would give 0 * Inf.
+    x = tl.where(x > 64.0, 64.0, tl.where(x < -64.0, -64.0, x))
     if ACTIVATION == "relu":
-        slope = tl.where(x > 0, 1.0, 0.0)
+        slope = tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         slope = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density

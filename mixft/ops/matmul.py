@@ -1,4 +1,137 @@
-def matmul(*args, **kwargs):
-    raise RuntimeError("not written yet")
+"""``mixft.ops.matmul``: 16-bit matrix product with FP32 accumulation, bias and activation in one pass."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .registration import define_op
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+@define_op("matmul")
+def matmul_forward(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    keep_preactivation: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*a.shape[:-1], b.shape[1])
+    return a.new_empty(shape, dtype=out_dtype), a.new_empty(shape if keep_preactivation else (0,))
+
+
+@define_op("matmul")
+def activation_backward(
+    grad: Tensor, kept: Tensor, activation: str, dtype: torch.dtype, want_bias: bool
+) -> tuple[Tensor, Tensor]:
+    columns = grad.shape[1] if want_bias else 0
+    return grad.new_empty(grad.shape, dtype=dtype), grad.new_empty((columns,), dtype=torch.float32)
+
+
+def save_for_backward(ctx, inputs, output) -> None:
+    a, b, bias, activation, _, keep_preactivation = inputs
+    out, preactivation = output
+    # ReLU's slope can be read from its output, which the next layer keeps anyway.
+    kept = preactivation if keep_preactivation else out if activation == "relu" else None
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, kept)
+    ctx.mark_non_differentiable(preactivation)
+    ctx.activation = activation
+    ctx.dtype = a.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.columns_first = b.stride(0) == 1
+
+
+def backward(ctx, grad, _):
+    a, b, kept = ctx.saved_tensors
+    needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+    lead = grad.shape[:-1]
+    rows = math.prod(lead)
+    grad = grad.reshape(rows, grad.shape[-1])
+    grad_a = grad_b = grad_bias = None
+    if ctx.activation == "none":
+        if needs_bias:
+            grad_bias = grad.sum(0, dtype=torch.float32)
+        grad = grad.to(ctx.dtype)
+    elif kept is None:
+        raise RuntimeError(
+            f"the gradient of {ctx.activation!r} needs the pre-activation: call mixft.ops.matmul, or pass "
+            "keep_preactivation=True"
+        )
+    else:
+        grad, grad_bias = activation_backward(grad, kept, ctx.activation, ctx.dtype, needs_bias)
+    if needs_a:
+        grad_a = product(grad, b.t()).view(*lead, b.shape[0])
+    if needs_b:
+        a = a.reshape(rows, a.shape[-1])
+        # In the memory layout of b, which for weight.t() is what autograd accumulates into weight.grad without a copy.
+        grad_b = product(grad.t(), a).t() if ctx.columns_first else product(a.t(), grad)
+    return grad_a, grad_b, grad_bias.to(ctx.bias_dtype) if needs_bias else None, None, None, None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return matmul_forward(a, b, None, "none", a.dtype, False)[0]
+
+
+matmul_forward.register_autograd(backward, setup_context=save_for_backward)
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``activation(a @ b + bias)``, summed in FP32 and rounded once.
+
+    FP16 and BF16 run in mixft's kernel; on GPUs without matrix instructions in Triton (Turing), and for FP32
+    operands, in torch's own matmul, which follows torch's ``float32_matmul_precision``. Differentiable in ``a``,
+    ``b`` and ``bias``; a second derivative exists for ``activation=None`` only. The gradient of the pre-activation is
+    rounded to the dtype of ``a`` before the two products that use it, as torch rounds it.
+
+    Args:
+        a: [..., M, K] or [K], FP16, BF16 or FP32, any strides.
+        b: [K, N], the dtype of ``a``, any strides; for a linear layer ``weight.t()``.
+        bias: [N], the dtype of ``a`` or FP32.
+        activation: ``None``, ``"relu"``, ``"gelu"`` (the erf form), ``"gelu_tanh"`` or ``"silu"``; the formulas are in
+            ``mixft.kernels.activation``.
+        out_dtype: FP16, BF16 or FP32; the dtype of ``a`` when not given.
+
+    Returns:
+        [..., M, N], or [N] for a 1-D ``a``, contiguous.
+
+    Raises:
+        ValueError: shapes that do not match, tensors on several devices, or an unknown activation.
+        TypeError: a dtype that is not supported, or operands of different dtypes.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; it can be None or one of {', '.join(ACTIVATIONS)}")
+    dtype = a.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"a is {dtype}; matmul takes float16, bfloat16 and float32")
+    if b.dtype != dtype:
+        raise TypeError(f"a is {dtype} and b is {b.dtype}; both must have one dtype")
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype is {out_dtype}; it can be float16, bfloat16 or float32")
+    if b.dim() != 2 or a.dim() == 0 or a.shape[-1] != b.shape[0]:
+        raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be [..., M, K] and [K, N]")
+    if a.device != b.device:
+        raise ValueError(f"a is on {a.device} and b on {b.device}; both must be on one device")
+    keep = a.requires_grad or b.requires_grad
+    if bias is not None:
+        if bias.dtype != dtype and bias.dtype != torch.float32:
+            raise TypeError(f"bias is {bias.dtype}; it must be {dtype}, as a is, or torch.float32")
+        if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; it must be ({b.shape[1]},), as b is {tuple(b.shape)}"
+            )
+        if bias.device != a.device:
+            raise ValueError(f"bias is on {bias.device} and a on {a.device}; all must be on one device")
+        keep = keep or bias.requires_grad
+    keep = keep and activation not in (None, "relu") and torch.is_grad_enabled()
+    return matmul_forward(a, b, bias, activation or "none", out_dtype or dtype, keep)[0]

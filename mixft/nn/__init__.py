@@ -1,0 +1,19 @@
+"""Drop-in layers: ``Linear`` in 16-bit floats and ``QuantLinear`` in int8."""
+
+import importlib
+
+from .linear import Linear
+
+__all__ = ["Linear", "QuantLinear"]
+
+
+def __getattr__(name: str):
+    if name == "QuantLinear":
+        value = importlib.import_module("mixft.nn.quant_linear").QuantLinear
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mixft.nn' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
