@@ -78,4 +78,3 @@ def int_mm_is_fast_and_exact() -> bool:
 def _in_place_float(accumulator: Tensor) -> Tensor:
     """Convert int32 to FP32 in the same memory: element for element, one pass and no second buffer."""
     return accumulator.view(torch.float32).copy_(accumulator)
-

@@ -109,11 +109,8 @@ def weight_only_matmul(
     check_dtype("b", b, (torch.int8,))
     rows = _check_operands(a, b, b_scale, bias, out_dtype)
     check_same_device(a=a, b=b, b_scale=b_scale, bias=bias)
-    if activation not in (None, "none") and a.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"activation={activation!r} cannot be differentiated here; apply the activation to the result, or call "
-            "under torch.no_grad()"
-        )
+    if torch.is_grad_enabled() and (a.requires_grad or (bias is not None and bias.requires_grad)):
+        refuse_activation_gradient(activation)
     out = _weight_only_matmul(
         a.reshape(rows, a.shape[-1]),
         b,
@@ -125,24 +122,39 @@ def weight_only_matmul(
     return out.view(*a.shape[:-1], b.shape[0])
 
 
+def refuse_activation_gradient(activation: str | None) -> None:
+    """Raise ValueError for an ``activation`` whose gradient is wanted: the pre-activation is not kept."""
+    if activation not in (None, "none"):
+        raise ValueError(
+            f"activation={activation!r} cannot be differentiated here; apply the activation to the result, or call "
+            "under torch.no_grad()"
+        )
+
+
+def frozen_weight_gradient(grad_out: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad_out @ (weight * weight_scale)`` as ``dtype``, with no 16-bit copy of the weight.
+
+    The rows of the transposed int8 weight have no scale of their own, so the scale goes into ``grad_out`` [M, N].
+    """
+    scaled = (grad_out * weight_scale.view(-1)).to(dtype)
+    one = weight_scale.new_ones(1, 1).expand(weight.shape[1], 1)
+    return _weight_only_matmul(scaled, weight.t(), one, None, "none", dtype)
+
+
 def _save_for_backward(ctx, inputs, output):
     a, b, b_scale, bias = inputs[:4]
     ctx.save_for_backward(b, b_scale)
-    ctx.a_dtype = a.dtype
-    ctx.bias_dtype = bias.dtype if bias is not None else None
+    ctx.dtypes = a.dtype, None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad_out: Tensor):
     b, b_scale = ctx.saved_tensors
+    a_dtype, bias_dtype = ctx.dtypes
     grad_a = grad_bias = None
     if ctx.needs_input_grad[0]:
-        # Training on frozen int8 weights: the transposed copy is transient, and its rows carry no scale of their own,
-        # so the weight's scale goes into the gradient.
-        unit = torch.ones_like(b_scale[:1]).expand(b.shape[1], 1)
-        scaled = (grad_out.float() * b_scale.view(-1)).to(ctx.a_dtype)
-        grad_a = _weight_only_matmul(scaled, b.t().contiguous(), unit, None, "none", ctx.a_dtype)
+        grad_a = frozen_weight_gradient(grad_out, b, b_scale, a_dtype)
     if ctx.needs_input_grad[3]:
-        grad_bias = grad_out.float().sum(0).to(ctx.bias_dtype)
+        grad_bias = grad_out.sum(0, dtype=torch.float32).to(bias_dtype)
     return grad_a, None, None, grad_bias, None, None
 
 
@@ -154,9 +166,7 @@ def _check_operands(a, b, b_scale, bias, out_dtype) -> int:
     check_dtype("b_scale", b_scale, (torch.float32,))
     check_out_dtype(out_dtype)
     if b.dim() != 2 or a.dim() < 1 or a.shape[-1] != b.shape[1]:
-        raise ValueError(
-            f"b must be [N, K] with the K of a [..., K]; a has shape {tuple(a.shape)}, b {tuple(b.shape)}"
-        )
+        raise ValueError(f"b must be [N, K] with the K of a [..., K]; a has shape {tuple(a.shape)}, b {tuple(b.shape)}")
     check_bias(bias, b.shape[0])
     return a.shape[:-1].numel()
 

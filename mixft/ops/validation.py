@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+from mixft.cpu.activation import ACTIVATIONS
+
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 

@@ -1,0 +1,160 @@
+"""A linear layer with int8 weights, or one that trains with int8 products."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixft.ops import dynamic_int8_linear, int8_linear, quantize, weight_only_matmul
+from mixft.ops.validation import ACTIVATIONS, check_activation
+
+Mode = Literal["weight_only", "dynamic", "train"]
+MODES = ("weight_only", "dynamic", "train")
+
+
+def check_mode(mode: str) -> None:
+    """Raise ValueError for a mode that there is not."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
+
+
+class QuantLinear(nn.Module):
+    """``nn.Linear`` in int8.
+
+    ===============  =======================  ============================  =========================================
+    mode             weight kept              products                      for
+    ===============  =======================  ============================  =========================================
+    ``weight_only``  int8 and a scale a row   activations 16 or 32 bits     small batches; adapters on frozen weights
+    ``dynamic``      int8 and a scale a row   int8, a scale an input row    inference
+    ``train``        as given, a parameter    int8 forward and backward     fine-tuning
+    ===============  =======================  ============================  =========================================
+
+    In the first two modes ``weight`` is an int8 buffer [out_features, in_features] and ``weight_scale`` an FP32 buffer
+    [out_features, 1]; the gradient reaches the input and the bias. In ``train`` mode ``weight`` is a parameter and
+    ``weight_scale`` is None. Inputs are [..., in_features] of FP16, BF16 or FP32, under autocast of its dtype, and the
+    output has the input's dtype.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+        bias: whether to add a learned bias.
+        mode: one of the table.
+        activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu", applied to the output.
+        device: where to make the tensors.
+        dtype: of the parameters; None is torch's default.
+
+    Raises:
+        ValueError: an unknown mode or activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        mode: Mode = "dynamic",
+        activation: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_mode(mode)
+        check_activation(activation)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.mode = mode
+        self.activation = activation
+        if mode == "train":
+            self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+            self.weight_scale = None
+        else:
+            self.register_buffer("weight", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
+            self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw parameters as ``nn.Linear`` does; an int8 weight is zero until one is loaded."""
+        bound = self.in_features**-0.5 if self.in_features else 0.0
+        if self.mode == "train":
+            nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mode: Mode = "dynamic") -> "QuantLinear":
+        """A layer with the weights of ``linear``, on its device, in its training or evaluation state.
+
+        In ``train`` mode the parameters are shared, so an optimizer built before goes on working. In the other modes
+        the weight is quantized, one symmetric scale a row, and the bias is shared.
+
+        Raises:
+            TypeError: ``linear`` is no ``nn.Linear``.
+            ValueError: an unknown mode, or a weight with NaN or Inf.
+        """
+        check_mode(mode)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be a torch.nn.Linear; it is a {type(linear).__name__}")
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            mode,
+            getattr(linear, "activation", None),
+            device="meta",
+        )
+        if mode == "train":
+            layer.weight = linear.weight
+        else:
+            with torch.no_grad():
+                layer.weight, layer.weight_scale, _ = quantize(linear.weight, nonfinite="error")
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` of the same function as nearly as FP weights can give it; parameters are shared.
+
+        An int8 weight is dequantized to the dtype of the bias, or to FP32 where there is none.
+
+        Raises:
+            ValueError: the layer has an activation, which ``nn.Linear`` cannot express.
+        """
+        if self.activation is not None:
+            raise ValueError(f"nn.Linear has no activation, and this layer has {self.activation!r}")
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight())
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight [out_features, in_features] as the products see it, in the dtype of the bias, else FP32."""
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        if self.mode == "train":
+            return self.weight.detach()
+        return (self.weight * self.weight_scale).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.mode == "train":
+            y = int8_linear(x, self.weight, self.bias)
+            return y if self.activation is None else ACTIVATIONS[self.activation](y)
+        serve = dynamic_int8_linear if self.mode == "dynamic" else weight_only_matmul
+        if self.activation is None or not torch.is_grad_enabled():
+            return serve(x, self.weight, self.weight_scale, self.bias, self.activation)
+        return ACTIVATIONS[self.activation](serve(x, self.weight, self.weight_scale, self.bias))
+
+    def _apply(self, fn, recurse: bool = True):
+        # half() and to(dtype) convert floating buffers; a scale in 16 bits would change the weights.
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if scale is not None and self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text += f", mode={self.mode!r}"
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
