@@ -1,8 +1,104 @@
-def grad_stats(*args, **kwargs):
-    raise RuntimeError("not written yet")
+"""Unscaling of gradients with the overflow check, and gradient statistics: one pass over any number of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .layout import all_contiguous, is_dense
+from .registration import define_op
+
+GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def unscale_(*args, **kwargs):
-    raise RuntimeError("not written yet")
+@define_op("grad", mutates_args=("grads", "found_inf"))
+def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+    return None
 
 
+@define_op("grad")
+def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    count = len(grads)
+    return grads[0].new_empty(count, dtype=torch.float32), grads[0].new_empty(count, dtype=torch.int64)
+
+
+@torch.no_grad()
+def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+    """Multiply every gradient by ``inv_scale`` in place and note whether any held a NaN or Inf.
+
+    The rule is that of ``torch.amp.GradScaler.unscale_``: what counts is the gradient before the multiplication, and
+    ``found_inf`` is set to 1.0 and never back to 0. Unlike it, FP16 gradients are accepted. The product is computed in
+    FP32 and rounded once. One launch for each dtype, no host synchronisation.
+
+    Args:
+        grads: dense FP16, BF16 or FP32 tensors of any shapes and strides, dtypes mixed, all on one device.
+        inv_scale: one-element FP32 tensor on that device.
+        found_inf: one-element FP32 tensor on that device, changed in place.
+
+    Raises:
+        TypeError: a gradient is not FP16, BF16 or FP32, or a scalar tensor is not FP32.
+        ValueError: a gradient is sparse or on another device, or a scalar tensor has not one element.
+    """
+    grads = _checked_gradients(grads)
+    if not grads:
+        return
+    check_scalar("inv_scale", inv_scale, grads[0].device)
+    check_scalar("found_inf", found_inf, grads[0].device)
+    if all_contiguous(grads):
+        unscale_gradients_(grads, inv_scale, found_inf)
+        return
+    dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+    unscale_gradients_(dense, inv_scale, found_inf)
+    for grad, unscaled in zip(grads, dense, strict=True):
+        if unscaled is not grad:
+            grad.copy_(unscaled)
+
+
+@torch.no_grad()
+def grad_stats(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of squares and number of non-finite elements of every gradient, in one read and without host synchronisation.
+
+    Args:
+        grads: dense FP16, BF16 or FP32 tensors of any shapes and strides, dtypes mixed, all on one device.
+
+    Returns:
+        ``(sum_of_squares, nonfinite)``, FP32 and int64, each [len(grads)]. Squares and sums are FP32 whatever the
+        gradient's dtype. A NaN or Inf element takes part in the sum, which is then NaN or Inf; a sum of finite
+        elements is Inf where it exceeds FP32, and the count is what tells the two apart. The same input gives the same
+        bits on every call.
+
+    Raises:
+        TypeError: a gradient is not FP16, BF16 or FP32.
+        ValueError: a gradient is sparse or on another device.
+    """
+    grads = _checked_gradients(grads)
+    if not grads:
+        return torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.int64)
+    if not all_contiguous(grads):
+        grads = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+    return gradient_statistics(grads)
+
+
+def check_scalar(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise unless ``value`` is a one-element FP32 tensor on ``device``."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {given}; it must be a one-element torch.float32 tensor")
+    if value.numel() != 1 or value.device != device:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} on {value.device}; it must hold one element on {device}"
+        )
+
+
+def _checked_gradients(grads: Sequence[Tensor]) -> list[Tensor]:
+    grads = list(grads)
+    for position, grad in enumerate(grads):
+        if grad.dtype not in GRADIENT_DTYPES:
+            raise TypeError(f"grads[{position}] is {grad.dtype}; gradients must be float16, bfloat16 or float32")
+        if grad.layout != torch.strided:
+            raise ValueError(f"grads[{position}] is {grad.layout}; gradients must be dense tensors")
+        if grad.device != grads[0].device:
+            raise ValueError(
+                f"grads[{position}] is on {grad.device} and grads[0] on {grads[0].device}; pass one device at a time"
+            )
+    return grads

@@ -1,0 +1,257 @@
+"""Gradients of a whole model in one launch per dtype: unscale with the overflow check, and read-only statistics.
+
+``unscale_gradients_``   g <- g * inv_scale for every element; found_inf <- 1 where some g was NaN or Inf before it.
+``gradient_statistics``  per tensor, sum of g^2 in FP32 and the number of elements that are NaN or Inf.
+
+Gradients are FP16, BF16 or FP32 tensors of any size whose elements fill their storage without gaps, in any order;
+``inv_scale`` and ``found_inf`` are one-element FP32 tensors. Arithmetic is FP32, with one rounding at the store.
+The statistics are deterministic: every chunk writes its partial result, and a second launch adds them in order.
+"""
+
+from collections import defaultdict
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .architecture import Architecture, architecture_of
+from .configuration import configuration
+from .multi_tensor import (
+    TRITON_NAMES,
+    TRITON_TYPES,
+    MultiTensorConfig,
+    addresses,
+    programs_for,
+    table_for,
+    tensor_pointer,
+)
+from .variant import Variant
+
+# Table columns: number of elements, address of the gradient, position of the gradient in the caller's list.
+SIZE, GRAD, POSITION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+COLUMNS = tl.constexpr(3)
+
+
+@triton.jit
+def is_nonfinite(x):
+    return ~(tl.abs(x) < float("inf"))
+
+
+@triton.jit
+def unscale_kernel(
+    table,
+    program_tensor,
+    program_chunk,
+    inv_scale,
+    found_inf,
+    GRAD_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
+    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
+    size = tl.load(row + SIZE)
+    grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
+    lanes = tl.arange(0, BLOCK)
+    factor = tl.load(inv_scale)
+    bad = tl.zeros([BLOCK], dtype=tl.int32)
+    if start + CHUNK <= size:
+        for offset in range(0, CHUNK, BLOCK):
+            g = tl.load(grad + offset + lanes).to(tl.float32)
+            bad |= is_nonfinite(g).to(tl.int32)
+            tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE))
+    else:
+        left = (size - start).to(tl.int32)
+        for offset in range(0, left, BLOCK):
+            mask = offset + lanes < left
+            g = tl.load(grad + offset + lanes, mask=mask, other=0.0).to(tl.float32)
+            bad |= is_nonfinite(g).to(tl.int32)
+            tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE), mask=mask)
+    if tl.max(bad, 0) > 0:
+        tl.store(found_inf, 1.0)
+
+
+@triton.jit
+def partial_stats_kernel(
+    table,
+    program_tensor,
+    program_chunk,
+    partial_sum,
+    partial_count,
+    GRAD_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
+    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
+    size = tl.load(row + SIZE)
+    grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
+    lanes = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    bad = tl.zeros([BLOCK], dtype=tl.int32)
+    if start + CHUNK <= size:
+        for offset in range(0, CHUNK, BLOCK):
+            g = tl.load(grad + offset + lanes).to(tl.float32)
+            squares += g * g
+            bad += is_nonfinite(g).to(tl.int32)
+    else:
+        left = (size - start).to(tl.int32)
+        for offset in range(0, left, BLOCK):
+            g = tl.load(grad + offset + lanes, mask=offset + lanes < left, other=0.0).to(tl.float32)
+            squares += g * g
+            bad += is_nonfinite(g).to(tl.int32)
+    tl.store(partial_sum + program, tl.sum(squares, 0))
+    tl.store(partial_count + program, tl.sum(bad, 0))
+
+
+@triton.jit
+def reduce_stats_kernel(
+    table, first_program, partial_sum, partial_count, sum_of_squares, nonfinite, BLOCK: tl.constexpr
+):
+    tensor = tl.program_id(0).to(tl.int64)
+    begin = tl.load(first_program + tensor)
+    end = tl.load(first_program + tensor + 1)
+    position = tl.load(table + tensor * COLUMNS + POSITION)
+    lanes = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], dtype=tl.float32)
+    bad = tl.zeros([BLOCK], dtype=tl.int64)
+    for offset in range(begin, end, BLOCK):
+        mask = offset + lanes < end
+        squares += tl.load(partial_sum + offset + lanes, mask=mask, other=0.0)
+        bad += tl.load(partial_count + offset + lanes, mask=mask, other=0).to(tl.int64)
+    tl.store(sum_of_squares + position, tl.sum(squares, 0))
+    tl.store(nonfinite + position, tl.sum(bad, 0))
+
+
+def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+    """Launch ``unscale_kernel`` once for each (dtype, alignment) among ``grads``."""
+    if not grads:
+        return
+    with torch.cuda.device_of(grads[0]):
+        config = _config(architecture_of(grads[0].device))
+        for (dtype, is_aligned), positions in _groups(grads).items():
+            table, programs = _plan(grads, positions, config)
+            unscale_kernel[(programs.count,)](
+                table,
+                programs.tensor,
+                programs.chunk,
+                inv_scale,
+                found_inf,
+                GRAD_TYPE=TRITON_TYPES[dtype],
+                ALIGNED=is_aligned,
+                CHUNK=config.chunk,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+            )
+
+
+def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Launch the partial and the reducing kernel once for each (dtype, alignment) among ``grads``."""
+    device = grads[0].device
+    sum_of_squares = torch.empty(len(grads), dtype=torch.float32, device=device)
+    nonfinite = torch.empty(len(grads), dtype=torch.int64, device=device)
+    with torch.cuda.device_of(grads[0]):
+        config = _config(architecture_of(device))
+        for (dtype, is_aligned), positions in _groups(grads).items():
+            table, programs = _plan(grads, positions, config)
+            partial_sum = torch.empty(programs.count, dtype=torch.float32, device=device)
+            partial_count = torch.empty(programs.count, dtype=torch.int32, device=device)
+            partial_stats_kernel[(programs.count,)](
+                table,
+                programs.tensor,
+                programs.chunk,
+                partial_sum,
+                partial_count,
+                GRAD_TYPE=TRITON_TYPES[dtype],
+                ALIGNED=is_aligned,
+                CHUNK=config.chunk,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+            )
+            reduce_stats_kernel[(len(positions),)](
+                table,
+                programs.first,
+                partial_sum,
+                partial_count,
+                sum_of_squares,
+                nonfinite,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+            )
+    return sum_of_squares, nonfinite
+
+
+def variants(arch: Architecture) -> list[Variant]:
+    config = _config(arch)
+    launches = []
+    for dtype, is_aligned in (
+        (torch.float16, True),
+        (torch.bfloat16, True),
+        (torch.float32, True),
+        (torch.float16, False),
+    ):
+        label = TRITON_NAMES[dtype] + ("" if is_aligned else ",unaligned")
+        constexprs = {
+            "GRAD_TYPE": TRITON_TYPES[dtype],
+            "ALIGNED": is_aligned,
+            "CHUNK": config.chunk,
+            "BLOCK": config.block,
+        }
+        table = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32"}
+        for name, function, outputs in (
+            ("unscale", unscale_kernel, {"inv_scale": "*fp32", "found_inf": "*fp32"}),
+            ("partial_stats", partial_stats_kernel, {"partial_sum": "*fp32", "partial_count": "*i32"}),
+        ):
+            launches.append(
+                Variant(
+                    name=f"{name}[{label}]",
+                    function=function,
+                    signature=table | outputs,
+                    constexprs=constexprs,
+                    divisible_by_16=tuple(table | outputs),
+                    num_warps=config.num_warps,
+                )
+            )
+    signature = {
+        "table": "*i64",
+        "first_program": "*i32",
+        "partial_sum": "*fp32",
+        "partial_count": "*i32",
+        "sum_of_squares": "*fp32",
+        "nonfinite": "*i64",
+    }
+    launches.append(
+        Variant(
+            name="reduce_stats",
+            function=reduce_stats_kernel,
+            signature=signature,
+            constexprs={"BLOCK": config.block},
+            divisible_by_16=tuple(signature),
+            num_warps=config.num_warps,
+        )
+    )
+    return launches
+
+
+def _config(arch: Architecture) -> MultiTensorConfig:
+    return configuration("grad", MultiTensorConfig, arch, "all")
+
+
+def _groups(grads: list[Tensor]) -> dict[tuple[torch.dtype, bool], list[int]]:
+    groups = defaultdict(list)
+    for position, grad in enumerate(grads):
+        groups[grad.dtype, grad.data_ptr() % 16 == 0].append(position)
+    return groups
+
+
+def _plan(grads: list[Tensor], positions: list[int], config: MultiTensorConfig):
+    members = [grads[position] for position in positions]
+    sizes = [grad.numel() for grad in members]
+    device = members[0].device
+    table = table_for([sizes, addresses(members), positions], device)
+    return table, programs_for(sizes, config.chunk, device)

@@ -1,0 +1,37 @@
+"""Layouts of tensors for kernels that walk storage element by element."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one run of storage, each once, in whatever order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape keep their elements in the same order; strides of one-element dimensions are moot."""
+    return all(x == y for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size != 1)
+
+
+def in_layout_of(reference: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` itself where it lies in storage as ``reference`` does, else a copy that does."""
+    if same_layout(reference, tensor):
+        return tensor
+    copy = torch.empty_strided(reference.shape, reference.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def all_contiguous(*lists: Sequence[Tensor]) -> bool:
+    return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
