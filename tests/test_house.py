@@ -1,0 +1,247 @@
+"""The rules of the house: who imports whom, what an import costs, and that every op is complete."""
+
+import ast
+import importlib
+import inspect
+import statistics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp")
+ATTRIBUTES = ("quantize_", "dequantize_", "save_quantized", "load_quantized")
+
+# The packages of this repository that each part may import, and the modules from elsewhere beside Python's own.
+PARTS = {
+    "mixft.kernels": ({"mixft.kernels"}, {"torch", "triton"}),
+    "mixft.cpu": ({"mixft.cpu"}, {"torch"}),
+    "mixft.ops": ({"mixft.ops", "mixft.cpu"}, {"torch"}),
+    "mixft.nn": ({"mixft.nn", "mixft.ops"}, {"torch", "safetensors"}),
+    "mixft.optim": ({"mixft.optim", "mixft.ops"}, {"torch"}),
+    "mixft.amp": ({"mixft.amp", "mixft.ops"}, {"torch"}),
+    "mixft.losses": ({"mixft.losses", "mixft.ops"}, {"torch"}),
+    "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest"}),
+    "mixft.cli": ({"mixft"}, {"torch", "triton", "typer", "rich", "matplotlib", "transformers", "safetensors"}),
+    "mixft": (set(), set()),
+}
+
+
+def module_name(path: Path) -> str:
+    """The installed name of a source file: kernels/ and benchmarks/ are packages of mixft."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] != "mixft":
+        parts = ("mixft", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path
+    for folder in ("mixft", "kernels", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imports(source: str, module: str, is_package: bool) -> set[str]:
+    """Every module that ``source`` imports, at its top or inside a function, by absolute name."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*base, node.module] if node.module else base)
+            # "from package import module" imports the module.
+            found |= {f"{origin}.{alias.name}" for alias in node.names}
+    return found
+
+
+def forbidden(module: str, imported: set[str]) -> set[str]:
+    part = max((name for name in PARTS if within(module, name)), key=len)
+    ours, others = PARTS[part]
+    return {
+        name
+        for name in imported
+        if name.split(".")[0] not in sys.stdlib_module_names
+        and not any(within(name, allowed) for allowed in (*ours, *others))
+    }
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_downward(module):
+    path = SOURCES[module]
+    imported = imports(path.read_text(), module, is_package=path.stem == "__init__")
+    assert not forbidden(module, imported)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("mixft.kernels.matmul", "from mixft.ops import matmul"),
+        ("mixft.kernels.matmul", "from ..ops import matmul"),
+        ("mixft.kernels.matmul", "def launch():\n    import numpy"),
+        ("mixft.cpu.matmul", "from ..kernels.matmul import matmul"),
+        ("mixft.ops.matmul", "from mixft.kernels import matmul"),
+        ("mixft.ops.matmul", "import mixft.nn"),
+        ("mixft.optim.adamw", "from .. import nn"),
+        ("mixft.nn.linear", "import transformers"),
+        ("mixft", "import torch"),
+    ],
+)
+def test_an_upward_import_is_found(module, source):
+    assert forbidden(module, imports(source, module, is_package=module == "mixft"))
+
+
+IMPORT_COST = """
+import sys, time
+import torch
+if {block_triton}:
+    sys.modules["triton"] = None
+before = set(sys.modules)
+start = time.perf_counter()
+import {module}
+seconds = time.perf_counter() - start
+new = {{name.split(".")[0] for name in set(sys.modules) - before}}
+heavy = new & {{"triton", "transformers", "matplotlib", "typer", "rich", "safetensors", "numpy", "pandas"}}
+assert not heavy, heavy
+assert not torch.cuda.is_initialized()
+print(seconds)
+"""
+
+
+def import_seconds(module: str, *, block_triton: bool = False) -> float:
+    source = IMPORT_COST.format(module=module, block_triton=block_triton)
+    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return float(run.stdout)
+
+
+def test_import_of_mixft_takes_under_a_fifth_of_a_second_beyond_torch():
+    assert statistics.median(import_seconds("mixft") for _ in range(3)) < 0.2
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_the_api_imports_without_triton(module):
+    import_seconds(module, block_triton=True)
+
+
+def registered_ops() -> list[tuple[str, str, str]]:
+    """Every ``define_op``: (the file of mixft.ops, the module that implements it, the implementation's name)."""
+    found = []
+    for module, path in SOURCES.items():
+        if not within(module, "mixft.ops"):
+            continue
+        for function in ast.walk(ast.parse(path.read_text())):
+            for call in getattr(function, "decorator_list", []):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "define_op":
+                    names = [word.value.value for word in call.keywords if word.arg == "name"]
+                    found.append((module, call.args[0].value, names[0] if names else function.name))
+    return found
+
+
+def test_every_public_op_stands_on_registered_ones():
+    ops = importlib.import_module("mixft.ops")
+    files = {module for module, _, _ in registered_ops()}
+    for name in ops.__all__:
+        module = getattr(ops, name).__module__
+        imported = imports(SOURCES[module].read_text(), module, is_package=False)
+        assert module in files or any(within(name, file) for name in imported for file in files), name
+
+
+@pytest.mark.parametrize(("file", "module", "name"), registered_ops())
+def test_launcher_and_cpu_routine_have_one_signature(file, module, name):
+    launcher = getattr(importlib.import_module(f"mixft.kernels.{module}"), name)
+    routine = getattr(importlib.import_module(f"mixft.cpu.{module}"), name)
+    assert parameters(launcher) == parameters(routine)
+    fake = getattr(importlib.import_module(file), name, None)
+    if isinstance(fake, type(importlib.import_module("torch").library.CustomOpDef)):
+        assert parameters(launcher) == parameters(fake._init_fn)
+
+
+def parameters(function) -> list[tuple[str, object]]:
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+def raised(function: ast.FunctionDef) -> set[str]:
+    """The exceptions that the function's own statements raise by name."""
+    found = set()
+    pending = list(function.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+            found.add(ast.unparse(error).split(".")[-1])
+        pending += ast.iter_child_nodes(node)
+    return {name for name in found if name[0].isupper()}
+
+
+def unnamed_errors(source: str) -> set[str]:
+    """What a function, or a class in its public methods, raises without naming it in a docstring."""
+    (item,) = ast.parse(textwrap.dedent(source)).body
+    documentation = ast.get_docstring(item) or ""
+    methods = [item]
+    if isinstance(item, ast.ClassDef):
+        methods = [
+            node
+            for node in item.body
+            if isinstance(node, ast.FunctionDef) and (node.name == "__init__" or not node.name.startswith("_"))
+        ]
+    return {
+        f"{method.name}: {error}"
+        for method in methods
+        for error in raised(method)
+        if error not in documentation + (ast.get_docstring(method) or "")
+    }
+
+
+def public_items() -> dict[str, object]:
+    items = {name: getattr(importlib.import_module("mixft"), name) for name in ATTRIBUTES}
+    for package in PUBLIC:
+        module = importlib.import_module(package)
+        items |= {f"{package}.{name}": getattr(module, name) for name in module.__all__}
+    return items
+
+
+def test_docstrings_name_the_errors_raised():
+    unnamed = {
+        name: errors
+        for name, item in public_items().items()
+        if (errors := unnamed_errors(inspect.getsource(getattr(item, "_init_fn", item))))
+    }
+    assert not unnamed
+
+
+def test_an_unnamed_error_is_found():
+    assert unnamed_errors("def f():\n    'Doubles.'\n    if 1:\n        raise ValueError('x')") == {"f: ValueError"}
+    assert unnamed_errors("class C:\n    'Holds.'\n    def set(self):\n        raise KeyError") == {"set: KeyError"}
+    assert not unnamed_errors("def f():\n    'Raises ValueError.'\n    raise ValueError('x')")
+
+
+def test_everything_public_has_a_docstring():
+    bare = []
+    for name, item in public_items().items():
+        bare += [] if inspect.getdoc(item) else [name]
+        methods = inspect.getmembers(item, inspect.isfunction) if inspect.isclass(item) else []
+        bare += [
+            f"{name}.{method}"
+            for method, function in methods
+            if not method.startswith("_")
+            and function.__module__.startswith("mixft.")
+            and not inspect.getdoc(getattr(item, method))
+        ]
+    assert not bare
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_every_module_says_what_it_holds(module):
+    assert ast.get_docstring(ast.parse(SOURCES[module].read_text()))
