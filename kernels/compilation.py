@@ -35,6 +35,7 @@ class CompiledVariant:
         matrix_instructions: the kinds in use, of ``"mma.sync"``, ``"wgmma"``, ``"tcgen05.mma"`` and ``"mfma"``.
         loads: ``{bytes a thread and instruction: instructions}`` from global memory.
         stores: the same, to global memory.
+        wide_loads: the variant's own claim.
     """
 
     name: str
@@ -46,6 +47,7 @@ class CompiledVariant:
     matrix_instructions: tuple[str, ...]
     loads: dict[int, int]
     stores: dict[int, int]
+    wide_loads: bool
 
 
 def kernel_modules() -> dict[str, ModuleType]:
@@ -79,6 +81,7 @@ def compile_variant(variant: Variant, arch: Architecture) -> CompiledVariant:
         name=variant.name,
         architecture=arch.name,
         dots=tuple(dots),
+        wide_loads=variant.wide_loads,
         **resources,
     )
 

@@ -215,6 +215,7 @@ def variants(arch: Architecture) -> list[Variant]:
                     constexprs=constexprs,
                     divisible_by_16=tuple(table | outputs),
                     num_warps=config.num_warps,
+                    wide_loads=is_aligned,
                 )
             )
     signature = {
@@ -233,6 +234,7 @@ def variants(arch: Architecture) -> list[Variant]:
             constexprs={"BLOCK": config.block},
             divisible_by_16=tuple(signature),
             num_warps=config.num_warps,
+            wide_loads=False,
         )
     )
     return launches

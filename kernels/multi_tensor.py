@@ -78,7 +78,7 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-# Tables are copied without waiting, so they are in order with the launches of one stream only: the stream is in the key.
+# Tables are copied without waiting, in order with the launches of one stream only: so the stream is in the key.
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 

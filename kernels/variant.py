@@ -19,6 +19,7 @@ class Variant:
         divisible_by_16: names of pointer and integer arguments that the launcher's inputs usually have divisible by 16.
         num_warps: warps a program.
         num_stages: software pipeline stages.
+        wide_loads: whether its data is aligned for 128-bit loads, so that the compiled code must have some.
     """
 
     name: str
@@ -29,3 +30,4 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 1
     options: dict[str, Any] = field(default_factory=dict)
+    wide_loads: bool = True

@@ -52,7 +52,7 @@ def complaints(record: dict) -> list[str]:
         found.append(f"needs {record['shared_memory']} bytes of shared memory of {arch.shared_memory}")
     if record["dots"] and arch.tensor_cores and not record["matrix_instructions"]:
         found.append("multiplies tiles without tensor cores")
-    if not record["dots"] and max(map(int, record["loads"]), default=16) < 16:
+    if record["wide_loads"] and not record["dots"] and max(map(int, record["loads"]), default=16) < 16:
         found.append(f"loads at most {max(map(int, record['loads']))} bytes an instruction")
     return found
 

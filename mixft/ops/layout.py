@@ -21,7 +21,8 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape keep their elements in the same order; strides of one-element dimensions are moot."""
+    """Whether two tensors of one shape keep their elements in the same order."""
+    # A dimension of one element may carry any stride.
     return all(x == y for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True) if size != 1)
 
 
