@@ -1,0 +1,117 @@
+"""``define_op``: which code serves a call, what it says without Triton, and that nothing loads before a call."""
+
+import itertools
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mixft.ops.registration import cpu_routine, define_op, interpreting, launcher
+
+unused = (f"probe_{number}" for number in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def forget_loaded_code():
+    launcher.cache_clear()
+    cpu_routine.cache_clear()
+    yield
+    launcher.cache_clear()
+    cpu_routine.cache_clear()
+
+
+@pytest.fixture
+def op(monkeypatch):
+    """An op whose launcher adds 1 and whose CPU routine adds 2."""
+    name = next(unused)
+    for package, amount in (("kernels", 1), ("cpu", 2)):
+        module = ModuleType(f"mixft.{package}.{name}")
+        setattr(module, name, lambda x, amount=amount: x + amount)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def fake(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    return define_op(name, name=name)(fake)
+
+
+@pytest.mark.parametrize(("value", "added"), [("1", 1), ("0", 2), ("", 2), (None, 2)])
+def test_the_interpreter_switch_chooses_the_code(op, monkeypatch, value, added):
+    if value is None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert interpreting() == (added == 1)
+    assert op(torch.zeros(2)).tolist() == [added, added]
+
+
+def test_the_switch_is_read_at_every_call(op, monkeypatch):
+    for value, added in [("1", 1), ("0", 2), ("1", 1)]:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert op(torch.zeros(1)).item() == added
+
+
+def test_a_fake_tensor_reaches_neither(op):
+    with FakeTensorMode() as mode:
+        result = op(mode.from_tensor(torch.zeros(3, 5)))
+    assert result.shape == (3, 5)
+
+
+def test_cpu_and_cuda_are_both_served(op):
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op._qualname, key)
+
+
+def test_the_name_defaults_to_the_fake_s():
+    def probe_named_by_its_fake(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    assert define_op("nowhere")(probe_named_by_its_fake)._qualname == "mixft::probe_named_by_its_fake"
+
+
+def test_a_module_is_loaded_at_the_first_call_and_not_before():
+    def probe_without_code(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    op = define_op("a_module_that_is_not_there")(probe_without_code)
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        op(torch.zeros(1))
+
+
+def test_mutated_arguments_are_in_the_schema():
+    def probe_in_place(x: Tensor, y: Tensor) -> None:
+        pass
+
+    op = define_op("nowhere", mutates_args=("y",))(probe_in_place)
+    x, y = op._opoverload._schema.arguments
+    assert x.alias_info is None
+    assert y.alias_info.is_write
+
+
+def test_missing_triton_is_one_clear_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "mixft.kernels.quantize", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match=r"mixft\.quantize .*needs Triton.*pip install triton.*torch \d") as caught:
+        torch.ops.mixft.quantize(torch.ones(1, 4, 1), True, None)
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_the_cpu_routine_needs_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    values, _, _ = torch.ops.mixft.quantize(torch.ones(1, 4, 1), True, None)
+    assert values.flatten().tolist() == [127] * 4
+
+
+def test_another_missing_module_keeps_its_own_error():
+    with pytest.raises(ModuleNotFoundError, match="no_such_kernel"):
+        launcher("no_such_kernel", "anything")
+
+
+def test_code_that_lacks_the_op_is_an_error():
+    with pytest.raises(AttributeError, match="no_such_routine"):
+        cpu_routine("quantize", "no_such_routine")
