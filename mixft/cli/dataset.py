@@ -52,9 +52,10 @@ def load_dataset(train: str, evaluation: str | None, text_column: str, label_col
             row that could be held out.
     """
     examples = read_examples(train, text_column, label_column)
-    names = _label_names(examples)
+    names = _label_names(examples, train)
     if evaluation is None:
-        hold_out(examples, 0)
+        if not len(hold_out(examples, 0)[1]):
+            raise InputError(f"{train}: no label has a second row to hold out; give more rows or --eval FILE")
         return Dataset(examples, names, None)
     held_out = read_examples(evaluation, text_column, label_column)
     unseen = sorted(set(held_out.labels) - set(names))
@@ -96,9 +97,6 @@ def read_examples(source: str, text_column: str, label_column: str) -> Examples:
 def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
     """Split into training and held-out rows: of each label one row in eight, drawn with ``seed``, and at
     least one where the label has two.
-
-    Raises:
-        InputError: no label has two rows.
     """
     generator = random.Random(seed)
     by_label: dict[str, list[int]] = {}
@@ -109,17 +107,15 @@ def hold_out(examples: Examples, seed: int) -> tuple[Examples, Examples]:
         indices = by_label[label]
         count = max(1, round(len(indices) / HELD_OUT)) if len(indices) > 1 else 0
         held.update(generator.sample(indices, count))
-    if not held:
-        raise InputError("no label has a second row, so none can be held out; give more rows or --eval FILE")
     kept = [index for index in range(len(examples)) if index not in held]
     return examples.take(kept), examples.take(sorted(held))
 
 
-def _label_names(examples: Examples) -> list[str]:
+def _label_names(examples: Examples, source: str) -> list[str]:
     """Labels in class order: by number where all are whole numbers, else by name."""
     names = set(examples.labels)
     if len(names) < 2:
-        raise InputError(f"every training row has the label {names.pop()!r}; a classifier needs two labels or more")
+        raise InputError(f"{source}: every row has the label {names.pop()!r}; a classifier needs two labels or more")
     try:
         return sorted(names, key=int)
     except ValueError:
@@ -154,6 +150,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         # Strict, because a lenient reader takes all that follows an unclosed quote for one text.
         reader = csv.DictReader(file, strict=True)
+        done = 0
         try:
             names = reader.fieldnames or []
             doubled = {name for name in names if names.count(name) > 1}
@@ -166,9 +163,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
                         f"{path}, line {reader.line_num}: {count} values where the header names {len(names)} "
                         "columns; a text with a comma needs quotes"
                     )
-                yield reader.line_num, row
+                done = reader.line_num
+                yield done, row
         except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: {error}; check its quotes") from error
+            raise InputError(f"{path}, row from line {done + 1}: {error}; check its quotes") from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:

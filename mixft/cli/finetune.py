@@ -14,6 +14,31 @@ from mixft.cli import dataset, model_folder
 from mixft.cli.errors import InputError
 from mixft.cli.job import Job, Recipe
 
+DEFAULT_LENGTH = 64
+
+
+def _whole_number(least: int):
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or number < least:
+            raise typer.BadParameter(f"{text!r} is no whole number from {least} up.")
+        return number
+
+    return {"parser": parse, "metavar": "N"}
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise typer.BadParameter(f"{text!r} is no positive number, such as 1e-4.")
+    return number
+
 
 def finetune(
     model: Annotated[str, typer.Option(help="A model folder, or minilm.")] = model_folder.MINILM,
@@ -22,25 +47,25 @@ def finetune(
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
     precision: Annotated[str, typer.Option(help="Some of fp32,bf16,fp16,int8; the first is the base.")] = "fp32,int8",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 1,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts to a step.")] = 32,
-    max_length: Annotated[int, typer.Option(min=3, help="Tokens after which a text is cut.")] = 64,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    epochs: Annotated[int, typer.Option(**_whole_number(1), help="Passes over the training rows.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(**_whole_number(1), help="Stop after so many steps.")] = None,
+    batch_size: Annotated[int, typer.Option(**_whole_number(1), help="Texts to a step.")] = 32,
+    max_length: Annotated[
+        int | None, typer.Option(**_whole_number(3), help="Tokens after which a text is cut; default 64 or fewer.")
+    ] = None,
+    lr: Annotated[float, typer.Option(parser=_positive_number, metavar="F", help="Peak learning rate.")] = 1e-4,
     seeds: Annotated[str, typer.Option(help="Each precision runs once with each.")] = "1",
     output: Annotated[Path | None, typer.Option(help="Folder for report and models; default runs/...")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --output.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
 ) -> None:
     """Fine-tune a text classifier in one or more precisions and compare them."""
-    if not (math.isfinite(lr) and lr > 0):
-        raise InputError(f"--lr is {lr}; a positive number would do, such as 1e-4")
     seed_list = _seeds(seeds)
     if output is None:
         output = Path("runs") / f"{Path(train).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     data = dataset.load_dataset(train, eval, text_column, label_column)
     source = model_folder.find_model(model)
-    _check_model(source, max_length)
+    max_length = _max_length(source, max_length)
 
     # Here, so that --help and a refused file do not wait for torch and matplotlib.
     from mixft.cli import runs
@@ -96,7 +121,9 @@ def _precisions(given: str) -> list[str]:
     return names
 
 
-def _check_model(source: Path, max_length: int) -> None:
+def _max_length(source: Path, given: int | None) -> int:
+    """Tokens after which a text is cut; reading the model's limit also shows that tokenizer and configuration load."""
     longest = model_folder.longest_input(model_folder.load_tokenizer(source), model_folder.load_config(source))
-    if max_length > longest:
-        raise InputError(f"--max-length is {max_length}; the model in {source} takes {longest} tokens at most")
+    if given is not None and given > longest:
+        raise InputError(f"--max-length is {given}; the model in {source} takes {longest} tokens at most")
+    return given or min(DEFAULT_LENGTH, longest)

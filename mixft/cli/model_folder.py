@@ -65,8 +65,9 @@ def load_tokenizer(folder: Path):
     Raises:
         InputError: transformers cannot read it, or it has no token to pad with.
     """
+    transformers = quiet_transformers()
     try:
-        tokenizer = quiet_transformers().AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(f"the tokenizer in {folder} does not load: {error}") from error
     if tokenizer.pad_token is None:

@@ -1,0 +1,212 @@
+"""`mixft finetune` and `mixft predict` end to end, on a tiny model and file that the project has never seen."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_bert import CLASSES, rows, save_tiny_bert, write_csv
+
+from mixft.cli import main
+from mixft.cli.dataset import load_dataset
+from mixft.cli.model_folder import quiet_transformers
+
+PRECISIONS = ["fp32", "bf16", "fp16", "int8"]
+ROWS, HELD_OUT, BATCH, EPOCHS = 97, 12, 8, 4
+RUN_KEYS = {
+    "precision",
+    "seed",
+    "steps",
+    "train_seconds",
+    "seconds_per_step_median",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "model_bytes",
+    "optimizer_bytes",
+    "final_train_loss",
+    "eval_accuracy",
+    "eval_accuracy_int8",
+    "overflow_steps",
+    "losses",
+}
+
+
+@pytest.fixture(autouse=True)
+def cpu_routines(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    save_tiny_bert(folder / "model")
+    write_csv(folder / "train.csv", rows(ROWS), header=("review", "verdict"))
+    return folder
+
+
+def command(folder, *more):
+    return [
+        *("finetune", "--model", str(folder / "model"), "--train", str(folder / "train.csv"), "--device", "cpu"),
+        *("--text-column", "review", "--label-column", "verdict", "--batch-size", str(BATCH), "--max-length", "24"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """One run of every precision, by the installed command: its output folder, what it printed, its report."""
+    arguments = ("--precision", ",".join(PRECISIONS), "--epochs", str(EPOCHS), "--lr", "5e-3", "--seeds", "3")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from mixft.cli import main; sys.exit(main())"]
+        + command(folder, *arguments, "--output", str(folder / "out")),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "120"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "out", done, json.loads((folder / "out" / "report.json").read_text())
+
+
+def test_report(finished):
+    _, _, report = finished
+    assert set(report) == {"environment", "task", "runs"}
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["task"]["labels"] == sorted(CLASSES.values())
+    assert (report["task"]["train_examples"], report["task"]["eval_examples"]) == (ROWS - HELD_OUT, HELD_OUT)
+    assert [run["precision"] for run in report["runs"]] == PRECISIONS
+    for run in report["runs"]:
+        assert set(run) == RUN_KEYS
+        assert run["seed"] == 3
+        assert run["steps"] == len(run["losses"]) == EPOCHS * math.ceil((ROWS - HELD_OUT) / BATCH)
+        assert all(map(math.isfinite, run["losses"]))
+        assert 0 < run["seconds_per_step_median"] < run["train_seconds"]
+        assert run["peak_memory_bytes"] > run["model_bytes"] + run["optimizer_bytes"]
+
+
+def test_every_precision_learns(finished):
+    for run in finished[2]["runs"]:
+        assert run["losses"][0] == pytest.approx(math.log(3), rel=0.2)
+        assert run["final_train_loss"] < 0.2
+        assert run["eval_accuracy"] == 1.0
+        assert run["eval_accuracy_int8"] == 1.0
+
+
+def test_every_precision_sees_the_same_batches(finished):
+    plain, *others = [run["losses"] for run in finished[2]["runs"]]
+    for losses in others:
+        assert losses[:4] == pytest.approx(plain[:4], abs=0.03)
+
+
+def test_bytes_are_those_of_the_tensors(finished):
+    runs = {run["precision"]: run for run in finished[2]["runs"]}
+    model = quiet_transformers().AutoModelForSequenceClassification.from_pretrained(finished[0] / "fp32-seed3")
+    count, tensors = model.num_parameters(), len(list(model.parameters()))
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert runs["fp32"]["model_bytes"] == 4 * count + buffers
+    assert runs["fp16"]["model_bytes"] == 2 * count + buffers
+    assert runs["fp32"]["optimizer_bytes"] == 8 * count + 4 * tensors
+    assert runs["fp16"]["optimizer_bytes"] >= 12 * count
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_saved_model_loads_and_is_the_trained_one(finished, folder, precision):
+    transformers = quiet_transformers()
+    saved = finished[0] / f"{precision}-seed3"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(saved)
+    assert {type(module) for module in model.modules() if "Linear" in type(module).__name__} == {torch.nn.Linear}
+    assert model.dtype == torch.float32
+    _, held_out = load_dataset(str(folder / "train.csv"), None, "review", "verdict").split(3)
+    with torch.no_grad():
+        logits = model(**tokenizer(held_out.texts, padding=True, return_tensors="pt")).logits
+    assert [model.config.id2label[index] for index in logits.argmax(-1).tolist()] == held_out.labels
+
+
+def test_table_and_curves(finished):
+    out, done, _ = finished
+    lines = done.stdout.splitlines()
+    for precision in PRECISIONS:
+        row = next(line for line in lines if line.startswith(f"│ {precision}"))
+        assert "x" in row
+        assert row.count("100.0%") == 2
+    assert "1.00x" in next(line for line in lines if line.startswith("│ fp32"))
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "int8 seed 3" in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("options", [[], ["--int8"]])
+def test_predict(finished, capsys, precision, options):
+    saved = str(finished[0] / f"{precision}-seed3")
+    assert main(["predict", saved, "the film of a bad\nscene", "good plot", *options, "--device", "cpu"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    label, probability, sentence = first.split("\t")
+    assert (label, sentence) == ("nein", "the film of a bad scene")
+    assert 0.5 < float(probability) <= 1
+    assert second.startswith("ja, gern\t")
+
+
+def test_predict_takes_the_int8_folder(finished, capsys):
+    assert main(["predict", str(finished[0] / "int8-seed3" / "int8"), "a dull actor", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("na ja\t")
+
+
+def test_predict_names_the_models_of_an_output_folder(finished, capsys):
+    assert main(["predict", str(finished[0]), "a dull actor"]) == 2
+    assert "fp16-seed3" in capsys.readouterr().err
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_existing_run_is_refused_untouched(finished, folder, capsys):
+    before = contents(finished[0])
+    assert main(command(folder, "--output", str(finished[0]))) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(command(folder, "--output", str(finished[0]), "--overwrite", "--max-length", "99")) == 2
+    assert contents(finished[0]) == before
+
+
+def test_overwrite_replaces_runs_and_nothing_else(folder, tmp_path):
+    (tmp_path / "int8-seed1").mkdir()
+    (tmp_path / "int8-seed1" / "old").touch()
+    (tmp_path / "report.json").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    arguments = command(folder, "--precision", "fp32", "--max-steps", "2", "--output", str(tmp_path))
+    assert main([*arguments, "--overwrite"]) == 0
+    assert not (tmp_path / "int8-seed1").exists()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["steps"] == 2
+
+
+def test_failed_run_is_one_line_and_its_log_stays(folder, tmp_path, capsys):
+    broken = save_tiny_bert(tmp_path / "model")
+    (broken / "model.safetensors").write_bytes(b"nothing of the kind")
+    out = tmp_path / "out"
+    assert main(command(folder, "--model", str(broken), "--precision", "fp32", "--output", str(out))) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "fp32 seed 1" in error
+    assert "Traceback" in (out / "fp32-seed1" / "train.log").read_text()
+    assert not (out / "report.json").exists()
+
+
+def test_interrupt_stops_the_run(folder, tmp_path):
+    arguments = command(folder, "--precision", "fp32", "--epochs", "200000", "--output", str(tmp_path / "out"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from mixft.cli import main; sys.exit(main())", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "FORCE_COLOR": "1"},
+    )
+    shown = ""
+    while "tokens/s" not in shown and process.poll() is None:
+        shown += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    assert "stopped during fp32 seed 1" in process.stderr.read()  # ends once the run's process has let go of it
+    assert process.wait() == 130
