@@ -17,6 +17,7 @@ from mixft.cli.model_folder import quiet_transformers
 
 PRECISIONS = ["fp32", "bf16", "fp16", "int8"]
 ROWS, HELD_OUT, BATCH, EPOCHS = 97, 12, 8, 4
+MIXFT = [sys.executable, "-c", "import sys; from mixft.cli import main; sys.exit(main())"]
 RUN_KEYS = {
     "precision",
     "seed",
@@ -61,8 +62,7 @@ def finished(folder):
     """One run of every precision, by the installed command: its output folder, what it printed, its report."""
     arguments = ("--precision", ",".join(PRECISIONS), "--epochs", str(EPOCHS), "--lr", "5e-3", "--seeds", "3")
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from mixft.cli import main; sys.exit(main())"]
-        + command(folder, *arguments, "--output", str(folder / "out")),
+        [*MIXFT, *command(folder, *arguments, "--output", str(folder / "out"))],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "120"},
@@ -199,7 +199,7 @@ def test_failed_run_is_one_line_and_its_log_stays(folder, tmp_path, capsys):
 def test_interrupt_stops_the_run(folder, tmp_path):
     arguments = command(folder, "--precision", "fp32", "--epochs", "200000", "--output", str(tmp_path / "out"))
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from mixft.cli import main; sys.exit(main())", *arguments],
+        [*MIXFT, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "FORCE_COLOR": "1"},

@@ -21,9 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
             raise
-        return _refuse(f"this command needs {error.name}, which is not installed; pip install 'mixft[cli]'")
+        return _refuse(f"this command needs {package}, which is not installed; pip install 'mixft[cli]'")
 
 
 def _run(arguments: list[str]) -> int:

