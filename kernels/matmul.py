@@ -283,8 +283,8 @@ def activation_backward(
     return out, bias_partial.sum(0) if want_bias else bias_partial.new_empty(0)
 
 
-# The operand layouts of forward (a @ weight.t()), grad_a (grad @ weight) and grad_b (grad.t() @ a): which strides are 1,
-# and which extent is the number of tokens, the one that need not be divisible by 16.
+# The operand layouts of forward (a @ weight.t()), grad_a (grad @ weight) and grad_b (grad.t() @ a): which strides are
+# 1, and which extent is the number of tokens, the one that need not be divisible by 16.
 LAYOUTS = {
     "forward": (("a_stride_k", "b_stride_k"), "M"),
     "grad_a": (("a_stride_k", "b_stride_n"), "M"),
@@ -349,6 +349,7 @@ def matmul_variant(
         divisible_by_16=tuple(pointers if bucket == "unaligned" else aligned),
         num_warps=num_warps,
         num_stages=num_stages,
+        wide_loads=bucket != "unaligned",
     )
 
 

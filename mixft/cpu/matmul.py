@@ -2,6 +2,8 @@
 
 torch's FP16 matmul takes several times as long as its FP32 one on a CPU without FP16 arithmetic, so FP16 is computed in
 FP32. BF16 products go to torch only when nothing happens between the sum and the cast, because torch rounds its result.
+FP32 products go to oneDNN where the CPU has AVX-512: MKL, which serves torch's FP32 matmul, keeps to AVX2 on CPUs that
+are not Intel's, and then takes twice as long.
 """
 
 import functools
@@ -12,12 +14,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import ACTIVATIONS
+from .instruction_set import has_bf16_dot
 
 
 @functools.cache
-def multiplies_bf16() -> bool:
-    """Whether this CPU has BF16 dot-product instructions, AVX512-BF16 or AMX."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def has_onednn_linear() -> bool:
+    """Whether oneDNN's FP32 linear layer is there and uses AVX-512."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.cpu._is_avx512_supported()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+# oneDNN prepares each new shape for about 2 ms, which fewer multiplications than these do not win back in a few calls.
+ONEDNN_MULTIPLICATIONS = 2**26
+
+
+def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``a @ b + bias`` of FP32 tensors [M, K], [K, N] and [N]."""
+    if a.shape[0] * b.numel() >= ONEDNN_MULTIPLICATIONS and has_onednn_linear():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return F.linear(a, b.t(), bias)
 
 
 def matmul_forward(
@@ -33,10 +51,10 @@ def matmul_forward(
     a = a.reshape(math.prod(lead), a.shape[-1])
     one_dtype = out_dtype == a.dtype and (bias is None or bias.dtype == a.dtype)
     plain = activation == "none" and one_dtype and not keep_preactivation
-    if plain and a.dtype == torch.bfloat16 and multiplies_bf16():
+    if plain and a.dtype == torch.bfloat16 and has_bf16_dot():
         product = F.linear(a, b.t(), bias)
     else:
-        product = F.linear(a.float(), b.float().t(), None if bias is None else bias.float())
+        product = fp32_product(a.float(), b.float(), None if bias is None else bias.float())
     preactivation = product.to(a.dtype, copy=True) if keep_preactivation else a.new_empty(0)
     out = ACTIVATIONS[activation](product).to(out_dtype)
     shape = (*lead, b.shape[1])

@@ -1,0 +1,346 @@
+"""``mixft.ops.matmul`` against FP64, forward and backward, on every server."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_within_budget, error
+
+from mixft.ops import matmul
+from mixft.ops.matmul import activation_backward, matmul_forward
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+HALF = [torch.float16, torch.bfloat16]
+
+
+def operands(m, k, n, dtype, device, lead=()):
+    a = torch.randn(*lead, m, k, device=device, dtype=dtype)
+    b = torch.randn(k, n, device=device, dtype=dtype) / max(k, 1) ** 0.5
+    return a, b, torch.randn(n, device=device, dtype=dtype)
+
+
+def exact(a, b, bias, activation):
+    total = a.double() @ b.double()
+    return ACTIVATIONS[activation](total if bias is None else total + bias.double())
+
+
+def torch_result(a, b, bias, activation):
+    """torch's own result at the operands' dtype, on the CPU."""
+    return ACTIVATIONS[activation](F.linear(a.cpu(), b.cpu().t(), None if bias is None else bias.cpu()))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (17, 66, 33), (66, 130, 70), (48, 64, 48), (16, 272, 32)])
+def test_forward(device, shape, dtype, activation):
+    a, b, bias = operands(*shape, dtype, device)
+    out = matmul(a, b, bias, activation)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    assert_within_budget(out, exact(a, b, bias, activation), torch_result(a, b, bias, activation), 1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_nothing_is_rounded_before_the_one_cast(device, dtype, activation):
+    a, b, bias = operands(17, 66, 33, dtype, device)
+    truth = exact(a, b, bias, activation)
+    assert error(matmul(a, b, bias, activation, torch.float32), truth) < 3e-6
+    for out_dtype in HALF:
+        out = matmul(a, b, bias, activation, out_dtype)
+        assert out.dtype == out_dtype
+        # Half a unit in the last place of each value, and the FP32 error on top.
+        spacing = torch.finfo(out_dtype).eps * truth.abs() / 2 + torch.finfo(out_dtype).tiny
+        assert ((out.double() - truth).abs() <= spacing * 1.001 + 3e-6).all()
+
+
+def test_large_product_in_groups_of_tiles(device):
+    a, b, bias = operands(1201, 32, 2064, torch.float16, device)
+    for activation, out_dtype in ((None, torch.float32), ("relu", torch.float32)):
+        assert error(matmul(a, b, bias, activation, out_dtype), exact(a, b, bias, activation)) < 3e-6
+
+
+def test_many_multiplications(device):
+    a, b, bias = operands(300, 256, 1024, torch.float16, device)
+    assert error(matmul(a, b, bias, "gelu", torch.float32), exact(a, b, bias, "gelu")) < 1e-5
+    a, b, bias = a.float(), b.float().t().contiguous().t(), bias.float()
+    assert error(matmul(a, b, bias), exact(a, b, bias, None)) < 1e-5
+
+
+LAYOUTS = {
+    "transposed a": lambda a, b: (a.t().contiguous().t(), b),
+    "transposed b": lambda a, b: (a, b.t().contiguous().t()),
+    "both transposed": lambda a, b: (a.t().contiguous().t(), b.t().contiguous().t()),
+    "misaligned": lambda a, b: (F.pad(a.flatten(), (1, 0))[1:].view(a.shape), b),
+    "rows of a wider tensor": lambda a, b: (F.pad(a, (3, 4))[:, 3:-4], F.pad(b, (1, 2))[:, 1:-2]),
+    "every second column": lambda a, b: (a.repeat_interleave(2, 1)[:, ::2], b.repeat_interleave(2, 1)[:, ::2]),
+    "expanded": lambda a, b: (a[:1].expand(a.shape), b[:, :1].expand(b.shape)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(33, 80, 48), (19, 37, 21)])
+def test_layouts(device, shape, layout):
+    a, b, bias = operands(*shape, torch.float16, device)
+    a, b = LAYOUTS[layout](a, b)
+    assert error(matmul(a, b, bias[::1], None, torch.float32), exact(a, b, bias, None)) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+def test_leading_dimensions(device, lead, dtype):
+    a, b, bias = operands(5, 33, 7, dtype, device, lead)
+    out = matmul(a, b, bias, "silu", torch.float32)
+    assert error(out, exact(a, b, bias, "silu")) < 3e-6
+    swapped = a.transpose(0, -2)
+    assert error(matmul(swapped, b, bias, "silu", torch.float32), exact(swapped, b, bias, "silu")) < 3e-6
+    vector = a.flatten(0, -2)[0]
+    assert error(matmul(vector, b, bias, "silu", torch.float32), exact(vector, b, bias, "silu")) < 3e-6
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("shape", [(0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_empty(device, shape, activation, dtype):
+    inputs = [x.requires_grad_() for x in operands(*shape, dtype, device)]
+    out = matmul(*inputs, activation)
+    assert error(out, exact(*inputs, activation)) < 1e-3
+    grads = torch.autograd.grad(out.sum(), inputs)
+    expected = torch.autograd.grad(exact(*inputs, activation).sum(), inputs)
+    for grad, truth in zip(grads, expected, strict=True):
+        assert error(grad, truth.double()) < 5e-3
+
+
+def test_bias_in_fp32_and_strided(device):
+    a, b, bias = operands(9, 20, 10, torch.bfloat16, device)
+    wide = bias.float().repeat_interleave(2)[::2] * 1.0009765625
+    assert error(matmul(a, b, wide, None, torch.float32), exact(a, b, wide, None)) < 3e-6
+    assert error(matmul(a, b, bias.repeat_interleave(2)[::2], None, torch.float32), exact(a, b, bias, None)) < 3e-6
+    wide.requires_grad_()
+    (grad,) = torch.autograd.grad(matmul(a, b, wide, None).sum(), wide)
+    assert grad.dtype == torch.float32
+    assert torch.equal(grad, torch.full_like(grad, 9.0))
+
+
+def test_every_element_is_written(device):
+    a, b, bias = operands(67, 40, 70, torch.float16, device)
+    torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN
+    try:
+        out, kept = matmul_forward(a, b, bias, "gelu", torch.float32, True)
+        grad, grad_bias = activation_backward(out, kept, "gelu", torch.float16, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for tensor in (out, kept, grad, grad_bias):
+        assert tensor.isfinite().all()
+    assert error(kept, exact(a, b, bias, None)) < 2e-3
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_and_inf(device, activation):
+    a, b, bias = operands(20, 34, 18, torch.float16, device)
+    a[3, 4] = float("nan")
+    a[5, 6] = float("inf")
+    a[7, 8] = float("-inf")
+    bias[2] = float("nan")
+    out = matmul(a, b, bias, activation).double()
+    truth = exact(a, b, bias, activation).to(torch.float16).double()
+    assert torch.equal(out.isnan(), truth.isnan())
+    assert torch.equal(out.isinf(), truth.isinf())
+    assert error(out[8:], truth[8:]) < 5e-3
+
+
+def gradients(function, inputs, weight):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad((function(*leaves).double() * weight).sum(), leaves)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("shape", [(7, 33, 21), (80, 48, 64)])
+def test_backward(device, shape, dtype, activation):
+    inputs = operands(*shape, dtype, device, lead=(2,))
+    weight = torch.randn(2, shape[0], shape[2], device=device).to(dtype).double()
+    actual = gradients(lambda a, b, bias: matmul(a, b, bias, activation), inputs, weight)
+    truth = gradients(lambda a, b, bias: exact(a, b, bias, activation), [x.double() for x in inputs], weight)
+    same = gradients(lambda a, b, bias: torch_result(a, b, bias, activation), [x.cpu() for x in inputs], weight.cpu())
+    for got, expected, own, like in zip(actual, truth, same, inputs, strict=True):
+        assert got.dtype == like.dtype
+        assert got.shape == like.shape
+        assert_within_budget(got, expected, own, 2.0**-11 if dtype == torch.float16 else 2.0**-8)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_backward_from_an_fp32_output(device, activation):
+    inputs = operands(9, 20, 30, torch.float16, device)
+    weight = torch.randn(9, 30, device=device).double()
+    actual = gradients(lambda a, b, bias: matmul(a, b, bias, activation, torch.float32), inputs, weight)
+    truth = gradients(lambda a, b, bias: exact(a, b, bias, activation), [x.double() for x in inputs], weight)
+    for got, expected in zip(actual, truth, strict=True):
+        assert error(got, expected) < 2e-3 * expected.abs().max().item() + 1e-3
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_slope_far_from_zero(device, activation):
+    grad = torch.ones(1, 8, device=device)
+    kept = torch.tensor([[-math.inf, -6e4, -100, -70, 70, 100, 6e4, math.inf]], device=device).half()
+    for dtype in (torch.float16, torch.float32):
+        out, _ = activation_backward(grad, kept.to(dtype), activation, torch.float32, False)
+        assert error(out, torch.tensor([[0.0] * 4 + [1.0] * 4]).double()) < 1e-20
+    out, total = activation_backward(grad, torch.full_like(kept, math.nan), activation, torch.float32, True)
+    assert out.isnan().all() == (activation != "relu")
+    assert total.isnan().all() == (activation != "relu")
+
+
+def test_bias_gradient_over_many_rows(device):
+    grad = torch.randn(517, 300, device=device).half()
+    kept = torch.randn(517, 300, device=device).half()
+    slope = kept.double().requires_grad_()
+    (truth,) = torch.autograd.grad(F.gelu(slope), slope, grad.double())
+    out, total = activation_backward(grad, kept, "gelu", torch.float32, True)
+    assert error(out, truth) < 2e-6
+    assert error(total, truth.sum(0)) < 2e-4
+    strided, _ = activation_backward(grad.t().contiguous().t(), kept, "gelu", torch.float32, False)
+    assert torch.equal(strided, out)
+
+
+def test_gradient_keeps_the_layout_of_b(device):
+    a, b, _ = operands(9, 20, 30, torch.float16, device)
+    for like in (b, b.t().contiguous().t()):
+        like = like.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(matmul(a, like).sum(), like)
+        assert grad.stride() == like.stride()
+
+
+def test_only_what_a_gradient_needs_is_kept(device):
+    a, b, bias = operands(9, 20, 30, torch.float16, device)
+    frozen = matmul(a.requires_grad_(), b, bias, "relu")
+    kept_a, kept_b, kept = frozen.grad_fn.saved_tensors
+    assert kept_a is None
+    assert kept_b.data_ptr() == b.data_ptr()
+    assert kept.data_ptr() == frozen.data_ptr()
+    with torch.no_grad():
+        assert not matmul(a, b, bias, "gelu").requires_grad
+
+
+def test_second_derivative(device):
+    a, b, _ = operands(4, 5, 6, torch.float32, device)
+    a.requires_grad_()
+    b.requires_grad_()
+    (grad,) = torch.autograd.grad(matmul(a, b).pow(2).sum(), a, create_graph=True)
+    (actual,) = torch.autograd.grad(grad.pow(2).sum(), b)
+    (grad,) = torch.autograd.grad((a @ b).pow(2).sum(), a, create_graph=True)
+    (expected,) = torch.autograd.grad(grad.pow(2).sum(), b)
+    assert error(actual, expected.double()) < 1e-3
+    (grad,) = torch.autograd.grad(matmul(a, b, None, "gelu").sum(), a, create_graph=True)
+    with pytest.raises(RuntimeError, match="activation_backward"):
+        grad.sum().backward()
+
+
+def test_gradient_without_the_preactivation_is_refused(device):
+    a, b, _ = operands(4, 5, 6, torch.float16, device)
+    out, _ = matmul_forward(a.requires_grad_(), b, None, "gelu", torch.float16, False)
+    with pytest.raises(RuntimeError, match="keep_preactivation"):
+        out.sum().backward()
+
+
+def test_same_bits_on_every_run(device):
+    a, b, bias = operands(40, 130, 50, torch.bfloat16, device)
+    first, second = matmul(a, b, bias, "gelu"), matmul(a, b, bias, "gelu")
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_gpus_without_matrix_instructions(monkeypatch, dtype, activation):
+    from mixft.kernels import architecture
+    from mixft.kernels import matmul as kernels
+
+    monkeypatch.setattr(kernels, "architecture_of", lambda device: architecture.ARCHITECTURES["sm_75"])
+    a, b, bias = operands(17, 66, 33, dtype, "cpu")
+    for given in (bias, None, bias.float()):
+        for out_dtype, limit in ((torch.float32, 3e-6), (dtype, torch.finfo(dtype).eps * 4)):
+            out, kept = kernels.matmul_forward(a, b, given, activation or "none", out_dtype, True)
+            assert out.dtype == out_dtype
+            assert error(out, exact(a, b, given, activation)) < limit
+            assert error(kept, exact(a, b, given, None)) < torch.finfo(dtype).eps * 4
+    out, kept = kernels.matmul_forward(a, b, bias, activation or "none", dtype, False)
+    assert error(out, exact(a, b, bias, activation)) < torch.finfo(dtype).eps * 4
+    assert kept.numel() == 0
+
+
+def test_buckets():
+    from mixft.kernels.matmul import bucket
+
+    def of(m, k, n, activation="none", first=0):
+        a = torch.empty(m * k + first, dtype=torch.float16)[first:].view(m, k)
+        return bucket(a, torch.empty(n, k, dtype=torch.float16).t(), activation)
+
+    assert of(8, 64, 64) == "small"
+    assert of(33, 64, 64) == "medium"
+    assert of(2048, 64, 1040) == "wide"
+    assert of(2049, 64, 1040, "gelu") == "large"
+    assert {of(33, 64, 65), of(33, 63, 64), of(33, 64, 64, first=1)} == {"unaligned"}
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_opcheck(device, activation):
+    a, b, bias = operands(3, 10, 6, torch.float16, device, lead=(2,))
+    keep = activation == "gelu"
+    leaves = [x.requires_grad_() for x in (a, b, bias)]
+    torch.library.opcheck(matmul_forward, (*leaves, activation, torch.float32, keep))
+    torch.library.opcheck(matmul_forward, (a[0], b, None, activation, torch.float16, keep))
+    grad = torch.randn(6, 6, device=device)
+    torch.library.opcheck(activation_backward, (grad, grad.half(), activation, torch.float16, True))
+    torch.library.opcheck(activation_backward, (grad.t(), grad.half(), activation, torch.float16, False))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiled_equals_eager(device, activation):
+    inputs = [x.requires_grad_() for x in operands(3, 10, 6, torch.float16, device, lead=(2,))]
+
+    def function(a, b, bias):
+        return matmul(a, b, bias, activation)
+
+    torch.compiler.reset()
+    out = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+    assert torch.equal(out, function(*inputs))
+    for compiled, eager in zip(
+        torch.autograd.grad(out.sum(), inputs),
+        torch.autograd.grad(function(*inputs).sum(), inputs),
+        strict=True,
+    ):
+        assert torch.equal(compiled, eager)
+
+
+def half(*shape, device="cpu"):
+    return torch.zeros(shape, dtype=torch.float16, device=device)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ((half(2, 3), half(4, 5)), ValueError, r"\(2, 3\) and b \(4, 5\)"),
+        ((half(2, 3), half(3)), ValueError, r"\(2, 3\) and b \(3,\)"),
+        ((half(), half(1, 1)), ValueError, r"a has shape \(\)"),
+        ((half(2, 3), half(3, 4).float()), TypeError, "float16 and b is torch.float32"),
+        ((half(2, 3).double(), half(3, 4).double()), TypeError, "float64"),
+        ((half(2, 3).to(torch.int8), half(3, 4).to(torch.int8)), TypeError, "int8"),
+        ((half(2, 3), half(3, 4), half(3)), ValueError, r"bias has shape \(3,\); it must be \(4,\)"),
+        ((half(2, 3), half(3, 4), half(1, 4)), ValueError, r"bias has shape \(1, 4\)"),
+        ((half(2, 3), half(3, 4), half(4).bfloat16()), TypeError, "bias is torch.bfloat16"),
+        ((half(2, 3), half(3, 4), None, "tanh"), ValueError, "activation is 'tanh'.*gelu_tanh"),
+        ((half(2, 3), half(3, 4), None, None, torch.int32), TypeError, "out_dtype is torch.int32"),
+        ((half(2, 3), half(3, 4, device="meta")), ValueError, "a is on cpu and b on meta"),
+        ((half(2, 3), half(3, 4), half(4, device="meta")), ValueError, "bias is on meta and a on cpu"),
+    ],
+)
+def test_refused(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        matmul(*arguments)
