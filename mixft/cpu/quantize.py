@@ -7,6 +7,7 @@ of that FP32 number is round(y) as int8.
 
 from collections.abc import Iterator
 from itertools import repeat
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -31,13 +32,14 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
         finite = True
     else:
         low, high = value_range(x, symmetric)
-        finite = bool((high - low).isfinite().all())
+        # NaN and infinity pass through every reduction, so the range tells of them without another look at x.
+        finite = isfinite((high if symmetric else high - low).amax())
     if not finite:
         low, high = value_range(torch.where(x.isfinite(), x, 0), symmetric)
     if symmetric:
         high = high.clamp_(min=127 * SMALLEST_SCALE)
-        scale, inverse = high / 127, 127 / high
-        shift = torch.tensor(UNIT_ROUNDER)
+        # A number over a tensor would be its reciprocal times the number: two roundings.
+        scale, inverse, shift = high / 127, torch.tensor(127.0) / high, UNIT_ROUNDER
         zero_point = torch.empty(0, dtype=torch.int32)
         lowest = -127
     else:
@@ -54,13 +56,16 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
     generator = None if seed is None else torch.Generator().manual_seed(int(seed))
     # A finite symmetric group cannot leave the range by rounding to the nearest, so it needs no clamp.
     clamped = not (symmetric and finite and generator is None)
+    # One pass instead of two, but torch's addcmul is slow where the factor does not vary along the last dimension.
+    fused = not clamped and inner > 1 and x.dtype == torch.float32
+    rounder = torch.tensor(UNIT_ROUNDER)
     for source, target, factor, offset in pieces(x, values, inverse, shift):
-        if inner > 1 and x.dtype == torch.float32 and finite and generator is None:
-            y = torch.addcmul(offset, source, factor)
+        if fused:
+            y = torch.addcmul(rounder, source, factor)
         else:
-            y = torch.mul(source, factor) if source.dtype == torch.float32 else source.float().mul_(factor)
+            y = source * factor if source.dtype == torch.float32 else source.float().mul_(factor)
             if not finite:
-                y.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+                y.nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
             if generator is not None:
                 y.add_(rounding_noise(y.shape, generator), alpha=2.0**-16)
             y.add_(offset)
@@ -70,29 +75,27 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
     return values, scale, zero_point
 
 
-def value_range(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """FP32 (low, high) along dimension 1; (-absmax, absmax) when ``symmetric``. NaN and infinity show in the result."""
+def value_range(x: Tensor, symmetric: bool) -> tuple[Tensor | None, Tensor]:
+    """FP32 (low, high) along dimension 1; (None, absmax) when ``symmetric``. NaN and infinity show in the result."""
     if x.dtype == torch.float32:
         # Two reductions that read only are faster than one over the absolute values, which are written first.
         low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
-        if symmetric:
-            high = torch.maximum(high, low.neg_())
-            low = -high
-        return low, high
+        return (None, torch.maximum(high, low.neg_())) if symmetric else (low, high)
     if symmetric:
-        # Without the sign bit 16-bit floats are in the order of their bits, with NaN on top, and integers reduce faster.
+        # Without the sign bit 16-bit floats are ordered as their bits are, NaN on top, and integers reduce faster.
         magnitude = x.view(torch.int16) & 0x7FFF
         high = magnitude.amax(1, keepdim=True).view(x.dtype).float()
-        return -high, high
+        return None, high
     return x.amin(1, keepdim=True).float(), x.amax(1, keepdim=True).float()
 
 
-def pieces(x: Tensor, values: Tensor, *groups: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching parts of ``PIECE`` elements or so of x, of values and of tensors [outer, 1, inner] or scalars."""
+def pieces(x: Tensor, values: Tensor, *groups: Tensor | float) -> Iterator[tuple[Tensor, ...]]:
+    """Matching parts of ``PIECE`` elements or so of x, of values and of tensors [outer, 1, inner] or numbers."""
     dim = 0 if x.shape[0] >= x.shape[1] else 1
     length = max(1, PIECE * x.shape[dim] // x.numel())
     split = [
-        group.split(length, dim) if group.dim() == 3 and group.shape[dim] > 1 else repeat(group) for group in groups
+        group.split(length, dim) if isinstance(group, Tensor) and group.shape[dim] > 1 else repeat(group)
+        for group in groups
     ]
     return zip(x.split(length, dim), values.split(length, dim), *split, strict=False)
 
