@@ -149,9 +149,11 @@ def adamw_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    overflow = 0.0
     if found_inf is not None:
-        if tl.load(found_inf) != 0.0:
-            return
+        overflow = tl.load(found_inf)
+    if overflow != 0.0:
+        return
     program = tl.program_id(0)
     tensor = tl.load(program_tensor + program).to(tl.int64)
     start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
@@ -301,7 +303,7 @@ def adamw_step_(
 
 def variants(arch: Architecture) -> list[Variant]:
     return [
-        _variant(arch, torch.float32, torch.float32, clips=False),
+        _variant(arch, torch.float32, torch.float32, scales=False),
         _variant(arch, torch.float32, torch.float32, amsgrad=True, maximize=True),
         _variant(arch, torch.float16, torch.float16, has_master=True),
         _variant(arch, torch.float16, torch.float16, has_master=True, amsgrad=True),
@@ -320,14 +322,18 @@ def _variant(
     has_master: bool = False,
     amsgrad: bool = False,
     maximize: bool = False,
-    clips: bool = True,
+    scales: bool = True,
     is_aligned: bool = True,
 ) -> Variant:
     config = _config(arch)
-    flags = {"master": has_master, "amsgrad": amsgrad, "maximize": maximize, "clip": clips, "unaligned": not is_aligned}
-    scalars = {"lr": "*fp32", "found_inf": "*fp32"}
-    if clips:
-        scalars |= {"inv_scale": "*fp32", "clip_coef": "*fp32"}
+    flags = {
+        "master": has_master,
+        "amsgrad": amsgrad,
+        "maximize": maximize,
+        "scaled": scales,
+        "unaligned": not is_aligned,
+    }
+    scalars = {"lr": "*fp32"} | ({"inv_scale": "*fp32", "clip_coef": "*fp32", "found_inf": "*fp32"} if scales else {})
     pointers = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32", "tickets": "*i32", **scalars}
     hyperparameters = (
         "log_beta1",
@@ -343,7 +349,7 @@ def _variant(
         function=adamw_kernel,
         signature=pointers | dict.fromkeys(hyperparameters, "fp32"),
         constexprs={
-            **({} if clips else {"inv_scale": None, "clip_coef": None}),
+            **({} if scales else {"inv_scale": None, "clip_coef": None, "found_inf": None}),
             "PARAM_TYPE": TRITON_TYPES[param],
             "GRAD_TYPE": TRITON_TYPES[grad],
             "HAS_MASTER": has_master,
