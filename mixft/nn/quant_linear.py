@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from mixft.ops import dynamic_int8_linear, int8_linear, quantize, weight_only_matmul
 from mixft.ops.validation import ACTIVATIONS, check_activation
 
+from .linear import Linear
+
 Mode = Literal["weight_only", "dynamic", "train"]
 MODES = ("weight_only", "dynamic", "train")
 
@@ -114,19 +116,16 @@ class QuantLinear(nn.Module):
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
-        """A plain ``nn.Linear`` of the same function as nearly as FP weights can give it; parameters are shared.
+        """The floating-point layer of the same function; parameters are shared.
 
-        An int8 weight is dequantized to the dtype of the bias, or to FP32 where there is none.
-
-        Raises:
-            ValueError: the layer has an activation, which ``nn.Linear`` cannot express.
+        An int8 weight is dequantized to the dtype of the bias, or to FP32 where there is none. A layer with an
+        activation gives a :class:`mixft.nn.Linear` with it, any other a plain ``nn.Linear``.
         """
-        if self.activation is not None:
-            raise ValueError(f"nn.Linear has no activation, and this layer has {self.activation!r}")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight())
         linear.bias = self.bias
-        return linear.train(self.training)
+        linear.train(self.training)
+        return linear if self.activation is None else Linear.from_linear(linear, self.activation)
 
     def dequantized_weight(self) -> Tensor:
         """The weight [out_features, in_features] as the products see it, in the dtype of the bias, else FP32."""

@@ -1,9 +1,8 @@
 """The ops, each registered with ``torch.library`` under ``mixft::``; they accept CPU and GPU tensors alike."""
 
 from .adamw import adamw_
-from .dynamic_linear import dynamic_int8_linear
 from .grad import grad_stats, unscale_
-from .int8_linear import int8_linear
+from .int8_linear import dynamic_int8_linear, int8_linear
 from .int8_matmul import int8_matmul, weight_only_matmul
 from .matmul import matmul
 from .quantize import dequantize, quantize

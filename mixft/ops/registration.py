@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 def interpreting() -> bool:
     """True when ``TRITON_INTERPRET=1``: CPU tensors are then served by the Triton launchers, interpreted."""
@@ -42,6 +44,11 @@ def cpu_routine(module: str, name: str) -> Callable:
     return getattr(importlib.import_module(f"mixft.cpu.{module}"), name)
 
 
+def server(device: torch.device) -> Callable[[str, str], Callable]:
+    """What serves tensors of ``device``: :func:`launcher` or :func:`cpu_routine`, both called (module, name)."""
+    return cpu_routine if device.type == "cpu" and not interpreting() else launcher
+
+
 def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, ...] = ()) -> Callable:
     """Register the decorated fake as the custom op ``mixft::<name>``, served as the module docstring says.
 
@@ -58,8 +65,7 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         implementation = name or fake.__name__
 
         def on_cpu(*args):
-            serve = launcher if interpreting() else cpu_routine
-            return serve(module, implementation)(*args)
+            return server(CPU)(module, implementation)(*args)
 
         def on_cuda(*args):
             return launcher(module, implementation)(*args)

@@ -1,0 +1,214 @@
+"""Swapping the linear layers of a model for int8 ones, and back."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .linear import Linear
+from .quant_linear import Mode, QuantLinear, check_mode
+
+# A product below this size costs less than quantizing its input.
+SMALLEST_WEIGHT = 128 * 128
+SMALLEST_SIDE = 32
+
+# The last layer decides between tokens or classes by small differences, and is a small part of the work.
+HEAD_NAMES = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one linear layer.
+
+    Attributes:
+        name: the module's qualified name.
+        reason: why the layer was left as it was; empty for a layer that was quantized.
+        bytes_before: of its parameters.
+        bytes_after: of its parameters and buffers.
+        error: ||Q(w) - w|| / ||w|| of its weight, 0 for a layer that was left.
+    """
+
+    name: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    error: float
+
+    @property
+    def quantized(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What :func:`quantize_` did; ``print`` shows it as a table."""
+
+    mode: str
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.quantized]
+
+    @property
+    def left(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if not layer.quantized]
+
+    def __str__(self) -> str:
+        width = max((len(layer.name) for layer in self.layers), default=4)
+        lines = [f"{'layer':{width}}  {'bytes before':>12}  {'after':>12}  weight error"]
+        for layer in self.layers:
+            last = f"{layer.error:.2%}" if layer.quantized else f"left: {layer.reason}"
+            lines.append(f"{layer.name:{width}}  {layer.bytes_before:12,}  {layer.bytes_after:12,}  {last}")
+        before = sum(layer.bytes_before for layer in self.layers)
+        after = sum(layer.bytes_after for layer in self.layers)
+        lines.append(
+            f"{len(self.quantized)} of {len(self.layers)} layers in mode {self.mode!r}: {before:,} -> {after:,}"
+        )
+        return "\n".join(lines)
+
+
+def quantize_(
+    model: nn.Module,
+    mode: Mode = "dynamic",
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> QuantizationReport:
+    """Replace the ``nn.Linear`` layers of ``model`` by :class:`mixft.nn.QuantLinear`, in place.
+
+    Left alone, with the reason in the report: output heads (by name: lm_head, classifier, score, qa_outputs,
+    embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower, and
+    subclasses of ``nn.Linear``, whose own code may read the weight. ``include`` names layers that are to be quantized
+    although they are heads or small.
+
+    Args:
+        model: changed in place. A layer in ``train`` mode may be quantized again into another mode.
+        mode: ``"weight_only"``, ``"dynamic"`` or ``"train"``.
+        include: a glob of module names, or several; only those layers are taken.
+        exclude: a glob of module names, or several; those layers are left.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an unknown mode; a pattern that matches no linear layer; ``model`` is itself a linear layer; no layer
+            is left to quantize; a weight holds NaN or Inf. The model is then as it was.
+    """
+    check_mode(mode)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
+    if isinstance(model, (nn.Linear, QuantLinear)):
+        raise ValueError(
+            "model is itself a linear layer, which cannot be replaced in place; use QuantLinear.from_linear"
+        )
+    candidates = {
+        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, QuantLinear))
+    }
+    included = _matching("include", include, candidates)
+    excluded = _matching("exclude", exclude, candidates)
+    reasons = {}
+    for name, module in candidates.items():
+        if include is not None and name not in included:
+            reasons[name] = "not in include"
+        elif name in excluded:
+            reasons[name] = "in exclude"
+        else:
+            reasons[name] = _reason_to_leave(name, module, mode, model, explicit=name in included)
+    if all(reasons.values()):
+        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
+        raise ValueError(f"model has no layer to quantize ({listing})")
+    layers = {name: _converted(name, candidates[name], mode) for name, reason in reasons.items() if not reason}
+    replace_modules(model, {candidates[name]: layer for name, layer in layers.items()})
+    return QuantizationReport(
+        mode, [_report(name, candidates[name], layers.get(name), reasons[name]) for name in candidates]
+    )
+
+
+def dequantize_(model: nn.Module) -> list[str]:
+    """Replace every :class:`mixft.nn.QuantLinear` of ``model`` by a plain ``nn.Linear``, in place.
+
+    Weights kept in int8 come back in the dtype of the layer's bias, else FP32. A layer with a fused activation becomes a
+    :class:`mixft.nn.Linear` with that activation.
+
+    Returns:
+        The names of the layers replaced.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``model`` is itself a QuantLinear, which cannot be replaced in place.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
+    if isinstance(model, QuantLinear):
+        raise ValueError("model is itself a QuantLinear, which cannot be replaced in place; use its to_linear()")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    replace_modules(model, {layer: layer.to_linear() for layer in layers.values()})
+    return list(layers)
+
+
+def _matching(argument: str, patterns: str | Iterable[str] | None, names: Iterable[str]) -> set[str]:
+    matched = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        found = {name for name in names if fnmatchcase(name, pattern)}
+        if not found:
+            raise ValueError(f"{argument} pattern {pattern!r} matches none of the linear layers: {', '.join(names)}")
+        matched |= found
+    return matched
+
+
+def _reason_to_leave(name: str, module: nn.Module, mode: Mode, model: nn.Module, explicit: bool) -> str:
+    if isinstance(module, QuantLinear):
+        if module.mode == mode:
+            return f"already in mode {mode!r}"
+        return "" if module.mode == "train" else f"its weight is int8 ({module.mode}); dequantize_ the model first"
+    if type(module) not in (nn.Linear, Linear):
+        return f"a subclass of nn.Linear, {type(module).__name__}"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    owners = sum(
+        1 for other in model.modules() for parameter in other.parameters(recurse=False) if parameter is module.weight
+    )
+    if owners > 1:
+        return "its weight is shared with another module"
+    if explicit:
+        return ""
+    if name.rsplit(".", 1)[-1] in HEAD_NAMES:
+        return "an output head"
+    if module.weight.numel() < SMALLEST_WEIGHT or min(module.weight.shape) < SMALLEST_SIDE:
+        return f"too small to gain, {tuple(module.weight.shape)}"
+    return ""
+
+
+def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode) -> QuantLinear:
+    if not module.weight.isfinite().all():
+        raise ValueError(f"the weight of layer {name!r} holds NaN or Inf; repair or exclude it")
+    linear = module.to_linear() if isinstance(module, QuantLinear) else module
+    return QuantLinear.from_linear(linear, mode)
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put each replacement wherever its original stands; a module used in several places stays one module."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def _report(name: str, before: nn.Module, after: QuantLinear | None, reason: str) -> LayerReport:
+    size = _bytes(before)
+    if after is None:
+        return LayerReport(name, reason, size, size, 0.0)
+    weight = before.weight.detach().float()
+    if after.mode == "train":
+        after_weight = QuantLinear.from_linear(after.to_linear(), "dynamic").dequantized_weight()
+    else:
+        after_weight = after.dequantized_weight()
+    norm = torch.linalg.vector_norm(weight)
+    error = (torch.linalg.vector_norm(after_weight.float() - weight) / norm).item() if norm > 0 else 0.0
+    return LayerReport(name, "", size, _bytes(after), error)
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

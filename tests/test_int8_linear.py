@@ -1,0 +1,215 @@
+"""Int8 linear layers: against FP64 with the quantization done by the test itself, and against nn.Linear."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_within_budget
+
+from mixft.nn import Linear, QuantLinear
+from mixft.ops import dynamic_int8_linear, int8_linear
+
+# 16-bit operands make exact ties, where x / scale and x * (1 / scale) may round apart: one step of 1/127 in a sum.
+FLIP = {torch.float32: 2**-12, torch.bfloat16: 2**-7, torch.float16: 2**-7}
+SHAPES = [(1, 16, 8), (17, 66, 33), (40, 130, 70), (0, 8, 4)]
+
+
+def rounded(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """FP64 values of the symmetric int8 quantization of ``x`` reduced over ``dim``, with FP32 scales."""
+    x = x.detach().cpu().float()
+    scale = x.abs().amax(dim, keepdim=True).clamp(min=1e-30) / 127
+    return (x / scale).round().double() * scale.double()
+
+
+def exact_training(x, weight, bias, grad):
+    """The layer's formulas in FP64 on operands quantized independently of the package."""
+    x_scale = x.detach().cpu().float().abs().amax(1, keepdim=True) / 127
+    weight_scale = weight.detach().cpu().float().abs().amax(1) / 127
+    x_q, weight_q = rounded(x, 1), rounded(weight, 1)
+    grad = grad.cpu().float()
+    for_x = rounded(grad * weight_scale, 1) @ (weight_q / weight_scale.double()[:, None])
+    for_weight = rounded(grad * x_scale, 0).t() @ (x_q / x_scale.double())
+    return x_q @ weight_q.t() + bias.detach().double().cpu(), for_x, for_weight, grad.double().sum(0)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_training_products_match_fp64(device, shape, dtype):
+    M, K, N = shape
+    x = torch.randn(M, K, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(N, K, device=device, requires_grad=True)
+    bias = torch.randn(N, device=device, requires_grad=True)
+    grad = torch.randn(M, N, device=device).to(dtype)
+    y = int8_linear(x, weight, bias)
+    assert y.dtype == dtype
+    y.backward(grad)
+    exact = exact_training(x, weight, bias, grad)
+    for got, want in zip((y, x.grad, weight.grad, bias.grad), exact, strict=True):
+        assert_within_budget(got, want, want.to(got.dtype), FLIP[dtype])
+
+
+def test_training_gradients_follow_nn_linear(device):
+    x = torch.randn(4, 9, 96, device=device, requires_grad=True)
+    linear = torch.nn.Linear(96, 64, device=device)
+    layer = QuantLinear.from_linear(linear, "train")
+    grad = torch.randn(4, 9, 64, device=device)
+    parameters = (x, linear.weight, linear.bias)
+    expected = torch.autograd.grad(linear(x), parameters, grad)
+    found = torch.autograd.grad(layer(x), parameters, grad)
+    for got, want in zip(found, expected, strict=True):
+        assert (got - want).norm() <= 0.02 * want.norm()
+
+
+def test_only_the_gradients_wanted_are_computed(device):
+    x = torch.randn(5, 32, device=device)
+    weight = torch.randn(7, 32, device=device, requires_grad=True)
+    int8_linear(x, weight).sum().backward()
+    assert x.grad is None
+    assert weight.grad.shape == weight.shape
+    x.requires_grad_()
+    frozen = weight.detach()
+    int8_linear(x, frozen).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_a_changed_weight_is_seen(device):
+    linear = torch.nn.Linear(32, 16, device=device)
+    layer = QuantLinear.from_linear(linear, "train")
+    x = torch.randn(3, 32, device=device)
+    before = layer(x)
+    linear.weight.data.neg_()
+    linear.bias.data.neg_()
+    assert torch.equal(layer(x), -before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dynamic_matches_fp64(device, shape, dtype):
+    M, K, N = shape
+    linear = torch.nn.Linear(K, N, device=device, dtype=dtype)
+    layer = QuantLinear.from_linear(linear, "dynamic")
+    x = torch.randn(2, M, K, device=device).to(dtype)
+    exact = rounded(x, -1) @ rounded(linear.weight, 1).t() + linear.bias.detach().double().cpu()
+    with torch.no_grad():
+        out = layer(x)
+    assert out.dtype == dtype
+    assert_within_budget(out, exact, exact.to(dtype), FLIP[dtype])
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_frozen_modes_pass_gradients_to_input_and_bias(device, mode):
+    linear = torch.nn.Linear(40, 24, device=device)
+    layer = QuantLinear.from_linear(linear, mode)
+    x = torch.randn(3, 5, 40, device=device, requires_grad=True)
+    grad = torch.randn(3, 5, 24, device=device)
+    layer(x).backward(grad)
+    exact = grad.double().cpu() @ (layer.weight.double() * layer.weight_scale.double()).cpu()
+    assert_within_budget(x.grad, exact, exact.float(), 2**-20)
+    assert_within_budget(layer.bias.grad, grad.double().cpu().sum((0, 1)), grad.sum((0, 1)), 2**-20)
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        dynamic_int8_linear(x, layer.weight, layer.weight_scale, activation="relu")
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_an_activation_is_kept_with_and_without_gradients(device, mode, activation):
+    linear = Linear(64, 48, activation=activation, device=device)
+    layer = QuantLinear.from_linear(linear, mode)
+    plain = QuantLinear.from_linear(torch.nn.Linear(64, 48, device=device), mode)
+    plain.load_state_dict(layer.state_dict())
+    torch_activation = {
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+        "silu": F.silu,
+    }[activation]
+    x = torch.randn(6, 64, device=device, requires_grad=True)
+    expected = torch_activation(plain(x))
+    torch.testing.assert_close(layer(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
+def test_module_conveniences(device, mode):
+    layer = QuantLinear.from_linear(torch.nn.Linear(48, 40, device=device), mode)
+    x = torch.randn(3, 48, device=device)
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), expected)
+    twin = QuantLinear(48, 40, mode=mode, device=device)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin(x), expected)
+    assert f"mode='{mode}'" in repr(layer)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    half = copy.deepcopy(layer).half()
+    assert half(x.half()).dtype == torch.float16
+    if mode != "train":
+        assert half.weight_scale.dtype == torch.float32
+        assert torch.equal(half.weight_scale, layer.weight_scale)
+        assert half.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
+def test_torch_compile_has_no_graph_break(device, mode):
+    layer = QuantLinear.from_linear(torch.nn.Linear(48, 40, device=device), mode)
+    x = torch.randn(3, 48, device=device, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    expected, found = layer(x), compiled(x)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+def test_to_linear_round_trip(device):
+    linear = torch.nn.Linear(30, 20, device=device)
+    train = QuantLinear.from_linear(linear, "train").to_linear()
+    assert train.weight is linear.weight
+    back = QuantLinear.from_linear(linear, "dynamic").to_linear()
+    bound = linear.weight.abs().amax(1, keepdim=True) / 254 * 1.001
+    assert ((back.weight - linear.weight).abs() <= bound).all()
+    assert torch.equal(back.bias, linear.bias)
+
+
+def test_opcheck(device):
+    x = torch.randn(5, 32, device=device, requires_grad=True)
+    weight = torch.randn(8, 32, device=device, requires_grad=True)
+    bias = torch.randn(8, device=device, requires_grad=True)
+    values = torch.randint(-127, 128, (8, 32), dtype=torch.int8, device=device)
+    scale = torch.rand(8, 1, device=device)
+    torch.library.opcheck(torch.ops.mixft.dynamic_int8_linear.default, (x, values, scale, bias, "none"))
+    torch.library.opcheck(torch.ops.mixft.int8_linear_forward.default, (x, weight, bias))
+    x_values = torch.randint(-127, 128, (5, 32), dtype=torch.int8, device=device)
+    arguments = (torch.randn(5, 8, device=device), x_values, scale[:5], values, scale, torch.float32, True, True)
+    torch.library.opcheck(torch.ops.mixft.int8_linear_backward.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: QuantLinear(4, 4, mode="int8"), ValueError, "mode must be one of weight_only, dynamic, train"),
+        (lambda: QuantLinear(4, 4, activation="tanh"), ValueError, "activation must be None or one of"),
+        (lambda: QuantLinear.from_linear(torch.nn.Conv1d(1, 1, 1)), TypeError, "it is a Conv1d"),
+        (lambda: QuantLinear(4, 3)(torch.ones(2, 5)), ValueError, r"x has shape \(2, 5\), weight \(3, 4\)"),
+        (lambda: QuantLinear(4, 3, mode="train")(torch.ones(2, 5)), ValueError, r"x has shape \(2, 5\)"),
+        (lambda: QuantLinear(4, 3)(torch.ones(2, 4).long()), TypeError, "x must be torch.float16 or"),
+        (
+            lambda: dynamic_int8_linear(torch.ones(2, 4), torch.ones(3, 4).to(torch.int8), torch.ones(3)),
+            ValueError,
+            r"weight_scale must have shape \(3, 1\)",
+        ),
+    ],
+)
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_weight_with_nan_is_refused():
+    linear = torch.nn.Linear(4, 4)
+    linear.weight.data[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN|finite"):
+        QuantLinear.from_linear(linear, "dynamic")

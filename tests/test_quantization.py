@@ -1,0 +1,126 @@
+"""quantize_ and dequantize_ on models: what they take, what they leave and why, and that nothing is half-changed."""
+
+import pytest
+import torch
+from torch import nn
+
+import mixft
+from mixft.nn import Linear, QuantLinear
+
+
+class Model(nn.Module):
+    """An embedding tied to its head, a shared layer, a small layer, attention, and plain layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(150, 128)
+        self.first = nn.Linear(128, 256)
+        self.second = nn.Linear(256, 128, bias=False)
+        self.again = self.first
+        self.small = nn.Linear(128, 8)
+        self.attention = nn.MultiheadAttention(128, 4)
+        self.classifier = nn.Linear(128, 200)
+        self.tied = nn.Linear(128, 150)
+        self.tied.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        x = self.second(self.again(self.second(torch.relu(self.first(self.embedding(tokens))))))
+        return self.classifier(x), self.tied(x)
+
+
+def test_what_is_quantized_and_what_is_left():
+    model = Model()
+    first = model.first
+    report = mixft.quantize_(model)
+    assert [layer.name for layer in report.quantized] == ["first", "second"]
+    reasons = {layer.name: layer.reason for layer in report.left}
+    assert reasons["small"] == "too small to gain, (8, 128)"
+    assert reasons["classifier"] == "an output head"
+    assert reasons["tied"] == "its weight is shared with another module"
+    assert "a subclass of nn.Linear" in reasons["attention.out_proj"]
+    assert isinstance(model.first, QuantLinear)
+    assert model.again is model.first
+    assert model.first.bias is first.bias
+    assert model.tied.weight is model.embedding.weight
+    (layer, _) = report.quantized
+    assert layer.bytes_before == 4 * (128 * 256 + 256)
+    assert layer.bytes_after == 128 * 256 + 4 * 256 + 4 * 256
+    assert 0.001 < layer.error < 0.02
+    assert "2 of 6 layers in mode 'dynamic'" in str(report)
+    assert "first" in str(report)
+
+
+def test_quantized_model_computes_nearly_the_same():
+    model = Model().eval()
+    tokens = torch.randint(0, 150, (3, 7))
+    with torch.no_grad():
+        expected = model(tokens)[0]
+        mixft.quantize_(model)
+        assert (model(tokens)[0] - expected).norm() < 0.05 * expected.norm()
+
+
+def test_include_and_exclude():
+    model = Model()
+    report = mixft.quantize_(model, include=["classifier", "f*"], exclude="first")
+    assert [layer.name for layer in report.quantized] == ["classifier"]
+    reasons = {layer.name: layer.reason for layer in report.left}
+    assert reasons["second"] == "not in include"
+    assert reasons["first"] == "in exclude"
+
+
+def test_train_mode_shares_parameters_and_can_become_dynamic():
+    model = Model()
+    parameters = dict(model.named_parameters())
+    mixft.quantize_(model, mode="train")
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    report = mixft.quantize_(model, mode="dynamic")
+    assert [layer.name for layer in report.quantized] == ["first", "second"]
+    assert model.first.weight.dtype == torch.int8
+    with pytest.raises(ValueError, match="dequantize_ the model first"):
+        mixft.quantize_(model, mode="train", include="first")
+
+
+def test_dequantize_gives_plain_layers_back():
+    model = Model()
+    model.first = Linear(128, 256, activation="gelu")
+    model.again = model.first
+    weight = model.second.weight.detach().clone()
+    mixft.quantize_(model)
+    assert mixft.dequantize_(model) == ["first", "second"]
+    assert type(model.second) is nn.Linear
+    assert type(model.first) is Linear
+    assert model.first.activation == "gelu"
+    assert model.again is model.first
+    bound = weight.abs().amax(1, keepdim=True) / 254 * 1.001
+    assert ((model.second.weight - weight).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mode": "int4"}, ValueError, "mode must be one of weight_only, dynamic, train; it is 'int4'"),
+        ({"include": "nothing*"}, ValueError, r"include pattern 'nothing\*' matches none of the linear layers"),
+        ({"exclude": ["first", "typo"]}, ValueError, "exclude pattern 'typo' matches none"),
+        ({"include": "attention.out_proj"}, ValueError, "no layer to quantize"),
+        ({"model": nn.Linear(4, 4)}, ValueError, "model is itself a linear layer"),
+        ({"model": nn.Sequential(nn.ReLU())}, ValueError, "it has no linear layers"),
+        ({"model": [nn.Linear(4, 4)]}, TypeError, "model must be a torch.nn.Module; it is a list"),
+    ],
+)
+def test_bad_input_is_named_and_changes_nothing(arguments, error, message):
+    model = arguments.pop("model", None) or Model()
+    before = list(model.modules()) if isinstance(model, nn.Module) else model
+    with pytest.raises(error, match=message):
+        mixft.quantize_(model, **arguments)
+    assert not isinstance(model, nn.Module) or list(model.modules()) == before
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("mode", ["dynamic", "train"])
+def test_a_layer_with_non_finite_weights_is_named_and_nothing_changes(bad, mode):
+    model = Model()
+    model.second.weight.data[3, 4] = bad
+    before = list(model.modules())
+    with pytest.raises(ValueError, match="layer 'second' holds NaN or Inf"):
+        mixft.quantize_(model, mode)
+    assert list(model.modules()) == before
