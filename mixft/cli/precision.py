@@ -70,6 +70,24 @@ class Setup:
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
 
+def quantize(model: torch.nn.Module, mode: str) -> None:
+    """Quantize the layers that mixft picks; where all are too small to gain by it, all below the model's top, so
+    that a small model too is compared in int8.
+
+    Raises:
+        ValueError: there is no such layer, or a weight is not finite.
+    """
+    try:
+        mixft.quantize_(model, mode)
+    except ValueError:
+        mixft.quantize_(model, mode, include=inner_linear_layers(model))
+
+
+def inner_linear_layers(model: torch.nn.Module) -> list[str]:
+    """Names of the linear layers below the model's top, where its output head is."""
+    return [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and "." in name]
+
+
 def _fp32(model: torch.nn.Module, learning_rate: float) -> Setup:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     return Setup(model, optimizer, max_grad_norm=MAX_GRAD_NORM)
@@ -89,7 +107,7 @@ def _fp16(model: torch.nn.Module, learning_rate: float) -> Setup:
 
 
 def _int8(model: torch.nn.Module, learning_rate: float) -> Setup:
-    mixft.quantize_(model, mode="train")
+    quantize(model, mode="train")
     on_gpu = next(model.parameters()).is_cuda
     return Setup(model, _fused_adamw(model, learning_rate), autocast=torch.bfloat16 if on_gpu else None)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import mixft
@@ -59,28 +60,31 @@ def comparison(runs: list[dict]) -> Table:
     grouped = by_precision(runs)
     first, seeds = next(iter(grouped)), len({run["seed"] for run in runs})
     title = f"means over {seeds} seeds" if seeds > 1 else f"seed {runs[0]['seed']}"
-    table = Table(title=f"Fine-tuning, {title}")
+    caption = "± standard deviation over seeds" if seeds > 1 else None
+    table = Table(
+        title=f"Fine-tuning, {title}", caption=caption, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("precision")
     columns = (
-        "time per step",
+        "ms per\nstep",
         f"speed-up\nover {first}",
-        "peak\nmemory",
-        "optimizer\nbytes",
-        "held-out\naccuracy",
-        "accuracy\nafter int8",
+        "peak\nMiB",
+        "optimizer\nMiB",
+        "held-out\naccuracy, %",
+        "after\nint8, %",
         "overflow\nsteps",
     )
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     baseline = _mean(grouped[first], "seconds_per_step_median")
     for precision, group in grouped.items():
         seconds = _mean(group, "seconds_per_step_median")
         table.add_row(
             precision,
-            f"{seconds * 1e3:,.1f} ms",
+            f"{seconds * 1e3:,.1f}",
             f"{baseline / seconds:.2f}x",
-            _size(_mean(group, "peak_memory_bytes")),
-            _size(_mean(group, "optimizer_bytes")),
+            _mebibytes(group, "peak_memory_bytes"),
+            _mebibytes(group, "optimizer_bytes"),
             _percent(group, "eval_accuracy"),
             _percent(group, "eval_accuracy_int8"),
             f"{_mean(group, 'overflow_steps'):g}",
@@ -98,7 +102,7 @@ def draw_curves(runs: list[dict], path: Path) -> None:
         curves = [[float("nan") if loss is None else loss for loss in run["losses"]] for run in group]
         color = f"C{index}"
         for curve in curves:
-            axes.plot(range(1, len(curve) + 1), curve, color=color, alpha=0.15, linewidth=0.8)
+            axes.plot(range(1, len(curve) + 1), curve, color=color, alpha=0.2 / len(group), linewidth=0.8)
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
         axes.plot(range(1, len(mean) + 1), _smooth(mean), color=color, linewidth=1.8, label=precision)
     axes.set_xlabel("step")
@@ -120,17 +124,15 @@ def _mean(group: list[dict], key: str) -> float:
 
 
 def _percent(group: list[dict], key: str) -> str:
-    values = [100 * run[key] for run in group]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}%{spread}"
+    values = [100 * run[key] for run in group if run[key] is not None]
+    if not values:
+        return "none"
+    spread = f"±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"
+def _mebibytes(group: list[dict], key: str) -> str:
+    return f"{_mean(group, key) / 2**20:,.1f}"
 
 
 def _version(package: str) -> str | None:

@@ -3,14 +3,14 @@
 Reads a `Job` from standard input and writes events to standard output, as `mixft.cli.job` says.
 """
 
+import itertools
 import json
 import math
 import os
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,39 +20,12 @@ from mixft.cli import model_folder
 from mixft.cli.batching import Batches
 from mixft.cli.dataset import load_dataset
 from mixft.cli.job import Job
-from mixft.cli.precision import PRECISIONS, Setup
+from mixft.cli.measure import Emit, Meter, StepClock, finite, peak_memory
+from mixft.cli.precision import PRECISIONS, Setup, inner_linear_layers, quantize
 
 WARMUP = 0.1  # of the steps, over which the learning rate rises
 UNTIMED_STEPS = 5  # first steps, in which caches fill and code is loaded
-FINAL_STEPS = 20  # steps whose mean is the final training loss
-EVENT_SECONDS = 0.25  # a progress event reads the loss, which waits for the device: so not after every step
 EVAL_BATCH = 64
-
-Emit = Callable[..., None]
-
-
-class StepClock:
-    """Seconds of each step: by the clock on a CPU, by events, which wait for nothing, on a GPU."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple] = []
-
-    def now(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def step(self, started) -> None:
-        self.marks.append((started, self.now()))
-
-    def seconds(self) -> list[float]:
-        if not self.on_gpu:
-            return [end - start for start, end in self.marks]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in self.marks]
 
 
 def run(job: Job, emit: Emit) -> dict:
@@ -79,68 +52,61 @@ def run(job: Job, emit: Emit) -> dict:
         mixft.dequantize_(setup.model)
     plain = plain_model(setup.model, device)
     save(plain, tokenizer, output, setup.model.dtype)
-    emit("phase", name="evaluating in int8")
-    mixft.quantize_(plain, mode="dynamic")
-    entry["eval_accuracy_int8"] = accuracy(Setup(plain, setup.optimizer), held_out, device)
-    save_int8(plain, tokenizer, output / model_folder.QUANTIZED)
+    entry["eval_accuracy_int8"] = None
+    if inner_linear_layers(plain):
+        emit("phase", name="evaluating in int8")
+        quantize(plain, mode="dynamic")
+        entry["eval_accuracy_int8"] = accuracy(Setup(plain, setup.optimizer), held_out, device)
+        save_int8(plain, tokenizer, output / model_folder.QUANTIZED)
     return entry
 
 
 def train_epochs(setup: Setup, train: Batches, job: Job, device: torch.device, emit: Emit) -> dict:
-    """Train for the recipe's epochs, or its ``max_steps`` where that is less."""
+    """Train for the recipe's epochs, or its ``max_steps`` where that is less.
+
+    Raises:
+        FloatingPointError: a weight came out NaN or infinite.
+    """
     recipe = job.recipe
     total = min(recipe.epochs * len(train), recipe.max_steps or math.inf)
     emit("start", steps=total)
     setup.model.train()
-    clock = StepClock(device)
-    losses, correct, seen, tokens, epoch = [], torch.zeros((), device=device), 0, 0, 0
-    pending: list[list[int]] = []
-    started = shown = time.perf_counter()
-    for step in range(total):
-        if not pending:
-            pending = train.shuffled(job.seed, epoch)[::-1]
-            epoch += 1
-        indices = pending.pop()
-        mark = clock.now()
+    clock, meter = StepClock(device), Meter(device)
+    for step, indices in zip(range(total), endless_batches(train, job.seed), strict=False):
+        started = clock.now()
+        rate = learning_rate(step, total, recipe.learning_rate)
         for group in setup.optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, recipe.learning_rate)
+            group["lr"] = rate
         inputs, labels = train.collate(indices, device)
         logits = setup.logits(inputs)
         loss = torch.nn.functional.cross_entropy(logits, labels)
         setup.update(loss)
-        clock.step(mark)
-
-        losses.append(loss.detach())
-        correct += (logits.detach().argmax(-1) == labels).sum()
-        seen += len(indices)
-        tokens += sum(train.lengths[index] for index in indices)
-        now = time.perf_counter()
-        if now - shown >= EVENT_SECONDS or step + 1 == total:
-            shown = now
-            emit(
-                "step",
-                step=step + 1,
-                loss=finite(torch.stack(losses[-FINAL_STEPS:]).mean().item()),
-                accuracy=correct.item() / seen,
-                learning_rate=learning_rate(step, total, recipe.learning_rate),
-                loss_scale=setup.loss_scale(),
-                tokens_per_second=tokens / (now - started),
-            )
-    losses = torch.stack(losses).tolist()
-    seconds = time.perf_counter() - started
-    timed = clock.seconds()
+        clock.step(started)
+        meter.add(loss, logits, labels, sum(train.lengths[index] for index in indices))
+        if meter.due() or step + 1 == total:
+            meter.show(emit, rate, setup.loss_scale())
+    losses = torch.stack(meter.losses).tolist()
+    seconds = time.perf_counter() - meter.started
+    if not all(parameter.isfinite().all() for parameter in setup.model.parameters()):
+        raise FloatingPointError("training diverged, a weight is NaN or infinite; a lower --lr would do")
     return {
         "steps": total,
         "train_seconds": seconds,
-        "seconds_per_step_median": statistics.median(timed[min(UNTIMED_STEPS, total // 2) :]),
-        "tokens_per_second": tokens / seconds,
+        "seconds_per_step_median": statistics.median(clock.seconds()[min(UNTIMED_STEPS, total // 2) :]),
+        "tokens_per_second": meter.tokens / seconds,
         "peak_memory_bytes": peak_memory(device),
         "model_bytes": setup.model_bytes(),
         "optimizer_bytes": setup.optimizer_bytes(),
-        "final_train_loss": finite(statistics.fmean(losses[-FINAL_STEPS:])),
+        "final_train_loss": finite(meter.recent_loss()),
         "overflow_steps": setup.overflow_steps(),
         "losses": [finite(loss) for loss in losses],
     }
+
+
+def endless_batches(train: Batches, seed: int) -> Iterator[list[int]]:
+    """The batches of one epoch after another."""
+    for epoch in itertools.count():
+        yield from train.shuffled(seed, epoch)
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
@@ -182,24 +148,6 @@ def save_int8(quantized: torch.nn.Module, tokenizer, output: Path) -> None:
     quantized.config.save_pretrained(output)
     tokenizer.save_pretrained(output)
     mixft.save_quantized(quantized, output / model_folder.QUANTIZED_WEIGHTS)
-
-
-def finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: on a GPU by torch's allocator, on a CPU by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not getrusage, whose figure a new process takes over from the one that started it.
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main() -> None:
