@@ -103,9 +103,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ValueError(
-                    f"{path} is no file of mixft.save_quantized: its format is {metadata.get('format')!r}, not {FORMAT!r}"
-                )
+                found = metadata.get("format")
+                raise ValueError(f"{path} is no file of mixft.save_quantized: its format is {found!r}, not {FORMAT!r}")
             return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error

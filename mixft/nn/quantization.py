@@ -92,8 +92,8 @@ def quantize_(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: an unknown mode; a pattern that matches no linear layer; ``model`` is itself a linear layer; no layer
-            is left to quantize; a weight holds NaN or Inf. The model is then as it was.
+        ValueError: an unknown mode; a pattern that matches no linear layer; ``model`` is itself a linear layer; no
+            layer is left to quantize; a weight holds NaN or Inf. The model is then as it was.
     """
     check_mode(mode)
     if not isinstance(model, nn.Module):
@@ -128,8 +128,8 @@ def quantize_(
 def dequantize_(model: nn.Module) -> list[str]:
     """Replace every :class:`mixft.nn.QuantLinear` of ``model`` by a plain ``nn.Linear``, in place.
 
-    Weights kept in int8 come back in the dtype of the layer's bias, else FP32. A layer with a fused activation becomes a
-    :class:`mixft.nn.Linear` with that activation.
+    Weights kept in int8 come back in the dtype of the layer's bias, else FP32. A layer with a fused activation
+    becomes a :class:`mixft.nn.Linear` with that activation.
 
     Returns:
         The names of the layers replaced.

@@ -209,9 +209,8 @@ def _check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Check what both layers share; return ``x`` as rows."""
     check_dtype("x", x, FLOATS)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"weight must be [N, K] with the K of x [..., K]; x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
-        )
+        shapes = f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"weight must be [N, K] with the K of x [..., K]; {shapes}")
     check_bias(bias, weight.shape[0])
     check_same_device(x=x, weight=weight, bias=bias)
     return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
