@@ -39,31 +39,43 @@ def save_for_backward(ctx, inputs, output) -> None:
     kept = preactivation if keep_preactivation else out if activation == "relu" else None
     needs_a, needs_b = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, kept)
-    ctx.mark_non_differentiable(preactivation)
+    # The pre-activation stays differentiable: a second derivative then meets activation_backward, which has none and
+    # says so, where a constant would give a wrong one.
+    ctx.set_materialize_grads(False)
+    if not keep_preactivation:
+        ctx.mark_non_differentiable(preactivation)
     ctx.activation = activation
     ctx.dtype = a.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.columns_first = b.stride(0) == 1
 
 
-def backward(ctx, grad, _):
+def backward(ctx, grad, grad_preactivation):
     a, b, kept = ctx.saved_tensors
     needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+    activation = ctx.activation
+    if grad is None:
+        grad, grad_preactivation, activation = grad_preactivation, None, "none"
     lead = grad.shape[:-1]
     rows = math.prod(lead)
     grad = grad.reshape(rows, grad.shape[-1])
     grad_a = grad_b = grad_bias = None
-    if ctx.activation == "none":
+    if activation == "none":
         if needs_bias:
             grad_bias = grad.sum(0, dtype=torch.float32)
         grad = grad.to(ctx.dtype)
     elif kept is None:
         raise RuntimeError(
-            f"the gradient of {ctx.activation!r} needs the pre-activation: call mixft.ops.matmul, or pass "
+            f"the gradient of {activation!r} needs the pre-activation: call mixft.ops.matmul, or pass "
             "keep_preactivation=True"
         )
     else:
-        grad, grad_bias = activation_backward(grad, kept, ctx.activation, ctx.dtype, needs_bias)
+        grad, grad_bias = activation_backward(grad, kept, activation, ctx.dtype, needs_bias)
+    if grad_preactivation is not None:
+        grad_preactivation = grad_preactivation.reshape(grad.shape)
+        grad = grad + grad_preactivation
+        if needs_bias:
+            grad_bias = grad_bias + grad_preactivation.sum(0, dtype=torch.float32)
     if needs_a:
         grad_a = product(grad, b.t()).view(*lead, b.shape[0])
     if needs_b:

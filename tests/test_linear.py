@@ -1,0 +1,164 @@
+"""``mixft.nn.Linear`` in ``torch.nn.Linear``'s place."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_within_budget
+
+from mixft.nn import Linear
+
+
+def pair(device, dtype=torch.float16, bias=True):
+    """A torch layer and a mixft layer on the same parameters."""
+    layer = torch.nn.Linear(33, 20, bias, device=device, dtype=dtype)
+    return layer, Linear.from_linear(layer)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(33,), (5, 33), (2, 3, 33), (0, 33), (2, 0, 33)])
+def test_forward_and_backward(device, shape, dtype, bias):
+    theirs, ours = pair(device, dtype, bias)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    exact_layer = copy.deepcopy(theirs).double()
+    exact_x = x.detach().double().requires_grad_()
+    leaves = [x, *ours.parameters()]
+    out, torch_out, exact = ours(x), theirs(x), exact_layer(exact_x)
+    assert out.dtype == dtype
+    assert_within_budget(out, exact, torch_out, 1e-6)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    torch_grads = torch.autograd.grad(torch_out.sum(), leaves)
+    exact_grads = torch.autograd.grad(exact.sum(), [exact_x, *exact_layer.parameters()])
+    for got, own, truth in zip(grads, torch_grads, exact_grads, strict=True):
+        assert got.dtype == dtype
+        assert_within_budget(got, truth, own, 1e-6)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_activation(device, activation):
+    function = {
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+    }[activation]
+    theirs, _ = pair(device)
+    ours = Linear.from_linear(theirs, activation)
+    x = torch.randn(6, 33, device=device).half()
+    exact = function(copy.deepcopy(theirs).double()(x.double()))
+    assert_within_budget(ours(x), exact, function(theirs(x)), 1e-6)
+
+
+def test_weight_gradient_is_stored_without_a_copy(device):
+    _, layer = pair(device)
+    layer(torch.randn(5, 33, device=device).half()).sum().backward()
+    assert layer.weight.grad.is_contiguous()
+    assert layer.weight.grad.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(device, dtype):
+    theirs, ours = pair(device, torch.float32)
+    x = torch.randn(5, 33, device=device).requires_grad_()
+    with torch.autocast(device.type, dtype):
+        out, expected = ours(x), theirs(x)
+    assert out.dtype == expected.dtype == dtype
+    assert_within_budget(out, theirs.double()(x.double()), expected, 1e-3)
+    theirs.float()
+    out.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert ours.weight.grad.dtype == torch.float32
+    with torch.autocast(device.type, dtype), torch.autocast(device.type, enabled=False):
+        assert ours(x).dtype == torch.float32
+
+
+def test_state_dicts_are_interchangeable():
+    theirs = torch.nn.Linear(33, 20)
+    ours = Linear(33, 20, activation="gelu")
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.weight, theirs.weight)
+    theirs.load_state_dict(ours.state_dict())
+    assert isinstance(ours, torch.nn.Linear)
+
+
+def test_same_initial_values():
+    torch.manual_seed(3)
+    theirs = torch.nn.Linear(33, 20)
+    torch.manual_seed(3)
+    ours = Linear(33, 20)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert torch.equal(ours.bias, theirs.bias)
+
+
+def test_from_linear_shares_the_parameters():
+    theirs = torch.nn.Linear(33, 20, bias=False, dtype=torch.bfloat16).eval()
+    ours = Linear.from_linear(theirs, "silu")
+    assert ours.weight is theirs.weight
+    assert ours.bias is None
+    assert not ours.training
+    assert (ours.in_features, ours.out_features, ours.activation) == (33, 20, "silu")
+
+
+def test_copies_and_conversions():
+    layer = Linear(33, 20, activation="gelu")
+    x = torch.randn(5, 33)
+    expected = layer(x)
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert clone.weight is not layer.weight
+        assert torch.equal(clone(x), expected)
+    layer.half()
+    assert layer(x.half()).dtype == torch.float16
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_meta_device():
+    layer = Linear(33, 20, activation="relu", device="meta", dtype=torch.float16)
+    out = layer(torch.empty(2, 5, 33, device="meta", dtype=torch.float16))
+    assert out.shape == (2, 5, 20)
+    assert out.dtype == torch.float16
+    assert layer.to_empty(device="cpu").weight.shape == (20, 33)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_compiled_equals_eager(device, activation, autocast):
+    layer = Linear(33, 20, activation=activation, device=device, dtype=torch.float32 if autocast else torch.float16)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for rows in (5, 7):
+        x = torch.randn(2, rows, 33, device=device, dtype=layer.weight.dtype, requires_grad=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            out, expected = compiled(x), layer(x)
+        assert torch.equal(out, expected)
+        leaves = [x, *layer.parameters()]
+        for got, eager in zip(
+            torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+        ):
+            assert torch.equal(got, eager)
+
+
+def test_representation():
+    assert repr(Linear(3, 2, activation="gelu")) == (
+        "Linear(in_features=3, out_features=2, bias=True, activation='gelu')"
+    )
+    assert repr(Linear(3, 2)) == repr(torch.nn.Linear(3, 2))
+
+
+def test_refused():
+    with pytest.raises(ValueError, match=r"activation is 'tanh'.*gelu_tanh"):
+        Linear(3, 2, activation="tanh")
+    with pytest.raises(ValueError, match="activation is 'swish'"):
+        Linear.from_linear(torch.nn.Linear(3, 2), "swish")
+    with pytest.raises(TypeError, match="linear is a Conv1d"):
+        Linear.from_linear(torch.nn.Conv1d(3, 2, 1))
+    layer = Linear(3, 2, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"input has shape \(5, 4\) and weight \(2, 3\)"):
+        layer(torch.zeros(5, 4, dtype=torch.float16))
+    with pytest.raises(ValueError, match=r"input has shape \(\)"):
+        layer(torch.zeros((), dtype=torch.float16))
+    with pytest.raises(TypeError, match=r"input is torch.float32 and weight is torch.float16"):
+        layer(torch.zeros(5, 3))
