@@ -129,6 +129,19 @@ def test_bias_in_fp32_and_strided(device):
     assert torch.equal(grad, torch.full_like(grad, 9.0))
 
 
+def test_autocast_around_the_op_changes_nothing(device):
+    inputs = operands(17, 66, 33, torch.float16, device)
+    for dtype in (torch.float16, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        expected = matmul(*leaves, "gelu", torch.float32)
+        expected_grads = torch.autograd.grad(expected.sum(), leaves)
+        with torch.autocast(device.type, torch.bfloat16):
+            out = matmul(*leaves, "gelu", torch.float32)
+            grads = torch.autograd.grad(out.sum(), leaves)
+        assert torch.equal(out, expected)
+        assert all(map(torch.equal, grads, expected_grads))
+
+
 def test_every_element_is_written(device):
     a, b, bias = operands(67, 40, 70, torch.float16, device)
     torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN

@@ -49,6 +49,14 @@ def server(device: torch.device) -> Callable[[str, str], Callable]:
     return cpu_routine if device.type == "cpu" and not interpreting() else launcher
 
 
+def without_autocast(device_type: str, serve: Callable, args: tuple):
+    """``serve(*args)`` with autocast off: an implementation's own FP32 products must not run in 16 bits."""
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return serve(*args)
+    return serve(*args)
+
+
 def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, ...] = ()) -> Callable:
     """Register the decorated fake as the custom op ``mixft::<name>``, served as the module docstring says.
 
@@ -65,10 +73,10 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         implementation = name or fake.__name__
 
         def on_cpu(*args):
-            return server(CPU)(module, implementation)(*args)
+            return without_autocast("cpu", server(CPU)(module, implementation), args)
 
         def on_cuda(*args):
-            return launcher(module, implementation)(*args)
+            return without_autocast("cuda", launcher(module, implementation), args)
 
         schema = torch.library.infer_schema(fake, mutates_args=mutates_args)
         op = torch.library.custom_op(
