@@ -8,6 +8,7 @@ import torch
 from torch.amp import GradScaler
 
 from mixft.amp import LossScaler
+from mixft.optim import AdamW
 
 INF, NAN = float("inf"), float("nan")
 # True where the gradients of that iteration overflow.
@@ -327,16 +328,17 @@ def test_bad_options(options, message):
         LossScaler(**options, device="cpu")
 
 
-def test_fp16_training_that_overflows_skips_exactly_and_recovers():
+@pytest.mark.parametrize("make", [torch.optim.AdamW, AdamW])
+def test_fp16_training_that_overflows_skips_exactly_and_recovers(make):
     torch.manual_seed(1)
     model = torch.nn.Linear(8, 4).half()
     inputs = torch.randn(64, 8)
     targets = inputs @ torch.randn(8, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, eps=1e-4)
+    optimizer = make(model.parameters(), lr=0.05, eps=1e-4)
     scaler = LossScaler(2.0**22, growth_interval=20, device="cpu")
     losses, skipped = [], []
     for _ in range(80):
-        before = [tensor.clone() for tensor in (*model.parameters(), *moments(optimizer))]
+        params, state = [param.clone() for param in model.parameters()], copy.deepcopy(tensors(optimizer))
         optimizer.zero_grad()
         loss = torch.nn.functional.mse_loss(model(inputs.half()).float(), targets)
         scaler.scale(loss).backward()
@@ -344,10 +346,13 @@ def test_fp16_training_that_overflows_skips_exactly_and_recovers():
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        after = [*model.parameters(), *moments(optimizer)]
-        unchanged = len(after) == len(before) and all(map(torch.equal, before, after))
-        assert unchanged == overflow
-        assert not overflow or scaler.get_scale() == scale / 2
+        unchanged = [torch.equal(*pair) for pair in zip(params, model.parameters(), strict=True)]
+        if overflow:
+            assert all(unchanged)
+            assert all(torch.equal(value, tensors(optimizer)[name]) for name, value in state.items())
+            assert scaler.get_scale() == scale / 2
+        else:
+            assert not any(unchanged)
         skipped.append(overflow)
         losses.append(loss.item())
     assert skipped[0]
@@ -357,5 +362,10 @@ def test_fp16_training_that_overflows_skips_exactly_and_recovers():
     assert all(param.isfinite().all() for param in model.parameters())
 
 
-def moments(optimizer):
-    return [value for state in optimizer.state.values() for value in state.values()]
+def tensors(optimizer):
+    """Every state tensor of ``optimizer``, by position of its parameter and name."""
+    return {
+        (position, name): value
+        for position, state in enumerate(optimizer.state.values())
+        for name, value in state.items()
+    }
