@@ -1,9 +1,9 @@
-"""The folder kernels/ installs as mixft.kernels; everything else about the package is in pyproject.toml."""
+"""kernels/ installs as mixft.kernels, benchmarks/ as mixft.benchmarks; all else about the package is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["mixft", "mixft.*"]), "mixft.kernels"],
-    package_dir={"mixft": "mixft", "mixft.kernels": "kernels"},
+    packages=[*find_packages(include=["mixft", "mixft.*"]), "mixft.kernels", "mixft.benchmarks"],
+    package_dir={"mixft": "mixft", "mixft.kernels": "kernels", "mixft.benchmarks": "benchmarks"},
     package_data={"mixft.kernels": ["configs/*.json"]},
 )

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from mixft import ops
-from mixft.cli import doctor, main, self_test, serving
+from mixft.cli import doctor, main, serving
+from mixft.cli.self_test import run_case
+from mixft.cli.self_test_cases import CASES, ROUNDING
 from mixft.cpu import grad as cpu_grad
 from mixft.cpu import quantize as cpu_quantize
 from mixft.kernels.architecture import ARCHITECTURES
@@ -32,15 +34,15 @@ def report(capsys) -> tuple[int, dict]:
 
 
 def test_every_op_is_tested_in_every_dtype():
-    tested = {(case.op, case.dtype) for case in self_test.CASES}
-    assert tested == {(op, dtype) for op in ops.__all__ for dtype in self_test.ROUNDING}
+    tested = {(case.op, case.dtype) for case in CASES}
+    assert tested == {(op, dtype) for op in ops.__all__ for dtype in ROUNDING}
 
 
 def test_a_sound_machine_is_green(capsys):
     code, found = report(capsys)
     assert code == 0
     assert found["passed"] is True
-    assert len(found["ops"]) == len(self_test.CASES)
+    assert len(found["ops"]) == len(CASES)
     for row in found["ops"]:
         assert row["passed"], row
         assert 0 <= row["error"] <= row["bound"]
@@ -56,7 +58,7 @@ def test_the_table_names_every_op(capsys):
     out = capsys.readouterr().out
     for op in ops.__all__:
         assert op in out
-    assert f"{len(self_test.CASES)} checks passed, 0 failed" in out
+    assert f"{len(CASES)} checks passed, 0 failed" in out
 
 
 def wrong_values(x, symmetric, seed):
@@ -154,9 +156,9 @@ def test_an_op_without_code_here_is_no_failure(monkeypatch, capsys):
 
 def test_the_triton_code_passes_in_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for case in self_test.CASES:
+    for case in CASES:
         if case.dtype == torch.float16:
-            assert self_test.run_case(case, torch.device("cpu")).passed, case.op
+            assert run_case(case, torch.device("cpu")).passed, case.op
 
 
 def test_the_installed_command_exits_with_its_verdict():

@@ -15,9 +15,7 @@ ROUNDS, QUICK_ROUNDS = 31, 7
 
 
 def bench(
-    cases: Annotated[
-        list[str] | None, typer.Argument(metavar="[CASE]...", help="Names or patterns; all if none.")
-    ] = None,
+    cases: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Names or patterns; else all.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds: a look, not a figure to quote.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the results to FILE.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
@@ -34,15 +32,15 @@ def bench(
     from mixft.cli.report import environment
 
     chosen = select([case.name for case in CASES], cases or ["*"])
-    if json is not None and not (json.parent.is_dir() and os.access(json.parent, os.W_OK)):
-        raise InputError(f"--json {json}: {json.parent} is not a folder that can be written to")
+    if json is not None and (json.is_dir() or not os.access(json.parent, os.W_OK)):
+        raise InputError(f"--json {json} cannot be written; a file in a folder that exists would do")
     where = torch.device(choose_device(device))
     rounds = QUICK_ROUNDS if quick else ROUNDS
     console = Console()
     machine = measure_machine(where, rounds)
     console.print(
-        f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {rounds} interleaved rounds\n"
-        f"copy {machine.copy_bytes_per_second / 1e9:.1f} GB/s, "
+        f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {rounds} interleaved rounds"
+        f"\ncopy {machine.copy_bytes_per_second / 1e9:.1f} GB/s, "
         f"matmul {machine.matmul_operations_per_second / 1e12:.2f} T operations/s; "
         "floor: the least time at these two rates, as a share of the time taken"
     )

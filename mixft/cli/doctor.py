@@ -104,7 +104,8 @@ def diagnose() -> list[Row]:
     """Run the self-test on the CPU and on every GPU."""
     import torch
 
-    from mixft.cli.self_test import CASES, run_case
+    from mixft.cli.self_test import run_case
+    from mixft.cli.self_test_cases import CASES
     from mixft.cli.serving import served_by
 
     rows = []
