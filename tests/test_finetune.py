@@ -16,8 +16,9 @@ from mixft.cli.dataset import load_dataset
 from mixft.cli.model_folder import quiet_transformers
 
 PRECISIONS = ["fp32", "bf16", "fp16", "int8"]
-ROWS, HELD_OUT, BATCH, EPOCHS = 97, 12, 8, 4
+ROWS, HELD_OUT, BATCH, EPOCHS = 193, 24, 8, 3
 MIXFT = [sys.executable, "-c", "import sys; from mixft.cli import main; sys.exit(main())"]
+ENVIRONMENT = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 RUN_KEYS = {
     "precision",
     "seed",
@@ -37,8 +38,9 @@ RUN_KEYS = {
 
 
 @pytest.fixture(autouse=True)
-def cpu_routines(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def environment(monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def finished(folder):
         [*MIXFT, *command(folder, *arguments, "--output", str(folder / "out"))],
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "0", "COLUMNS": "120"},
+        env={**os.environ, **ENVIRONMENT},
     )
     assert done.returncode == 0, done.stderr
     return folder / "out", done, json.loads((folder / "out" / "report.json").read_text())
@@ -89,16 +91,17 @@ def test_report(finished):
 
 def test_every_precision_learns(finished):
     for run in finished[2]["runs"]:
-        assert run["losses"][0] == pytest.approx(math.log(3), rel=0.2)
+        assert run["losses"][0] == pytest.approx(math.log(3), rel=0.5)
         assert run["final_train_loss"] < 0.2
         assert run["eval_accuracy"] == 1.0
         assert run["eval_accuracy_int8"] == 1.0
 
 
 def test_every_precision_sees_the_same_batches(finished):
-    plain, *others = [run["losses"] for run in finished[2]["runs"]]
-    for losses in others:
-        assert losses[:4] == pytest.approx(plain[:4], abs=0.03)
+    losses = {run["precision"]: run["losses"] for run in finished[2]["runs"]}
+    for precision in PRECISIONS[1:]:
+        count = 1 if precision == "fp16" else 4  # its first steps are skipped until the loss scale fits
+        assert losses[precision][:count] == pytest.approx(losses["fp32"][:count], abs=0.03)
 
 
 def test_bytes_are_those_of_the_tensors(finished):

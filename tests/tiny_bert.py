@@ -26,6 +26,7 @@ def save_tiny_bert(folder: Path, tokenizer: bool = True) -> Path:
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
     )
     transformers.BertModel(config).save_pretrained(folder)
     if tokenizer:
