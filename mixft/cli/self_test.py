@@ -1,5 +1,6 @@
 """How ``mixft doctor`` holds one op to FP64: what a case is, and how it is run."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,5 +65,6 @@ def _relative_error(actual: Tensor, exact: Tensor) -> float:
     if actual.shape != exact.shape:
         raise ValueError(f"result of shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
     difference = (actual - exact).abs().max().item()
-    # NaN compares as false everywhere; an infinite error fails every bound.
-    return difference / exact.abs().max().item() if difference == difference else float("inf")
+    if not math.isfinite(difference):
+        raise ValueError("the result holds NaN or Inf")
+    return difference / exact.abs().max().item()
