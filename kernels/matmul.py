@@ -52,7 +52,6 @@ def matmul_kernel(
     HAS_BIAS: tl.constexpr,
     KEEP_PREACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    UPCAST_OPERANDS: tl.constexpr,
 ):
     # Programs walk GROUP_M tile rows down before they move one tile column right, so that tiles of b stay in the L2.
     program = tl.program_id(0)
@@ -83,9 +82,6 @@ def matmul_kernel(
         else:
             a_values = tl.load(a_tile, mask=row_mask & (depth[None, :] < K - start), other=0.0)
             b_values = tl.load(b_tile, mask=column_mask & (depth[:, None] < K - start), other=0.0)
-        if UPCAST_OPERANDS:
-            a_values = a_values.to(tl.float32)
-            b_values = b_values.to(tl.float32)
         accumulator = tl.dot(a_values, b_values, accumulator)
         a_tile += a_step
         b_tile += b_step
@@ -220,8 +216,6 @@ def matmul_forward(
             HAS_BIAS=bias is not None,
             KEEP_PREACTIVATION=keep_preactivation,
             ACTIVATION=activation,
-            # The interpreter multiplies the bit patterns of BF16.
-            UPCAST_OPERANDS=a.device.type == "cpu",
             **asdict(config),
         )
     return out, preactivation
@@ -344,7 +338,6 @@ def matmul_variant(
             "HAS_BIAS": layout == "forward",
             "KEEP_PREACTIVATION": keep,
             "ACTIVATION": activation,
-            "UPCAST_OPERANDS": False,
         },
         divisible_by_16=tuple(pointers if bucket == "unaligned" else aligned),
         num_warps=num_warps,
