@@ -213,3 +213,19 @@ def test_a_weight_with_nan_is_refused():
     linear.weight.data[1, 2] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         QuantLinear.from_linear(linear, "dynamic")
+
+
+def test_products_without_integer_instructions_stay_exact_under_autocast(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    layer = QuantLinear.from_linear(torch.nn.Linear(300, 40), "train")
+    x = torch.randn(9, 300).bfloat16().requires_grad_()
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        return y, *torch.autograd.grad(y.sum(), (x, layer.weight))
+
+    expected = run()
+    monkeypatch.setattr("mixft.cpu.int8_matmul.int_mm_is_fast_and_exact", lambda: False)
+    for found, want in zip(run(), expected, strict=True):
+        assert torch.equal(found, want)

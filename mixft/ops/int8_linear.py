@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .int8_matmul import FLOATS, frozen_weight_gradient, refuse_activation_gradient
-from .registration import server
+from .registration import composition, server
 from .validation import check_activation, check_bias, check_dtype, check_same_device
 
 
@@ -33,6 +33,7 @@ def _quantize_columns(serve, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("mixft::int8_linear_forward", mutates_args=())
+@composition
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     serve = server(x.device)
     x_values, x_scale = _quantize_rows(serve, x)
@@ -53,6 +54,7 @@ def _(x, weight, bias):
 
 
 @torch.library.custom_op("mixft::int8_linear_backward", mutates_args=())
+@composition
 def _backward(
     grad_out: Tensor,
     x_values: Tensor,
@@ -129,6 +131,7 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _forward(rows, weight, bias)[0].view(*x.shape[:-1], weight.shape[0])
 
 
+@composition
 def _dynamic_linear_body(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:

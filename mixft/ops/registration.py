@@ -57,6 +57,16 @@ def without_autocast(device_type: str, serve: Callable, args: tuple):
     return serve(*args)
 
 
+def composition(body: Callable) -> Callable:
+    """Decorate the body of an op that is composed of others' implementations, found with :func:`server`."""
+
+    @functools.wraps(body)
+    def serve(*args):
+        return without_autocast(args[0].device.type, body, args)
+
+    return serve
+
+
 def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, ...] = ()) -> Callable:
     """Register the decorated fake as the custom op ``mixft::<name>``, served as the module docstring says.
 
