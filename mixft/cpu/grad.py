@@ -5,7 +5,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-# Long FP32 dot products lose digits; a million terms keeps about five, and the parts are added in pairs.
+# Up to this many elements one call for all tensors is quicker than a dot product for each.
+SMALL = 1 << 14
+# Long FP32 dot products lose digits; a million terms keep about five, and the parts are added apart.
 PIECE = 1 << 20
 
 
@@ -18,18 +20,21 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
 
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-    pieces, owners = [], []
+    sum_of_squares = torch.zeros(len(grads))
+    small = [position for position, grad in enumerate(grads) if grad.numel() <= SMALL]
+    if small:
+        norms = torch._foreach_norm([grads[position] for position in small], 2, dtype=torch.float32)
+        sum_of_squares[small] = torch.stack(norms).square_()
     for position, grad in enumerate(grads):
-        # The op's gradients fill their storage, so the order of the elements does not matter here.
-        flat = grad.as_strided((grad.numel(),), (1,))
-        for piece in flat.split(PIECE):
+        if grad.numel() > SMALL:
+            # The op's gradients fill their storage, so the order of the elements does not matter here.
+            flat = grad.as_strided((grad.numel(),), (1,))
             # Casting first: half squares overflow, and torch's reductions over 16-bit tensors are slow on a CPU.
-            wide = piece.float()
-            pieces.append(torch.dot(wide, wide))
-            owners.append(position)
-    sum_of_squares = torch.zeros(len(grads)).index_add_(0, torch.tensor(owners), torch.stack(pieces))
+            pieces = map(Tensor.float, flat.split(PIECE))
+            sum_of_squares[position] = sum(torch.dot(piece, piece) for piece in pieces)
     nonfinite = torch.zeros(len(grads), dtype=torch.int64)
     # A NaN or Inf cannot leave a finite sum of squares, so finite sums need no second look.
-    for position in (~sum_of_squares.isfinite()).nonzero()[:, 0].tolist():
-        nonfinite[position] = grads[position].numel() - grads[position].isfinite().sum()
+    for position, finite in enumerate(sum_of_squares.isfinite().tolist()):
+        if not finite:
+            nonfinite[position] = grads[position].numel() - grads[position].isfinite().sum()
     return sum_of_squares, nonfinite

@@ -135,19 +135,21 @@ def _check(lists: dict[str, list[Tensor]], steps: list[Tensor]) -> None:
     for name, tensors in (*lists.items(), ("steps", steps)):
         allowed = GRADIENT_DTYPES if name in ("params", "grads") else (torch.float32,)
         # Whole lists are compared first: the search for the culprit is only for the message.
-        if not {tensor.dtype for tensor in tensors}.issubset(allowed):
+        kinds = {(tensor.dtype, tensor.device, tensor.layout) for tensor in tensors}
+        if kinds <= {(dtype, device, torch.strided) for dtype in allowed}:
+            continue
+        if not {dtype for dtype, _, _ in kinds}.issubset(allowed):
             position, wrong = next((i, t.dtype) for i, t in enumerate(tensors) if t.dtype not in allowed)
             raise TypeError(f"{name}[{position}] is {wrong}; it must be one of {', '.join(map(str, allowed))}")
-        if {tensor.device for tensor in tensors} - {device}:
+        if {where for _, where, _ in kinds} != {device}:
             position, wrong = next((i, t.device) for i, t in enumerate(tensors) if t.device != device)
             raise ValueError(f"{name}[{position}] is on {wrong} and params[0] on {device}; pass one device at a time")
-        if {tensor.layout for tensor in tensors} - {torch.strided}:
-            position, wrong = next((i, t.layout) for i, t in enumerate(tensors) if t.layout != torch.strided)
-            raise ValueError(f"{name}[{position}] is {wrong}; it must be a dense tensor")
-        if name == "steps":
-            if any(step.numel() != 1 for step in steps):
-                raise ValueError("every one of steps must hold one element")
-        elif tensors and [tensor.shape for tensor in tensors] != shapes:
+        position, wrong = next((i, t.layout) for i, t in enumerate(tensors) if t.layout != torch.strided)
+        raise ValueError(f"{name}[{position}] is {wrong}; it must be a dense tensor")
+    if set(map(Tensor.numel, steps)) != {1}:
+        raise ValueError("every one of steps must hold one element")
+    for name, tensors in lists.items():
+        if tensors and [tensor.shape for tensor in tensors] != shapes:
             position = next(i for i, t in enumerate(tensors) if t.shape != shapes[i])
             raise ValueError(
                 f"{name}[{position}] has shape {tuple(tensors[position].shape)} and its parameter "

@@ -86,7 +86,7 @@ class AdamW(MixedPrecisionOptimizer):
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
     def update(self, group: dict[str, Any], members: Members, lr: Tensor, scalars: Scalars) -> None:
-        states = [self.state[param] for param in members.params]
+        states = members.states
         beta1, beta2 = group["betas"]
         adamw_(
             members.params,

@@ -26,6 +26,7 @@ class Members:
 
     params: list[Tensor]
     grads: list[Tensor]
+    states: list[dict[str, Tensor]]
     has_master: bool
 
 
@@ -151,9 +152,10 @@ class MixedPrecisionOptimizer(Optimizer):
             has_master = self.has_master(param)
             members = alike.get((param.device, has_master))
             if members is None:
-                members = alike[param.device, has_master] = Members([], [], has_master)
+                members = alike[param.device, has_master] = Members([], [], [], has_master)
             members.params.append(param)
             members.grads.append(grad)
+            members.states.append(self.state[param])
         names = self.state_names(group)
         for members in alike.values():
             self._make_state(members, names)
@@ -161,8 +163,7 @@ class MixedPrecisionOptimizer(Optimizer):
 
     def _make_state(self, members: Members, names: tuple[str, ...]) -> None:
         new = []
-        for param in members.params:
-            state = self.state[param]
+        for param, state in zip(members.params, members.states, strict=True):
             if "step" not in state:
                 new.append(state)
             for name in names:
