@@ -28,6 +28,8 @@ def launcher(module: str, name: str) -> Callable:
         RuntimeError: Triton is not installed.
     """
     try:
+        if interpreting():
+            importlib.import_module("mixft.kernels.interpreter").install()
         return getattr(importlib.import_module(f"mixft.kernels.{module}"), name)
     except ModuleNotFoundError as error:
         if error.name != "triton":

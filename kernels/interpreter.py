@@ -3,7 +3,6 @@
 Kernels need no path of their own for it: this replaces the interpreter's dot and cast by ones that see the values.
 """
 
-import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -16,8 +15,8 @@ def widened(handle: TensorHandle) -> TensorHandle:
     """A BF16 operand as the same values in FP32; others as they are."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
-    bits = handle.data.astype(np.uint32) << 16
-    return TensorHandle(bits.view(np.float32), tl.float32)
+    values = torch.from_numpy(handle.data.view("int16").copy()).view(torch.bfloat16)
+    return TensorHandle(values.float().numpy(), tl.float32)
 
 
 def dot(self, a, b, *args):
@@ -28,9 +27,8 @@ def cast(self, source, target):
     source = widened(source)
     if target.scalar != tl.bfloat16:
         return interpreted_cast(self, source, target)
-    values = torch.from_numpy(np.ascontiguousarray(source.data, dtype=np.float32))
-    bits = values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    return TensorHandle(bits, tl.bfloat16)
+    values = torch.from_numpy(source.data.astype("float32")).to(torch.bfloat16)
+    return TensorHandle(values.view(torch.int16).numpy().view("uint16"), tl.bfloat16)
 
 
 def install() -> None:
