@@ -72,6 +72,14 @@ def test_split_follows_the_seed():
     assert hold_out(examples, 1) != hold_out(examples, 2)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small only lose by more
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_tiny_bert(tmp_path_factory.mktemp("tiny") / "model")
