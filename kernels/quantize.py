@@ -77,7 +77,6 @@ def scale_of(low, high, SYMMETRIC: tl.constexpr):
         scale = tl.maximum(tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0), SMALLEST_SCALE)
         inverse = tl.div_rn(1.0, scale)
         zero_point = (-128.0 - low * inverse) + UNIT_ROUNDER - UNIT_ROUNDER
-        zero_point = tl.minimum(tl.maximum(zero_point, -128.0), 127.0)
     return scale, inverse, zero_point
 
 

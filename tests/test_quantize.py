@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mixft.cpu.quantize import rounding_noise
 from mixft.ops.quantize import _dequantize, _quantize, dequantize, quantize
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
@@ -236,13 +237,21 @@ def test_stochastic_rounding_is_unbiased_and_uncorrelated(device, shape, dim, sy
 
 
 def test_stochastic_rounding_keeps_representable_values(device):
-    x = torch.arange(-127, 128, device=device).repeat(40, 1) * 0.5
+    x = torch.arange(-127, 129, device=device).clamp(max=127).repeat(40, 1) * 0.5
     values, scale, _ = quantize(x, stochastic=True)
     assert torch.equal(values, (x * 2).to(torch.int8))
     assert (scale == 0.5).all()
     whole = torch.arange(256, device=device).repeat(40, 1).float()
-    values, _, zero_point = quantize(whole[:, :256], symmetric=False, stochastic=True)
+    values, _, zero_point = quantize(whole, symmetric=False, stochastic=True)
     assert torch.equal(values - zero_point, whole.int())
+
+
+def test_noise_of_the_cpu_routine_stays_within_a_half():
+    # In units of 2^-16. A million draws of 16 bits meet each number about 16 times, so a whole half would be met too.
+    noise = rounding_noise(torch.Size([1000, 1003]), torch.Generator().manual_seed(1))
+    assert noise.min() == -32767
+    assert noise.max() == 32767
+    assert abs(noise.double().mean().item()) < 6 * 2**16 / 12**0.5 / noise.numel() ** 0.5
 
 
 def test_stochastic_rounding_follows_the_generator(device):

@@ -46,7 +46,7 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
         low, high = low.clamp_(max=0), high.clamp_(min=0)
         scale = (high / 255 - low / 255).clamp_(min=SMALLEST_SCALE)
         inverse = scale.reciprocal()
-        zero_point = (-128 - low * inverse).round_().clamp_(-128, 127)
+        zero_point = (-128 - low * inverse).round_()
         shift = zero_point + UNIT_ROUNDER
         zero_point = zero_point.to(torch.int32)
         lowest = -128
