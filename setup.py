@@ -1,4 +1,4 @@
-"""kernels/ installs as mixft.kernels, benchmarks/ as mixft.benchmarks; all else about the package is in pyproject.toml."""
+"""Installs kernels/ as mixft.kernels and benchmarks/ as mixft.benchmarks; all else of the package is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -142,6 +142,14 @@ def test_the_table_and_the_file(one_case, tmp_path, capsys):
     assert all(row["seconds"] > 0 for row in report["results"])
 
 
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1000.0, True)])
+def test_a_busy_machine_is_said(one_case, monkeypatch, capsys, load, warned):
+    one_case(toy())
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    assert main(["bench", "--quick", "--device", "cpu"]) == 0
+    assert ("keeps this machine busy" in capsys.readouterr().out) == warned
+
+
 def test_a_wrong_output_is_exit_code_1(one_case, tmp_path, capsys):
     one_case(toy(ours=lambda x: 3 * x))
     file = tmp_path / "results.json"

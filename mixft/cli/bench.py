@@ -37,6 +37,9 @@ def bench(
     where = torch.device(choose_device(device))
     rounds = QUICK_ROUNDS if quick else ROUNDS
     console = Console()
+    load = os.getloadavg()[0]
+    if load > os.cpu_count() / 2:
+        console.print(f"other work keeps this machine busy (load {load:.1f}): not figures to quote", style="yellow")
     machine = measure_machine(where, rounds)
     console.print(
         f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {rounds} interleaved rounds"
@@ -55,6 +58,7 @@ def bench(
         report = {
             "environment": environment(where),
             "machine": asdict(machine),
+            "load_average": load,
             "rounds": rounds,
             "results": [asdict(result) for result in results],
         }
