@@ -1,4 +1,4 @@
-"""Installs kernels/ as mixft.kernels and benchmarks/ as mixft.benchmarks; all else of the package is in pyproject.toml."""
+"""Installs kernels/ as mixft.kernels and benchmarks/ as mixft.benchmarks; all else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
