@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from mixft.cpu.quantize import quantize as cpu_quantize
 from mixft.cpu.quantize import rounding_noise
+from mixft.kernels.quantize import QuantizeConfig
 from mixft.ops.quantize import _dequantize, _quantize, dequantize, quantize
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
@@ -227,13 +229,12 @@ def test_stochastic_rounding_is_unbiased_and_uncorrelated(device, shape, dim, sy
     sigma = (weight.square() * fraction * (1 - fraction)).sum().sqrt().item()
     assert abs((inner * weight).sum().item()) <= 6 * sigma
     power = inner.square().mean().item()
-    for left, right in (
-        (inner[1:], inner[:-1]),
-        (inner[:, 1:], inner[:, :-1]),
-        (inner[:, 2:], inner[:, :-2]),
-        (inner[:, 4:], inner[:, :-4]),
-    ):
-        assert abs((left * right).mean().item()) <= 6 * power / left.numel() ** 0.5
+    for dimension in (0, 1):
+        for lag in (1, 2, 4, 8, 16, 60, 64, 256):
+            length = inner.shape[dimension] - lag
+            if length > 0:
+                product = inner.narrow(dimension, lag, length) * inner.narrow(dimension, 0, length)
+                assert abs(product.mean().item()) <= 6 * power / product.numel() ** 0.5
 
 
 def test_stochastic_rounding_keeps_representable_values(device):
@@ -329,14 +330,26 @@ def test_scalar(device):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("shape", "dim"), [((40, 100), 1), ((40, 100), 0), ((300, 70), 0), ((4000,), None)])
-def test_kernel_and_cpu_routine_agree_bit_for_bit(monkeypatch, shape, dim, dtype):
+def test_every_server_gives_the_same_bits(device, shape, dim, dtype):
     x = torch.randn(shape).to(dtype)
-    results = []
-    for interpret in "01":
-        monkeypatch.setenv("TRITON_INTERPRET", interpret)
-        results.append(quantize(x, dim=dim)[:2])
-    for routine, kernel in zip(*results, strict=True):
-        assert torch.equal(routine, kernel)
+    layout = {None: (1, -1, 1), 0: (1, *shape), 1: (*shape, 1)}[dim]
+    expected, expected_scale, _ = cpu_quantize(x.view(layout), True, None)
+    values, scale, _ = quantize(x.to(device), dim=dim)
+    assert torch.equal(scale.cpu().flatten(), expected_scale.flatten())
+    assert torch.equal(values.cpu().flatten(), expected.flatten())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((3, 130), 1), ((2500,), None), ((230, 11), 0), ((3, 150, 9), 1), ((40, 5), 1), ((5, 40), 0)]
+)
+def test_many_tiles_a_program_and_many_pieces(device, monkeypatch, shape, dim, symmetric):
+    tiny = QuantizeConfig(elements=256, resident=64, columns=8, elements_per_thread=16, programs=3)
+    monkeypatch.setattr("mixft.kernels.quantize.configuration", lambda *_: tiny)
+    monkeypatch.setattr("mixft.cpu.quantize.PIECE", 50)
+    x = torch.randn(shape, device=device) * torch.linspace(1, 4, shape[-1], device=device)
+    for sample in (x, x.flip(0), x.flip(-1)):
+        check(sample, dim, symmetric)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
