@@ -208,6 +208,17 @@ def test_steps_side_by_side_and_apart(device):
         assert buffer.tolist() == expected
 
 
+@pytest.mark.parametrize("step", [0.0, 3.0, 600.0, 1e6])
+def test_bias_corrections_keep_their_digits(device, step):
+    grads = [torch.tensor([3.0, -0.5], device=device)]
+    zeros = [torch.zeros(2, device=device)]
+    # Moments as a constant gradient would have left them, so that the step is the sign of the gradient.
+    exp_avgs = [grads[0] * (1 - 0.9**step)]
+    exp_avg_sqs = [grads[0].square() * (1 - 0.999**step)]
+    adamw_(zeros, grads, [], exp_avgs, exp_avg_sqs, [], [scalar(step, device)], lr=scalar(1.0, device), eps=0.0)
+    torch.testing.assert_close(zeros[0], torch.tensor([-1.0, 1.0], device=device), rtol=1e-6, atol=0)
+
+
 def test_no_parameters():
     adamw_([], [], [], [], [], [], [], lr=torch.tensor(0.1))
 

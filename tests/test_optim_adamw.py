@@ -108,6 +108,20 @@ def test_masters_collect_updates_too_small_for_the_parameter(device):
     assert (param != 1).all()
 
 
+def test_a_parameter_may_change_its_dtype(device):
+    param = torch.nn.Parameter(torch.randn(17, device=device).half())
+    optimizer = AdamW([param], lr=0.1)
+    for dtype in (torch.float16, torch.float32, torch.float16):
+        param.data = param.data.to(dtype)
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+        assert ("master" in optimizer.state[param]) == (dtype != torch.float32)
+        before, param.grad = param.detach().clone(), torch.zeros_like(param)
+        optimizer.step()
+        assert (param - before).abs().max() < 0.2, "an old master came back"
+    assert optimizer.state[param]["step"].item() == 6
+
+
 def test_groups_dtypes_layouts_and_missing_gradients(device):
     def make():
         torch.manual_seed(3)
@@ -345,6 +359,19 @@ def test_grad_scaler_after_unscale(device):
         exact.step()
     for param, twin in zip(params, exact.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_looks_again_after_the_scaler(device):
+    params = parameters(device)
+    optimizer = AdamW(params, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler(device.type)
+    before = [param.detach().clone() for param in params]
+    scaler.scale(sum(param.sum() for param in params)).backward()
+    scaler.unscale_(optimizer)
+    params[0].grad[0] = float("nan")
+    scaler.step(optimizer)
+    assert optimizer.last_found_inf.item() == 1
+    assert all(map(torch.equal, before, params))
 
 
 def through_a_file(state_dict):

@@ -55,13 +55,10 @@ def adamw_step_(
         own = _pieces(params, batch)
         stored = _pieces(masters, batch) if masters else own
         wide = [weight.float() for weight in stored]
-        gradients = _pieces(grads, batch)
-        # The kernel writes the gradients that it unscales: the caller's are not to change.
+        # Scaled on a copy, though torch's kernel could unscale: it would write the caller's gradients.
+        gradients = [gradient.float() for gradient in _pieces(grads, batch)]
         if factor != 1.0:
-            gradients = [gradient.to(torch.float32, copy=True) for gradient in gradients]
-            torch._foreach_mul_(gradients, factor)
-        else:
-            gradients = [gradient.float() for gradient in gradients]
+            gradients = torch._foreach_mul(gradients, factor)
         torch._fused_adamw_(
             wide,
             gradients,

@@ -169,7 +169,10 @@ class MixedPrecisionOptimizer(Optimizer):
             for name in names:
                 if name not in state:
                     state[name] = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
-            if members.has_master and "master" not in state:
+            if not members.has_master:
+                # Left from when the parameter had 16 bits: kept, it would come back out of date.
+                state.pop("master", None)
+            elif "master" not in state:
                 state["master"] = param.detach().float()
         if new:
             # Side by side in one buffer, steps can be advanced by one call.
