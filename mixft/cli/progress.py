@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 
 def describe(event: dict) -> str:
@@ -12,6 +13,15 @@ def describe(event: dict) -> str:
         parts.append(f"scale {event['loss_scale']:g}")
     parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)
+
+
+class TwoLines(Progress):
+    """The bar, and what is measured on a line of its own below it: together they would not fit a terminal's width."""
+
+    def get_renderables(self):
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text("  " + task.fields["state"], no_wrap=True)
 
 
 class RunProgress:
@@ -29,11 +39,10 @@ class RunProgress:
         self.tenth = 0
         self.bar = None
         if console.is_terminal:
-            self.bar = Progress(
+            self.bar = TwoLines(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[state]}"),
                 TimeRemainingColumn(),
                 console=console,
             )
