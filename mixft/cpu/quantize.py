@@ -5,6 +5,7 @@ to int8 are one addition and one narrowing copy: 1.5 * 2^23 + y is rounded at th
 of that FP32 number is round(y) as int8.
 """
 
+import functools
 from collections.abc import Iterator
 from itertools import repeat
 from math import inf, isfinite
@@ -19,12 +20,19 @@ SMALLEST_SCALE = 2.0**-126
 # allocator asks the system for new pages at every call.
 PIECE = 1 << 20
 
+# Up to this many elements the calls cost more than the memory that they pass over.
+SMALL = 1 << 16
+
 # Lowest bit of each of the four 16-bit lanes of an int64.
 ODD_LANES = 0x0001000100010001
 
 
 def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize ``x`` [outer, n, inner] along ``n``; see ``mixft.kernels.quantize.quantize``."""
+    if 0 < x.numel() <= SMALL and symmetric and seed is None and x.dtype == torch.float32:
+        quantized = quantize_small(x)
+        if quantized is not None:
+            return quantized
     outer, _, inner = x.shape
     values = torch.empty(x.shape, dtype=torch.int8)
     if values.numel() == 0:
@@ -39,7 +47,7 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
     if symmetric:
         high = high.clamp_(min=127 * SMALLEST_SCALE)
         # A number over a tensor would be its reciprocal times the number: two roundings.
-        scale, inverse, shift = high / 127, torch.tensor(127.0) / high, UNIT_ROUNDER
+        scale, inverse, shift = high / 127, number(127.0) / high, UNIT_ROUNDER
         zero_point = torch.empty(0, dtype=torch.int32)
         lowest = -127
     else:
@@ -58,10 +66,9 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
     clamped = not (symmetric and finite and generator is None)
     # One pass instead of two, but torch's addcmul is slow where the factor does not vary along the last dimension.
     fused = not clamped and inner > 1 and x.dtype == torch.float32
-    rounder = torch.tensor(UNIT_ROUNDER)
     for source, target, factor, offset in pieces(x, values, inverse, shift):
         if fused:
-            y = torch.addcmul(rounder, source, factor)
+            y = torch.addcmul(number(UNIT_ROUNDER), source, factor)
         else:
             y = source * factor if source.dtype == torch.float32 else source.float().mul_(factor)
             if not finite:
@@ -73,6 +80,22 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
             y.clamp_(UNIT_ROUNDER + lowest, UNIT_ROUNDER + 127)
         target.copy_(y.view(torch.int32))
     return values, scale, zero_point
+
+
+def quantize_small(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The symmetric, nearest case of ``quantize`` in the fewest calls; None where ``x`` has a NaN or infinity."""
+    high = x.abs().amax(1, keepdim=True)
+    if not isfinite(high.amax()):
+        return None
+    high.clamp_(min=127 * SMALLEST_SCALE)
+    y = torch.mul(x, number(127.0) / high).add_(UNIT_ROUNDER)
+    values = y.view(torch.int32).to(torch.int8, memory_format=torch.contiguous_format)
+    return values, high / 127, torch.empty(0, dtype=torch.int32)
+
+
+@functools.cache
+def number(value: float) -> Tensor:
+    return torch.tensor(value)
 
 
 def value_range(x: Tensor, symmetric: bool) -> tuple[Tensor | None, Tensor]:

@@ -205,7 +205,7 @@ def dynamic_int8_linear(
     eager = not wants_gradient and type(x) is Tensor and not torch.compiler.is_compiling()
     serve = _dynamic_linear_body if eager else _dynamic_linear
     out = serve(rows, weight, weight_scale, bias, check_activation(activation))
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

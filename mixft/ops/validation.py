@@ -40,9 +40,9 @@ def check_bias(bias: Tensor | None, out_features: int) -> None:
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors that are given lie on one device."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    first = next(iter(tensors.values())).device
+    if any(tensor is not None and tensor.device != first for tensor in tensors.values()):
+        listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
         raise ValueError(f"all tensors must be on one device; got {listing}")
 
 
