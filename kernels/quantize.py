@@ -7,6 +7,7 @@
 ``x`` is [outer, n, inner], any strides, FP16, BF16 or FP32; ``n`` is the dimension reduced. ``Q`` is int8 of x's shape,
 ``S`` FP32 and ``Z`` int32 of shape [outer, 1, inner]; the outputs are contiguous. All arithmetic is FP32.
 
+- ``factor`` FP32 [n], where given, multiplies x along n first: a scale of another tensor that shares the dimension.
 - S is never below 2^-126, the smallest normal FP32 number, so that 1/S is finite and an all-zero group needs no branch.
 - The range is taken over finite values; an infinity saturates, NaN becomes the representation of zero.
 - Rounding is to the nearest, ties to even, or stochastic: the nearest of x/S + Z + u with u uniform in (-1/2, 1/2).
@@ -119,7 +120,7 @@ def round_to_int8(x, inverse, zero_point, seed_ptr, group, first, SYMMETRIC: tl.
 
 @triton.jit
 def quantize_resident(
-    x_ptr, values_ptr, scale_ptr, zero_point_ptr, seed_ptr,
+    x_ptr, factor_ptr, values_ptr, scale_ptr, zero_point_ptr, seed_ptr,
     n, kept, blocks_kept,
     x_stride_batch, x_stride_n, x_stride_kept,
     values_stride_batch, values_stride_n, values_stride_kept,
@@ -134,6 +135,8 @@ def quantize_resident(
 
     source = x_ptr + batch * x_stride_batch + k[:, None] * x_stride_kept + j.to(tl.int64)[None, :] * x_stride_n
     x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if factor_ptr is not None:
+        x *= tl.load(factor_ptr + j, mask=j < n, other=0.0)[None, :]
     low, high = finite_range(x, SYMMETRIC)
     scale, inverse, zero_point = scale_of(low, high, SYMMETRIC)
     store_scale(scale_ptr, zero_point_ptr, group, k < kept, scale, zero_point, SYMMETRIC)
@@ -144,7 +147,7 @@ def quantize_resident(
 
 @triton.jit
 def partial_ranges(
-    x_ptr, low_ptr, high_ptr,
+    x_ptr, factor_ptr, low_ptr, high_ptr,
     n, kept, blocks_kept, splits, span,
     x_stride_batch, x_stride_n, x_stride_kept,
     SYMMETRIC: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -160,6 +163,8 @@ def partial_ranges(
         mask = (k < kept)[:, None] & (j < n)[None, :]
         source = x_ptr + batch * x_stride_batch + k[:, None] * x_stride_kept + j[None, :] * x_stride_n
         x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        if factor_ptr is not None:
+            x *= tl.load(factor_ptr + j, mask=j < n, other=0.0)[None, :]
         tile_low, tile_high = finite_range(x, SYMMETRIC)
         low = tl.minimum(low, tile_low)
         high = tl.maximum(high, tile_high)
@@ -171,7 +176,7 @@ def partial_ranges(
 
 @triton.jit
 def quantize_split(
-    x_ptr, values_ptr, scale_ptr, zero_point_ptr, low_ptr, high_ptr, seed_ptr,
+    x_ptr, factor_ptr, values_ptr, scale_ptr, zero_point_ptr, low_ptr, high_ptr, seed_ptr,
     n, kept, blocks_kept, splits, span,
     x_stride_batch, x_stride_n, x_stride_kept,
     values_stride_batch, values_stride_n, values_stride_kept,
@@ -199,6 +204,8 @@ def quantize_split(
         mask = (k < kept)[:, None] & (j < n)[None, :]
         source = x_ptr + batch * x_stride_batch + k[:, None] * x_stride_kept + j[None, :] * x_stride_n
         x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        if factor_ptr is not None:
+            x *= tl.load(factor_ptr + j, mask=j < n, other=0.0)[None, :]
         values = round_to_int8(x, inverse, zero_point, seed_ptr, group, split * span + first, SYMMETRIC, BLOCK_N)
         target = values_ptr + batch * values_stride_batch + k[:, None] * values_stride_kept
         tl.store(target + j[None, :] * values_stride_n, values, mask=mask)
@@ -248,13 +255,16 @@ def warps(block_kept: int, block_n: int, config: QuantizeConfig, arch: Architect
     return min(max(block_kept * block_n // (config.elements_per_thread * arch.warp_size), 1), 16)
 
 
-def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize ``x`` [outer, n, inner] along ``n``.
 
     Args:
         x: FP16, BF16 or FP32, any strides.
         symmetric: the formula, see the module docstring.
         seed: int64 scalar tensor on x's device for stochastic rounding; None rounds to the nearest.
+        factor: FP32 [n], contiguous, or None.
 
     Returns:
         values int8 [outer, n, inner], scale FP32 [outer, 1, inner], zero point int32 [outer, 1, inner], or [0] when
@@ -282,7 +292,7 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
     with torch.cuda.device_of(x):
         if resident:
             quantize_resident[(batch * blocks_kept,)](
-                source, target, scale, zero_point_pointer, seed, n, kept, blocks_kept,
+                source, factor, target, scale, zero_point_pointer, seed, n, kept, blocks_kept,
                 *source.stride(), *target.stride(), **constants,
             )  # fmt: skip
             return values, scale, zero_point
@@ -294,10 +304,10 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
         low = None if symmetric else torch.empty_like(high)
         grid = (batch * blocks_kept * splits,)
         partial_ranges[grid](
-            source, low, high, n, kept, blocks_kept, splits, span, *source.stride(), **constants
+            source, factor, low, high, n, kept, blocks_kept, splits, span, *source.stride(), **constants
         )  # fmt: skip
         quantize_split[grid](
-            source, target, scale, zero_point_pointer, low, high, seed, n, kept, blocks_kept, splits, span,
+            source, factor, target, scale, zero_point_pointer, low, high, seed, n, kept, blocks_kept, splits, span,
             *source.stride(), *target.stride(), BLOCK_SPLITS=triton.next_power_of_2(splits), **constants,
         )  # fmt: skip
     return values, scale, zero_point
@@ -344,7 +354,7 @@ def variants(arch: Architecture) -> list[Variant]:
         names = function.arg_names
         types = {
             "x_ptr": f"*{x}", "out_ptr": f"*{x}", "values_ptr": "*i8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
-            "low_ptr": "*fp32", "high_ptr": "*fp32", "seed_ptr": "*i64",
+            "low_ptr": "*fp32", "high_ptr": "*fp32", "seed_ptr": "*i64", "factor_ptr": "*fp32",
         }  # fmt: skip
         constants = {"SYMMETRIC": symmetric, "BLOCK_KEPT": tile[0], "BLOCK_N": tile[1], "BLOCK_SPLITS": 16}
         constants |= rows if layout == "rows" else columns
@@ -353,6 +363,8 @@ def variants(arch: Architecture) -> list[Variant]:
             constants |= {"zero_point_ptr": None, "low_ptr": None}
         if not stochastic:
             constants |= {"seed_ptr": None}
+        if not name.endswith("factor"):
+            constants |= {"factor_ptr": None}
         constants = {key: value for key, value in constants.items() if key in names}
         signature = {key: types.get(key, strided.get(key, "i32")) for key in names if key not in constants}
         found.append(
@@ -367,13 +379,13 @@ def variants(arch: Architecture) -> list[Variant]:
         )
 
     square = (config.columns, config.elements // config.columns)
-    add("fp16,row 4096", quantize_resident, "fp16", True, False, (1, 4096), "rows")
+    add("fp16,row 4096,factor", quantize_resident, "fp16", True, False, (1, 4096), "rows")
     add("bf16,row 16384,affine,stochastic", quantize_resident, "bf16", False, True, (1, 16384), "rows")
     add("fp32,group 128,stochastic", quantize_resident, "fp32", True, True, (32, 128), "rows")
-    add("bf16,columns of 256", quantize_resident, "bf16", True, False, (config.columns, 256), "columns")
-    add("fp16,columns", partial_ranges, "fp16", True, False, square, "columns")
+    add("bf16,columns of 256,factor", quantize_resident, "bf16", True, False, (config.columns, 256), "columns")
+    add("fp16,columns,factor", partial_ranges, "fp16", True, False, square, "columns")
     add("fp32,tensor,affine", partial_ranges, "fp32", False, False, (1, config.elements), "rows")
-    add("fp16,columns", quantize_split, "fp16", True, False, square, "columns")
+    add("fp16,columns,factor", quantize_split, "fp16", True, False, square, "columns")
     add("fp32,tensor,affine,stochastic", quantize_split, "fp32", False, True, (1, config.elements), "rows")
     add("fp16,rows", dequantize_tile, "fp16", True, False, (1, config.elements), "rows")
     add("fp32,columns,affine", dequantize_tile, "fp32", False, False, square, "columns")

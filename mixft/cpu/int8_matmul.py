@@ -22,7 +22,11 @@ def int8_matmul(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
-    out = _in_place_float(integer_product(a, b.t())).mul_(b_scale.view(-1))
+    out = _in_place_float(integer_product(a, b.t()))
+    if b_scale.stride(0) == 0:
+        a_scale = a_scale * b_scale[:1]
+    else:
+        out.mul_(b_scale.view(-1))
     out = out.mul_(a_scale) if bias is None else torch.addcmul(bias.float(), out, a_scale, out=out)
     return ACTIVATIONS[activation](out).to(out_dtype)
 

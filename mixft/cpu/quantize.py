@@ -6,6 +6,7 @@ of that FP32 number is round(y) as int8.
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 from itertools import repeat
 from math import inf, isfinite
@@ -20,6 +21,10 @@ SMALLEST_SCALE = 2.0**-126
 # allocator asks the system for new pages at every call.
 PIECE = 1 << 20
 
+# Elements of the buffer that each thread keeps, 16 MB.
+WORKSPACE = 4 * PIECE
+local = threading.local()
+
 # Up to this many elements the calls cost more than the memory that they pass over.
 SMALL = 1 << 16
 
@@ -27,10 +32,14 @@ SMALL = 1 << 16
 ODD_LANES = 0x0001000100010001
 
 
-def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize ``x`` [outer, n, inner] along ``n``; see ``mixft.kernels.quantize.quantize``."""
-    if 0 < x.numel() <= SMALL and symmetric and seed is None and x.dtype == torch.float32:
-        quantized = quantize_small(x)
+    if factor is not None:
+        x = torch.mul(x, factor.view(1, -1, 1), out=workspace(x.numel()).view(x.shape))
+    if symmetric and seed is None and x.dtype == torch.float32 and x.numel() > 0:
+        quantized = quantize_nearest(x, overwrite=factor is not None)
         if quantized is not None:
             return quantized
     outer, _, inner = x.shape
@@ -45,9 +54,8 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
     if not finite:
         low, high = value_range(torch.where(x.isfinite(), x, 0), symmetric)
     if symmetric:
-        high = high.clamp_(min=127 * SMALLEST_SCALE)
-        # A number over a tensor would be its reciprocal times the number: two roundings.
-        scale, inverse, shift = high / 127, number(127.0) / high, UNIT_ROUNDER
+        scale, inverse = symmetric_scale(high)
+        shift = UNIT_ROUNDER
         zero_point = torch.empty(0, dtype=torch.int32)
         lowest = -127
     else:
@@ -64,38 +72,63 @@ def quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, T
     generator = None if seed is None else torch.Generator().manual_seed(int(seed))
     # A finite symmetric group cannot leave the range by rounding to the nearest, so it needs no clamp.
     clamped = not (symmetric and finite and generator is None)
-    # One pass instead of two, but torch's addcmul is slow where the factor does not vary along the last dimension.
-    fused = not clamped and inner > 1 and x.dtype == torch.float32
     for source, target, factor, offset in pieces(x, values, inverse, shift):
-        if fused:
-            y = torch.addcmul(number(UNIT_ROUNDER), source, factor)
-        else:
-            y = source * factor if source.dtype == torch.float32 else source.float().mul_(factor)
-            if not finite:
-                y.nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
-            if generator is not None:
-                y.add_(rounding_noise(y.shape, generator), alpha=2.0**-16)
-            y.add_(offset)
+        y = source * factor if source.dtype == torch.float32 else source.float().mul_(factor)
+        if not finite:
+            y.nan_to_num_(nan=0.0, posinf=inf, neginf=-inf)
+        if generator is not None:
+            y.add_(rounding_noise(y.shape, generator), alpha=2.0**-16)
+        y.add_(offset)
         if clamped:
             y.clamp_(UNIT_ROUNDER + lowest, UNIT_ROUNDER + 127)
         target.copy_(y.view(torch.int32))
     return values, scale, zero_point
 
 
-def quantize_small(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The symmetric, nearest case of ``quantize`` in the fewest calls; None where ``x`` has a NaN or infinity."""
-    high = x.abs().amax(1, keepdim=True)
+def quantize_nearest(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The symmetric, nearest, FP32 case of ``quantize`` in the fewest passes; None where ``x`` is not all finite."""
+    high = x.abs().amax(1, keepdim=True) if x.numel() <= SMALL else value_range(x, True)[1]
     if not isfinite(high.amax()):
         return None
+    scale, inverse = symmetric_scale(high)
+    rounder = unit_rounder(x.shape[1], 1) if x.shape[2] == 1 else unit_rounder(1, x.shape[2])
+    if x.numel() <= SMALL:
+        y = torch.addcmul(rounder, x, inverse)
+        values = y.view(torch.int32).to(torch.int8, memory_format=torch.contiguous_format)
+    else:
+        values = torch.empty(x.shape, dtype=torch.int8)
+        rounder = rounder.expand(1, *x.shape[1:])
+        for source, target, factor, offset in pieces(x, values, inverse, rounder):
+            out = source if overwrite else workspace(source.numel()).view(source.shape)
+            target.copy_(torch.addcmul(offset, source, factor, out=out).view(torch.int32))
+    return values, scale, torch.empty(0, dtype=torch.int32)
+
+
+def symmetric_scale(high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and its inverse for groups of the largest magnitudes ``high``, which is changed."""
     high.clamp_(min=127 * SMALLEST_SCALE)
-    y = torch.mul(x, number(127.0) / high).add_(UNIT_ROUNDER)
-    values = y.view(torch.int32).to(torch.int8, memory_format=torch.contiguous_format)
-    return values, high / 127, torch.empty(0, dtype=torch.int32)
+    # A number over a tensor would be its reciprocal times the number: two roundings.
+    return high / 127, number(127.0) / high
+
+
+def workspace(size: int) -> Tensor:
+    """FP32 memory, this thread's own where it suffices: new pages would cost more than the pass that fills them."""
+    if size > WORKSPACE:
+        return torch.empty(size)
+    if not hasattr(local, "buffer"):
+        local.buffer = torch.empty(WORKSPACE)
+    return local.buffer[:size]
 
 
 @functools.cache
 def number(value: float) -> Tensor:
     return torch.tensor(value)
+
+
+@functools.lru_cache(maxsize=64)
+def unit_rounder(rows: int, columns: int) -> Tensor:
+    # A full row of it: torch's addcmul is several times slower when two of its operands are broadcast along a row.
+    return torch.full((1, rows, columns), UNIT_ROUNDER)
 
 
 def value_range(x: Tensor, symmetric: bool) -> tuple[Tensor | None, Tensor]:

@@ -22,13 +22,13 @@ from .registration import composition, server
 from .validation import check_activation, check_bias, check_dtype, check_same_device
 
 
-def _quantize_rows(serve, x: Tensor) -> tuple[Tensor, Tensor]:
-    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, None)
+def _quantize_rows(serve, x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, None, factor)
     return values.squeeze(-1), scale.squeeze(-1)
 
 
-def _quantize_columns(serve, x: Tensor) -> tuple[Tensor, Tensor]:
-    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, None)
+def _quantize_columns(serve, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, None, factor)
     return values.squeeze(0), scale.view(-1, 1)
 
 
@@ -69,11 +69,11 @@ def _backward(
     matmul = serve("int8_matmul", "int8_matmul")
     grad_x, grad_weight = grad_out.new_empty(0), grad_out.new_empty(0)
     if needs_x:
-        values, scale = _quantize_rows(serve, grad_out * weight_scale.view(-1))
+        values, scale = _quantize_rows(serve, grad_out, weight_scale.view(-1))
         one = scale.new_ones(1, 1).expand(x_values.shape[1], 1)
         grad_x = matmul(values, weight_values.t(), scale, one, None, "none", grad_out.dtype)
     if needs_weight:
-        values, scale = _quantize_columns(serve, grad_out * x_scale)
+        values, scale = _quantize_columns(serve, grad_out, x_scale.view(-1))
         one = scale.new_ones(1, 1).expand(x_values.shape[1], 1)
         grad_weight = matmul(values.t(), x_values.t(), scale, one, None, "none", weight_dtype)
     return grad_x, grad_weight

@@ -21,7 +21,9 @@ LARGEST_SEED = 2**63 - 1
 
 
 @define_op("quantize", name="quantize")
-def _quantize(x: Tensor, symmetric: bool, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(
+    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     outer, _, inner = x.shape
     shape = (outer, 1, inner)
     return (
