@@ -433,3 +433,12 @@ def test_a_factor_with_non_finite_products(device):
     values, scale, _ = _quantize(x, True, None, factor)
     assert values.flatten().tolist() == [32, 0, 127, -127, 16]
     assert scale.item() == pytest.approx(4 / 127)
+
+
+@pytest.mark.parametrize("layout", [(40, 66, 1), (1, 66, 40), (3, 66, 4), (1, 66, 1)])
+def test_a_factor_in_parts_is_the_same(monkeypatch, layout):
+    x, factor = torch.randn(layout), torch.rand(66)
+    expected = cpu_quantize(x, True, None, factor)
+    monkeypatch.setattr("mixft.cpu.quantize.WORKSPACE", 60)
+    found = cpu_quantize(x, True, None, factor)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Elements cast at a time: large enough to hide the calls' cost, small enough for the FP32 copies to stay in the cache.
-BATCH = 1 << 19
+BATCH = 1 << 20
 
 Piece = tuple[int, int, int]
 
@@ -51,14 +51,19 @@ def adamw_step_(
         if masters:
             torch._foreach_copy_(params, masters)
         return
+    scaled = torch.empty(BATCH)
     for batch in _batches(params):
         own = _pieces(params, batch)
         stored = _pieces(masters, batch) if masters else own
         wide = [weight.float() for weight in stored]
         # Scaled on a copy, though torch's kernel could unscale: it would write the caller's gradients.
-        gradients = [gradient.float() for gradient in _pieces(grads, batch)]
-        if factor != 1.0:
-            gradients = torch._foreach_mul(gradients, factor)
+        gradients, start = [], 0
+        for gradient in _pieces(grads, batch):
+            copy = scaled[start : start + gradient.numel()].as_strided(gradient.shape, gradient.stride())
+            # Widened first: torch would round the product of a 16-bit tensor and a number to 16 bits.
+            wide_enough = gradient.dtype == torch.float32
+            gradients.append(torch.mul(gradient, factor, out=copy) if wide_enough else copy.copy_(gradient).mul_(factor))
+            start += gradient.numel()
         torch._fused_adamw_(
             wide,
             gradients,

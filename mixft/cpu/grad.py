@@ -21,20 +21,25 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     sum_of_squares = torch.zeros(len(grads))
-    small = [position for position, grad in enumerate(grads) if grad.numel() <= SMALL]
+    sizes = [grad.numel() for grad in grads]
+    small = [position for position, size in enumerate(sizes) if size <= SMALL]
     if small:
         norms = torch._foreach_norm([grads[position] for position in small], 2, dtype=torch.float32)
         sum_of_squares[small] = torch.stack(norms).square_()
-    for position, grad in enumerate(grads):
-        if grad.numel() > SMALL:
-            # The op's gradients fill their storage, so the order of the elements does not matter here.
-            flat = grad.as_strided((grad.numel(),), (1,))
-            # Casting first: half squares overflow, and torch's reductions over 16-bit tensors are slow on a CPU.
-            pieces = map(Tensor.float, flat.split(PIECE))
-            sum_of_squares[position] = sum(torch.dot(piece, piece) for piece in pieces)
+    large = [position for position, size in enumerate(sizes) if size > SMALL]
+    if large:
+        sum_of_squares[large] = torch.stack([_large_sum_of_squares(grads[position]) for position in large])
     nonfinite = torch.zeros(len(grads), dtype=torch.int64)
     # A NaN or Inf cannot leave a finite sum of squares, so finite sums need no second look.
     for position, finite in enumerate(sum_of_squares.isfinite().tolist()):
         if not finite:
             nonfinite[position] = grads[position].numel() - grads[position].isfinite().sum()
     return sum_of_squares, nonfinite
+
+
+def _large_sum_of_squares(grad: Tensor) -> Tensor:
+    # The op's gradients fill their storage, so the order of the elements does not matter here.
+    flat = grad.as_strided((grad.numel(),), (1,))
+    # Casting first: half squares overflow, and torch's reductions over 16-bit tensors are slow on a CPU.
+    pieces = [piece.float() for piece in flat.split(PIECE)]
+    return sum(torch.dot(piece, piece) for piece in pieces)
