@@ -2,7 +2,8 @@
 
 ``fp32`` is plain torch, the baseline: ``torch.nn.Linear``, ``torch.optim.AdamW``, torch's own clipping. ``bf16``
 is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16, FP32 masters in the optimizer and
-a loss scaler. ``int8`` multiplies in int8, forward and backward, from FP32 parameters.
+a loss scaler. ``int8`` multiplies in int8, forward and backward, from FP32 parameters. These two use mixft's layers,
+dropout included.
 """
 
 from collections.abc import Callable
@@ -99,17 +100,24 @@ def _bf16(model: torch.nn.Module, learning_rate: float) -> Setup:
 
 def _fp16(model: torch.nn.Module, learning_rate: float) -> Setup:
     model.half()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is torch.nn.Linear:
-                setattr(module, name, mixft.nn.Linear.from_linear(child))
+    _replace(model, torch.nn.Linear, mixft.nn.Linear.from_linear)
+    _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     return Setup(model, _fused_adamw(model, learning_rate), scaler=mixft.amp.LossScaler())
 
 
 def _int8(model: torch.nn.Module, learning_rate: float) -> Setup:
     quantize(model, mode="train")
+    _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     on_gpu = next(model.parameters()).is_cuda
     return Setup(model, _fused_adamw(model, learning_rate), autocast=torch.bfloat16 if on_gpu else None)
+
+
+def _replace(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    """Put ``make(layer)`` in the place of each layer that is of exactly this kind."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is kind:
+                setattr(module, name, make(child))
 
 
 def _fused_adamw(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:

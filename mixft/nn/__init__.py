@@ -1,10 +1,11 @@
-"""Drop-in layers: ``Linear`` in 16-bit floats and ``QuantLinear`` in int8."""
+"""Drop-in layers: ``Linear`` in 16-bit floats, ``QuantLinear`` in int8, and ``Dropout``."""
 
 import importlib
 
+from .dropout import Dropout
 from .linear import Linear
 
-__all__ = ["Linear", "QuantLinear"]
+__all__ = ["Dropout", "Linear", "QuantLinear"]
 
 
 def __getattr__(name: str):
