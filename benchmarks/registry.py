@@ -70,7 +70,7 @@ def half_linear(rows: int, inner: int, columns: int) -> Case:
     return Case(f"half_linear/{rows}x{inner}x{columns}", build)
 
 
-def adamw(dtype: torch.dtype) -> Case:
+def adamw(dtype: torch.dtype, skip_nonfinite: bool = True) -> Case:
     """One optimizer step on the tensors of a small BERT.
 
     FP16 parameters have FP32 masters; torch's peer is what users write by hand, a step on FP32 copies and a copy back.
@@ -120,10 +120,11 @@ def adamw(dtype: torch.dtype) -> Case:
             parameter.grad = grad.double()
         torch.optim.AdamW(sampled, **options).step()
         # Read: parameter, gradient, two moments; written: parameter, two moments; masters are read and written too.
-        per_element = 28 if dtype == torch.float32 else 28 + 2
+        # Nothing is written before every gradient is known to be finite, so those are read twice.
+        per_element = (28 if dtype == torch.float32 else 28 + 2) + (dtype.itemsize if skip_nonfinite else 0)
         return Workload(
             {
-                "mixft": stepper(mixft.optim.AdamW(ours, **options), ours),
+                "mixft": stepper(mixft.optim.AdamW(ours, skip_nonfinite=skip_nonfinite, **options), ours),
                 "torch fused": peer(fused=True),
                 "torch default": peer(fused=False),
             },
@@ -132,7 +133,8 @@ def adamw(dtype: torch.dtype) -> Case:
             bytes=per_element * elements,
         )
 
-    return Case(f"adamw/{_short(dtype)}", build, peers=("torch fused", "torch default"))
+    name = f"adamw/{_short(dtype)}" + ("" if skip_nonfinite else "-unchecked")
+    return Case(name, build, peers=("torch fused", "torch default"))
 
 
 def sample(tensors: list[Tensor]) -> list[Tensor]:
@@ -232,6 +234,7 @@ def _all() -> Iterator[Case]:
     for dtype in (torch.float32, torch.float16):
         yield adamw(dtype)
         yield grad_stats(dtype)
+    yield adamw(torch.float32, skip_nonfinite=False)
     yield unscale(torch.float32)
     yield quantize(1024, 384, torch.float32)
     yield quantize(512, 4096, torch.float16)

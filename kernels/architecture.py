@@ -27,7 +27,7 @@ class Architecture:
     tensor_cores: bool
 
 
-# Shared memory: CUDA C++ programming guide, table "technical specifications per compute capability"; AMD CDNA3 ISA guide.
+# Shared memory: CUDA C++ programming guide, "technical specifications per compute capability"; AMD CDNA3 ISA guide.
 ARCHITECTURES = {
     arch.name: arch
     for arch in (

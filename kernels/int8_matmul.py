@@ -149,9 +149,7 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
         return out
     arch = architecture_of(a.device)
     if not arch.tensor_cores:
-        raise RuntimeError(
-            f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use"
-        )
+        raise RuntimeError(f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use")
     config = configuration(op, Int8MatmulConfig, arch, "small" if M <= SMALL_M else "large")
     a, b = _readable(a), _readable(b)
     K = a.shape[1]
@@ -187,7 +185,7 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
 
 
 def _readable(matrix: torch.Tensor) -> torch.Tensor:
-    """``matrix`` itself where 16-byte loads along K are possible, else a copy with K zero-padded to a multiple of 16."""
+    """``matrix`` itself where 16-byte loads along K are possible, else a copy, its K zero-padded to a multiple of 16."""
     K = matrix.shape[1]
     if K % 16 == 0 and matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0:
         return matrix
@@ -197,7 +195,7 @@ def _readable(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def variants(arch: Architecture) -> list[Variant]:
-    """The W8A8 and W8A16 products in each bucket, with and without an epilogue, and with a K that the block does not divide."""
+    """The W8A8 and W8A16 products in each bucket, plain with whole blocks of K, and with an epilogue and a ragged K."""
     if not arch.tensor_cores:
         return []
     operand = {"int8_matmul": ("i8", "fp16"), "weight_only_matmul": ("fp16", "fp16")}

@@ -15,7 +15,7 @@ _ATTRIBUTES = {
     "load_quantized": "mixft.nn.checkpoint",
 }
 
-__all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]  # noqa: PLE0604
+__all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]
 
 
 def __getattr__(name: str):

@@ -44,15 +44,11 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
     if not torch.equal(actual.isnan(), exact.isnan()):
         return float("inf")
-    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).nan_to_num(
-        nan=0.0, posinf=float("inf")
-    )
+    difference = torch.where(actual == exact, 0.0, (actual - exact).abs()).nan_to_num(nan=0.0, posinf=float("inf"))
     return difference.max().item() if difference.numel() else 0.0
 
 
-def assert_within_budget(
-    actual: torch.Tensor, exact: torch.Tensor, torch_result: torch.Tensor, epsilon: float
-) -> None:
+def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, torch_result: torch.Tensor, epsilon: float) -> None:
     """Hold ``actual`` to torch's own error at the same dtype plus ``epsilon`` of the largest exact magnitude."""
     finite = exact[exact.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0

@@ -65,7 +65,7 @@ def test_from_dropout_and_bad_input():
     assert (layer.p, layer.training) == (0.2, False)
     with pytest.raises(TypeError, match="it is a Linear"):
         Dropout.from_dropout(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="1.5"):
+    with pytest.raises(ValueError, match=r"1\.5"):
         Dropout(1.5)
 
 

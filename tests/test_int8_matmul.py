@@ -80,9 +80,7 @@ def test_leading_dimensions_are_kept(device):
     a, b = int8(2, 3, 16, device=device), int8(5, 16, device=device)
     a_scale, b_scale = torch.rand(2, 3, 1, device=device), torch.rand(5, device=device)
     exact = exact_product(a.view(6, 16), b, a_scale, b_scale, None, None).view(2, 3, 5)
-    assert_within_budget(
-        int8_matmul(a, b, a_scale, b_scale, out_dtype=torch.float32), exact, exact.float(), 2**-22
-    )
+    assert_within_budget(int8_matmul(a, b, a_scale, b_scale, out_dtype=torch.float32), exact, exact.float(), 2**-22)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -126,13 +124,9 @@ def test_opcheck(device):
     a, b = int8(5, 32, device=device), int8(4, 32, device=device)
     a_scale, b_scale = torch.rand(5, 1, device=device), torch.rand(4, 1, device=device)
     bias = torch.randn(4, device=device)
-    torch.library.opcheck(
-        torch.ops.mixft.int8_matmul.default, (a, b, a_scale, b_scale, bias, "gelu", torch.float16)
-    )
+    torch.library.opcheck(torch.ops.mixft.int8_matmul.default, (a, b, a_scale, b_scale, bias, "gelu", torch.float16))
     x = torch.randn(5, 32, device=device, requires_grad=True)
-    torch.library.opcheck(
-        torch.ops.mixft.weight_only_matmul.default, (x, b, b_scale, bias, "none", torch.float32)
-    )
+    torch.library.opcheck(torch.ops.mixft.weight_only_matmul.default, (x, b, b_scale, bias, "none", torch.float32))
 
 
 @pytest.mark.parametrize(

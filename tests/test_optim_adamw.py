@@ -534,3 +534,35 @@ def test_no_gradients(device):
     optimizer = AdamW(parameters(device), max_grad_norm=1.0)
     assert optimizer.step() is None
     assert not optimizer.state
+
+
+def test_skip_nonfinite_off_steps_as_torch_does(device):
+    start = [torch.randn(5, 7), torch.randn(3)]
+    ours = [torch.nn.Parameter(tensor.to(device)) for tensor in start]
+    theirs = [torch.nn.Parameter(tensor.to(device)) for tensor in start]
+    optimizer = AdamW(ours, lr=0.1, skip_nonfinite=False)
+    reference = torch.optim.AdamW(theirs, lr=0.1)
+    for bad in (1.0, torch.nan):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.ones_like(mine)
+            mine.grad.view(-1)[1] = bad
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        reference.step()
+        assert optimizer.last_found_inf is None
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.isnan().sum() == 1
+        torch.testing.assert_close(mine, other, equal_nan=True)
+    with pytest.raises(ValueError, match="skip_nonfinite is False; with max_grad_norm"):
+        AdamW(ours, max_grad_norm=1.0, skip_nonfinite=False)
+
+
+def test_skip_nonfinite_off_still_obeys_a_scaler():
+    parameter = torch.nn.Parameter(torch.randn(6))
+    before = parameter.detach().clone()
+    optimizer = AdamW([parameter], lr=0.1, skip_nonfinite=False)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale((parameter * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    assert optimizer.last_found_inf.item() == 1
+    assert torch.equal(parameter, before)

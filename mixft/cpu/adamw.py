@@ -62,7 +62,9 @@ def adamw_step_(
             copy = scaled[start : start + gradient.numel()].as_strided(gradient.shape, gradient.stride())
             # Widened first: torch would round the product of a 16-bit tensor and a number to 16 bits.
             wide_enough = gradient.dtype == torch.float32
-            gradients.append(torch.mul(gradient, factor, out=copy) if wide_enough else copy.copy_(gradient).mul_(factor))
+            gradients.append(
+                torch.mul(gradient, factor, out=copy) if wide_enough else copy.copy_(gradient).mul_(factor)
+            )
             start += gradient.numel()
         torch._fused_adamw_(
             wide,

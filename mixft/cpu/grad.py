@@ -41,5 +41,5 @@ def _large_sum_of_squares(grad: Tensor) -> Tensor:
     # The op's gradients fill their storage, so the order of the elements does not matter here.
     flat = grad.as_strided((grad.numel(),), (1,))
     # Casting first: half squares overflow, and torch's reductions over 16-bit tensors are slow on a CPU.
-    pieces = [piece.float() for piece in flat.split(PIECE)]
+    pieces = map(Tensor.float, flat.split(PIECE))
     return sum(torch.dot(piece, piece) for piece in pieces)

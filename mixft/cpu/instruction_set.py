@@ -20,6 +20,4 @@ def has_int8_dot() -> bool:
 @functools.cache
 def has_bf16_dot() -> bool:
     """Whether oneDNN multiplies BF16 with dot-product instructions (AVX512-BF16 or AMX)."""
-    return torch.backends.mkldnn.is_available() and _supports(
-        "_is_avx512_bf16_supported", "_is_amx_tile_supported"
-    )
+    return torch.backends.mkldnn.is_available() and _supports("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -11,6 +11,9 @@ from .instruction_set import has_bf16_dot, has_int8_dot
 # The largest K whose int8 products sum exactly in FP32: 1024 * 128 * 128 = 2**24.
 EXACT_FP32_K = 1024
 
+# Up to this many elements a call costs more than the memory that it saves.
+SMALL = 1 << 16
+
 
 def int8_matmul(
     a: Tensor,
@@ -26,7 +29,7 @@ def int8_matmul(
     if b_scale.stride(0) == 0:
         a_scale = a_scale * b_scale[:1]
     else:
-        out.mul_(b_scale.view(-1))
+        out.mul_(b_scale.t())
     out = out.mul_(a_scale) if bias is None else torch.addcmul(bias.float(), out, a_scale, out=out)
     return ACTIVATIONS[activation](out).to(out_dtype)
 
@@ -81,4 +84,6 @@ def int_mm_is_fast_and_exact() -> bool:
 
 def _in_place_float(accumulator: Tensor) -> Tensor:
     """Convert int32 to FP32 in the same memory: element for element, one pass and no second buffer."""
+    if accumulator.numel() <= SMALL:
+        return accumulator.float()
     return accumulator.view(torch.float32).copy_(accumulator)

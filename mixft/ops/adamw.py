@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .grad import GRADIENT_DTYPES, check_scalar
 from .layout import all_contiguous, in_layout_of, is_dense
-from .registration import define_op
+from .registration import define_op, without_dispatch
 
 
 @define_op(
@@ -101,12 +101,20 @@ def adamw_(
     for name, scalar in (("inv_scale", inv_scale), ("clip_coef", clip_coef), ("found_inf", found_inf)):
         if scalar is not None:
             check_scalar(name, scalar, device)
-    scalars = (lr, inv_scale, clip_coef, found_inf, beta1, beta2, eps, weight_decay, maximize)
+    advance_(lists, steps, (lr, inv_scale, clip_coef, found_inf, beta1, beta2, eps, weight_decay, maximize))
+
+
+def advance_(lists: dict[str, list[Tensor]], steps: list[Tensor], scalars: tuple) -> None:
+    """:func:`adamw_` on arguments that are known to be right: its six lists by name, the steps, and the rest in order.
+
+    An optimizer makes them itself; checking a hundred parameters again would be a tenth of a millisecond a step.
+    """
+    advance = without_dispatch(adamw_step_, lists["params"][0])
     if all_contiguous(*lists.values()):
-        adamw_step_(*lists.values(), steps, *scalars)
+        advance(*lists.values(), steps, *scalars)
         return
     arranged = _in_common_layout(lists)
-    adamw_step_(*arranged.values(), steps, *scalars)
+    advance(*arranged.values(), steps, *scalars)
     for name in lists.keys() - {"grads"}:
         for tensor, worked_on in zip(lists[name], arranged[name], strict=True):
             if worked_on is not tensor:

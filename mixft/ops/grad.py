@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .layout import all_contiguous, is_dense
-from .registration import define_op
+from .registration import define_op, without_dispatch
 
 GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -76,7 +76,7 @@ def grad_stats(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.int64)
     if not all_contiguous(grads):
         grads = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
-    return gradient_statistics(grads)
+    return without_dispatch(gradient_statistics, grads[0])(grads)
 
 
 def check_scalar(name: str, value: Tensor, device: torch.device) -> None:

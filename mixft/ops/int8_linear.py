@@ -24,12 +24,12 @@ from .validation import check_activation, check_bias, check_dtype, check_same_de
 
 def _quantize_rows(serve, x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, None, factor)
-    return values.squeeze(-1), scale.squeeze(-1)
+    return values.view(x.shape), scale.view(-1, 1)
 
 
 def _quantize_columns(serve, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, None, factor)
-    return values.squeeze(0), scale.view(-1, 1)
+    return values.view(x.shape), scale.view(-1, 1)
 
 
 @torch.library.custom_op("mixft::int8_linear_forward", mutates_args=())
@@ -131,7 +131,6 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _forward(rows, weight, bias)[0].view(*x.shape[:-1], weight.shape[0])
 
 
-@composition
 def _dynamic_linear_body(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
@@ -140,7 +139,9 @@ def _dynamic_linear_body(
     return serve("int8_matmul", "int8_matmul")(values, weight, scale, weight_scale, bias, activation, x.dtype)
 
 
-_dynamic_linear = torch.library.custom_op("mixft::dynamic_int8_linear", _dynamic_linear_body, mutates_args=())
+_dynamic_linear = torch.library.custom_op(
+    "mixft::dynamic_int8_linear", composition(_dynamic_linear_body), mutates_args=()
+)
 
 
 @_dynamic_linear.register_fake
@@ -202,7 +203,8 @@ def dynamic_int8_linear(
     if wants_gradient:
         refuse_activation_gradient(activation)
     # Without a graph to build or to trace, the dispatcher would only add its 12 us, a third of a small layer.
-    eager = not wants_gradient and type(x) is Tensor and not torch.compiler.is_compiling()
+    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    eager = type(x) is Tensor and not (wants_gradient or observed or torch.is_autocast_enabled(x.device.type))
     serve = _dynamic_linear_body if eager else _dynamic_linear
     out = serve(rows, weight, weight_scale, bias, check_activation(activation))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .registration import define_op
+from .registration import define_op, without_dispatch
 from .validation import check_dtype, check_out_dtype, check_same_device
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -96,7 +96,8 @@ def quantize(
         if not extremes.isfinite().all():
             raise ValueError("x holds NaN or infinity; nonfinite='saturate' accepts them")
     seed = torch.randint(LARGEST_SEED, (), device=x.device) if stochastic else None
-    values, scale, zero_point = _quantize(x.detach().reshape(grouped), symmetric, seed)
+    x = x.detach()
+    values, scale, zero_point = without_dispatch(_quantize, x)(x.reshape(grouped), symmetric, seed)
     return (
         values.view(x.shape),
         scale.view(scale_shape),

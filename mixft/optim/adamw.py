@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mixft.ops.adamw import adamw_
+from mixft.ops.adamw import advance_
 
 from .base import Members, MixedPrecisionOptimizer, Scalars
 
@@ -42,6 +42,8 @@ class AdamW(MixedPrecisionOptimizer):
         max_grad_norm: clip the global gradient norm to this; None for no clipping.
         master_weights: "auto" and "fp32": FP32 masters for 16-bit parameters; "none": 16-bit parameters are updated
             in FP32 and rounded to nearest at every step, which loses updates below half a unit in the last place.
+        skip_nonfinite: True skips steps as said above. False takes every step that no scaler forbids, as torch does,
+            and saves the read of the gradients: 4 of 32 bytes an FP32 parameter. Not with ``max_grad_norm``.
 
     Raises:
         TypeError: a parameter is complex, integer, sparse or FP64.
@@ -60,6 +62,7 @@ class AdamW(MixedPrecisionOptimizer):
         maximize: bool = False,
         max_grad_norm: float | None = None,
         master_weights: str = "auto",
+        skip_nonfinite: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -69,7 +72,9 @@ class AdamW(MixedPrecisionOptimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, master_weights=master_weights)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, master_weights=master_weights, skip_nonfinite=skip_nonfinite
+        )
 
     @staticmethod
     def check_hyperparameters(group: dict[str, Any]) -> None:
@@ -88,21 +93,17 @@ class AdamW(MixedPrecisionOptimizer):
     def update(self, group: dict[str, Any], members: Members, lr: Tensor, scalars: Scalars) -> None:
         states = members.states
         beta1, beta2 = group["betas"]
-        adamw_(
-            members.params,
-            members.grads,
-            [state["master"] for state in states] if members.has_master else [],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+        lists = {
+            "params": members.params,
+            "grads": members.grads,
+            "masters": [state["master"] for state in states] if members.has_master else [],
+            "exp_avgs": [state["exp_avg"] for state in states],
+            "exp_avg_sqs": [state["exp_avg_sq"] for state in states],
+            "max_exp_avg_sqs": [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+        }
+        rule = (beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
+        advance_(
+            lists,
             [state["step"] for state in states],
-            lr=lr,
-            inv_scale=scalars.inv_scale,
-            clip_coef=scalars.clip_coef,
-            found_inf=scalars.found_inf,
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
+            (lr, scalars.inv_scale, scalars.clip_coef, scalars.found_inf, *rule),
         )

@@ -47,18 +47,31 @@ class MixedPrecisionOptimizer(Optimizer):
         master_weights: "auto", "fp32" or "none".
         last_grad_norm: 0-d FP32 tensor, the norm of the unscaled gradients before clipping at the last step; None
             before the first step and where ``max_grad_norm`` is None.
-        last_found_inf: 0-d FP32 tensor, 1 where the last step was skipped; None before the first step.
+        skip_nonfinite: whether a step reads the gradients for NaN and Inf first.
+        last_found_inf: 0-d FP32 tensor, 1 where the last step was skipped; None before the first step, and where
+            nothing looked.
     """
 
     # Tells torch.amp.GradScaler to hand over its scale and its finding (the attributes grad_scale and found_inf).
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, defaults: dict[str, Any], *, max_grad_norm: float | None, master_weights: str) -> None:
+    def __init__(
+        self,
+        params,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None,
+        master_weights: str,
+        skip_nonfinite: bool,
+    ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be a positive number or None")
         if master_weights not in MASTER_WEIGHTS:
             raise ValueError(f"master_weights is {master_weights!r}; it must be one of {', '.join(MASTER_WEIGHTS)}")
+        if max_grad_norm is not None and not skip_nonfinite:
+            raise ValueError("skip_nonfinite is False; with max_grad_norm the gradients are read anyway, leave it True")
         self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
         self.master_weights = master_weights
         self._forget_last_step()
         self.check_hyperparameters(defaults)
@@ -192,7 +205,7 @@ class MixedPrecisionOptimizer(Optimizer):
             inv_scale = _at(self.grad_scale, home).reciprocal()
         if getattr(self, "found_inf", None) is not None:
             found_inf = _at(self.found_inf, home)
-        if found_inf is None or self.max_grad_norm is not None:
+        if (found_inf is None and self.skip_nonfinite) or self.max_grad_norm is not None:
             stats = [grad_stats(listed) for listed in grads.values()]
             bad = sum(_at(nonfinite.sum(), home) for _, nonfinite in stats) > 0
             if self.max_grad_norm is not None:
@@ -205,7 +218,7 @@ class MixedPrecisionOptimizer(Optimizer):
                 clip_coef = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
                 self.last_grad_norm = norm.reshape(())
             found_inf = bad.float() if found_inf is None else torch.maximum(found_inf, bad.float())
-        self.last_found_inf = found_inf.reshape(())
+        self.last_found_inf = None if found_inf is None else found_inf.reshape(())
         return {
             device: Scalars(
                 *(None if value is None else _at(value, device) for value in (inv_scale, clip_coef, found_inf))
@@ -248,7 +261,11 @@ class MixedPrecisionOptimizer(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm, "master_weights": self.master_weights}
+        return super().__getstate__() | {
+            "max_grad_norm": self.max_grad_norm,
+            "master_weights": self.master_weights,
+            "skip_nonfinite": self.skip_nonfinite,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
