@@ -185,7 +185,7 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
 
 
 def _readable(matrix: torch.Tensor) -> torch.Tensor:
-    """``matrix`` itself where 16-byte loads along K are possible, else a copy, its K zero-padded to a multiple of 16."""
+    """``matrix`` itself where 16-byte loads along K are possible, else a copy, its K padded to a multiple of 16."""
     K = matrix.shape[1]
     if K % 16 == 0 and matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0:
         return matrix

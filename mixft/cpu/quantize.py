@@ -98,7 +98,7 @@ def quantize_in_parts(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor
 def quantize_nearest(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor] | None:
     """The symmetric, nearest, FP32 case of ``quantize`` in the fewest passes; None where ``x`` is not all finite."""
     high = x.abs().amax(1, keepdim=True) if x.numel() <= SMALL else value_range(x, True)[1]
-    if not isfinite(high.amax()):
+    if not isfinite(high.amax().item()):
         return None
     scale, inverse = symmetric_scale(high)
     rounder = unit_rounder(x.shape[1], 1) if x.shape[2] == 1 else unit_rounder(1, x.shape[2])
@@ -111,7 +111,7 @@ def quantize_nearest(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor
         for source, target, factor, offset in pieces(x, values, inverse, rounder):
             out = source if overwrite else workspace(source.numel()).view(source.shape)
             target.copy_(torch.addcmul(offset, source, factor, out=out).view(torch.int32))
-    return values, scale, torch.empty(0, dtype=torch.int32)
+    return values, scale, no_zero_point()
 
 
 def symmetric_scale(high: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,6 +133,11 @@ def workspace(size: int) -> Tensor:
 @functools.cache
 def number(value: float) -> Tensor:
     return torch.tensor(value)
+
+
+@functools.cache
+def no_zero_point() -> Tensor:
+    return torch.empty(0, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=64)
