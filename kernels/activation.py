@@ -12,8 +12,6 @@
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-
 
 @triton.jit
 def tanh(x):

@@ -160,3 +160,49 @@ def test_saving_is_refused_by_name_and_an_old_file_survives_a_failure(tmp_path, 
         mixft.save_quantized(model, path)
     assert path.read_text() == "precious"
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, metadata: metadata.pop("layers"),
+        lambda tensors, metadata: metadata.pop("aliases"),
+        lambda tensors, metadata: metadata.update(layers="{"),
+        lambda tensors, metadata: metadata.update(layers='{"up": {}}'),
+        lambda tensors, metadata: metadata.update(aliases='{"head.weight": "nowhere"}'),
+    ],
+)
+def test_a_damaged_description_is_named_and_changes_nothing(tmp_path, change):
+    model = Model()
+    mixft.quantize_(model)
+    path = tmp_path / "model.safetensors"
+    mixft.save_quantized(model, path)
+    rewritten(path, change)
+    target = Model()
+    modules = list(target.modules())
+    with pytest.raises(ValueError, match="damaged description of its layers"):
+        mixft.load_quantized(target, path)
+    assert list(target.modules()) == modules
+
+
+def test_meta_models_and_bare_layers_are_refused_and_frozen_biases_stay_frozen(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="model is itself a QuantLinear"):
+        mixft.save_quantized(QuantLinear(4, 4), path)
+    model = Model()
+    mixft.quantize_(model)
+    mixft.save_quantized(model, path)
+    with pytest.raises(ValueError, match="on the meta device"):
+        mixft.load_quantized(Model().to("meta"), path)
+    frozen = Model().requires_grad_(False)
+    mixft.load_quantized(frozen, path)
+    assert not frozen.up.bias.requires_grad
+
+
+def test_the_file_has_the_usual_permissions(tmp_path):
+    model = Model()
+    mixft.quantize_(model)
+    path, other = tmp_path / "model.safetensors", tmp_path / "other"
+    mixft.save_quantized(model, path)
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode

@@ -187,7 +187,9 @@ def test_backward(device, shape, dtype, activation):
     for got, expected, own, like in zip(actual, truth, same, inputs, strict=True):
         assert got.dtype == like.dtype
         assert got.shape == like.shape
-        assert_within_budget(got, expected, own, 2.0**-11 if dtype == torch.float16 else 2.0**-8)
+        assert_within_budget(
+            got, expected, own, {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 1e-6}[dtype]
+        )
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])

@@ -124,3 +124,32 @@ def test_a_layer_with_non_finite_weights_is_named_and_nothing_changes(bad, mode)
     with pytest.raises(ValueError, match="layer 'second' holds NaN or Inf"):
         mixft.quantize_(model, mode)
     assert list(model.modules()) == before
+
+
+def test_layers_that_cannot_be_quantized_are_left_with_a_reason():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128).double(), nn.Linear(128, 128, device="meta"))
+    model.append(nn.Linear(128, 128))
+    model[3].register_forward_hook(lambda *arguments: None)
+    for mode in ("train", "dynamic"):
+        report = mixft.quantize_(model, mode)
+        assert [layer.name for layer in report.quantized] == ["0"]
+    reasons = [layer.reason for layer in report.left]
+    assert reasons[0] == "its weight is torch.float64"
+    assert "meta device" in reasons[1]
+    assert "hooks" in reasons[2]
+
+
+def test_a_pattern_of_another_type_is_named():
+    with pytest.raises(TypeError, match=r"include must be a glob or several; it is \[3\]"):
+        mixft.quantize_(Model(), include=[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dequantized_weights_have_the_dtype_that_they_came_from(dtype):
+    model = nn.Sequential(nn.Linear(128, 128, bias=False)).to(dtype)
+    mixft.quantize_(model)
+    mixft.dequantize_(model)
+    assert model[0].weight.dtype == dtype
+    mixft.quantize_(model)
+    mixft.dequantize_(model.half())
+    assert model[0].weight.dtype == torch.float16

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from mixft.ops import grad_stats, unscale_
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from mixft.ops.validation import FLOATS
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -212,7 +211,7 @@ def _gradients(
                 # The values of one index may overflow only in their sum, so that is what has to be checked.
                 param.grad = param.grad.coalesce()
             grad = param.grad._values() if param.grad.is_sparse else param.grad
-            if grad.dtype in DTYPES and type(grad) is Tensor:
+            if grad.dtype in FLOATS and type(grad) is Tensor:
                 ours[grad.device].append(grad)
             else:
                 others[grad.device][grad.dtype].append(grad)

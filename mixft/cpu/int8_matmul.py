@@ -68,7 +68,7 @@ def int_mm_is_fast_and_exact() -> bool:
     """Whether to use ``torch._int_mm`` here.
 
     It needs dot-product instructions to be faster than FP32, and it has been silently wrong on a CPU without them
-    (pytorch issue 136746), so the first call holds it to an exact product at the extremes where saturation would show.
+    (pytorch #136746), so the first call holds it to an exact product at the extremes where saturation would show.
     """
     if not has_int8_dot():
         return False

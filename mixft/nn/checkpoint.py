@@ -6,7 +6,6 @@ The file holds the model's state dict, each stored tensor once. Its metadata nam
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -27,12 +26,14 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     The file is written under a temporary name and renamed, so that ``path`` is never half a model.
 
     Raises:
-        ValueError: ``model`` has no QuantLinear, or ``path`` is a folder or in a folder that does not exist.
+        ValueError: ``model`` has no QuantLinear or is one itself, or ``path`` is a folder or in a folder that does not exist.
     """
     path = Path(path)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise ValueError("model has no QuantLinear layers; call mixft.quantize_(model) first, or save it as usual")
+    if "" in layers:
+        raise ValueError("model is itself a QuantLinear; save its state_dict as usual")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"path must be a file in an existing folder; it is {str(path)!r}")
     tensors, aliases = _without_aliases(model.state_dict())
@@ -41,13 +42,12 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
         for name, layer in layers.items()
     }
     metadata = {"format": FORMAT, "layers": json.dumps(description), "aliases": json.dumps(aliases)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -63,22 +63,30 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or foreign, or a layer or tensor does not fit the model; the message names it,
-            and the model is as it was.
+        ValueError: the file is truncated, damaged or foreign, a layer or tensor does not fit the model, or the model is
+            on the meta device; the message names it, and the model is as it was.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path {str(path)!r} is not a file; mixft.save_quantized(model, path) writes one")
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"model has {name!r} on the meta device; call model.to_empty(device=...) first")
     metadata, tensors = _read(path)
-    described = json.loads(metadata["layers"])
-    tensors.update({alias: tensors[name] for alias, name in json.loads(metadata["aliases"]).items() if name in tensors})
     modules = dict(model.named_modules())
     replacements = {}
-    for name, fields in described.items():
-        replacements[modules.get(name)] = _layer_like(modules.get(name), name, fields, path)
+    try:
+        for alias, name in json.loads(metadata["aliases"]).items():
+            tensors[alias] = tensors[name]
+        for name, fields in json.loads(metadata["layers"]).items():
+            replacements[modules.get(name)] = _layer_like(modules.get(name), name, fields, path)
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has a damaged description of its layers: {error!r}") from error
     _check_fit(_expected_state(model, replacements), tensors, path)
     for original, layer in replacements.items():
         layer.to_empty(device=original.weight.device).train(original.training)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(original.bias.requires_grad)
     replace_modules(model, replacements)
     model.load_state_dict(tensors)
     return model

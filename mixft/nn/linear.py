@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..ops.matmul import ACTIVATIONS, matmul
+from mixft.ops import matmul
+from mixft.ops.activation import check_activation
 
 
 class Linear(torch.nn.Linear):
@@ -34,8 +35,7 @@ class Linear(torch.nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; it can be None or one of {', '.join(ACTIVATIONS)}")
+        check_activation(activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
 

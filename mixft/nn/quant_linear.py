@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mixft.ops import dynamic_int8_linear, int8_linear, quantize, weight_only_matmul
-from mixft.ops.validation import ACTIVATIONS, check_activation
+from mixft.ops.activation import activate, check_activation
 
 from .linear import Linear
 
@@ -46,7 +46,8 @@ class QuantLinear(nn.Module):
         dtype: of the parameters; None is torch's default.
 
     Raises:
-        ValueError: an unknown mode or activation.
+        ValueError: an unknown mode or activation, or an input whose last dimension is not ``in_features``.
+        TypeError: an input that is no FP16, BF16 or FP32 tensor.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.mode = mode
         self.activation = activation
+        self.float_dtype = dtype or torch.get_default_dtype()
         if mode == "train":
             self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
             self.weight_scale = None
@@ -106,6 +108,7 @@ class QuantLinear(nn.Module):
             mode,
             getattr(linear, "activation", None),
             device="meta",
+            dtype=linear.weight.dtype,
         )
         if mode == "train":
             layer.weight = linear.weight
@@ -118,8 +121,7 @@ class QuantLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """The floating-point layer of the same function; parameters are shared.
 
-        An int8 weight is dequantized to the dtype of the bias, or to FP32 where there is none. A layer with an
-        activation gives a :class:`mixft.nn.Linear` with it, any other a plain ``nn.Linear``.
+        An int8 weight is dequantized to the dtype that it came from. A layer with an activation gives a :class:`mixft.nn.Linear` with it, any other a plain ``nn.Linear``.
         """
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight())
@@ -128,26 +130,25 @@ class QuantLinear(nn.Module):
         return linear if self.activation is None else Linear.from_linear(linear, self.activation)
 
     def dequantized_weight(self) -> Tensor:
-        """The weight [out_features, in_features] as the products see it, in the dtype of the bias, else FP32."""
-        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        """The weight [out_features, in_features] that an int8 one was made from, as nearly, in ``float_dtype``."""
         if self.mode == "train":
             return self.weight.detach()
-        return (self.weight * self.weight_scale).to(dtype)
+        return (self.weight * self.weight_scale).to(self.float_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+            input = input.to(torch.get_autocast_dtype(input.device.type))
         if self.mode == "train":
-            y = int8_linear(x, self.weight, self.bias)
-            return y if self.activation is None else ACTIVATIONS[self.activation](y)
+            return activate(int8_linear(input, self.weight, self.bias), self.activation)
         serve = dynamic_int8_linear if self.mode == "dynamic" else weight_only_matmul
         if self.activation is None or not torch.is_grad_enabled():
-            return serve(x, self.weight, self.weight_scale, self.bias, self.activation)
-        return ACTIVATIONS[self.activation](serve(x, self.weight, self.weight_scale, self.bias))
+            return serve(input, self.weight, self.weight_scale, self.bias, self.activation)
+        return activate(serve(input, self.weight, self.weight_scale, self.bias), self.activation)
 
     def _apply(self, fn, recurse: bool = True):
         # half() and to(dtype) convert floating buffers; a scale in 16 bits would change the weights.
         scale = self.weight_scale
+        self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         super()._apply(fn, recurse)
         if scale is not None and self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)

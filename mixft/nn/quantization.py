@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
+from mixft.ops.validation import FLOATS
+
 from .linear import Linear
 from .quant_linear import Mode, QuantLinear, check_mode
 
@@ -16,6 +18,8 @@ SMALLEST_SIDE = 32
 
 # The last layer decides between tokens or classes by small differences, and is a small part of the work.
 HEAD_NAMES = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def quantize_(
 
     Left alone, with the reason in the report: output heads (by name: lm_head, classifier, score, qa_outputs,
     embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower, and
-    subclasses of ``nn.Linear``, whose own code may read the weight. ``include`` names layers that are to be quantized
+    subclasses of ``nn.Linear``, whose own code may read the weight, and layers with hooks. ``include`` names layers that are to be quantized
     although they are heads or small.
 
     Args:
@@ -119,16 +123,17 @@ def quantize_(
         listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
         raise ValueError(f"model has no layer to quantize ({listing})")
     layers = {name: _converted(name, candidates[name], mode) for name, reason in reasons.items() if not reason}
-    replace_modules(model, {candidates[name]: layer for name, layer in layers.items()})
-    return QuantizationReport(
+    report = QuantizationReport(
         mode, [_report(name, candidates[name], layers.get(name), reasons[name]) for name in candidates]
     )
+    replace_modules(model, {candidates[name]: layer for name, layer in layers.items()})
+    return report
 
 
 def dequantize_(model: nn.Module) -> list[str]:
     """Replace every :class:`mixft.nn.QuantLinear` of ``model`` by a plain ``nn.Linear``, in place.
 
-    Weights kept in int8 come back in the dtype of the layer's bias, else FP32. A layer with a fused activation
+    Weights kept in int8 come back in the dtype that they came from. A layer with a fused activation
     becomes a :class:`mixft.nn.Linear` with that activation.
 
     Returns:
@@ -148,8 +153,11 @@ def dequantize_(model: nn.Module) -> list[str]:
 
 
 def _matching(argument: str, patterns: str | Iterable[str] | None, names: Iterable[str]) -> set[str]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{argument} must be a glob or several; it is {patterns!r}")
     matched = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+    for pattern in patterns:
         found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
             raise ValueError(f"{argument} pattern {pattern!r} matches none of the linear layers: {', '.join(names)}")
@@ -164,8 +172,12 @@ def _reason_to_leave(name: str, module: nn.Module, mode: Mode, model: nn.Module,
         return "" if module.mode == "train" else f"its weight is int8 ({module.mode}); dequantize_ the model first"
     if type(module) not in (nn.Linear, Linear):
         return f"a subclass of nn.Linear, {type(module).__name__}"
-    if not module.weight.is_floating_point():
+    if module.weight.dtype not in FLOATS:
         return f"its weight is {module.weight.dtype}"
+    if module.weight.is_meta:
+        return "its weight is on the meta device, without values"
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "it has hooks, which a replacement would lose"
     owners = sum(
         1 for other in model.modules() for parameter in other.parameters(recurse=False) if parameter is module.weight
     )

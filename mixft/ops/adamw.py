@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .grad import GRADIENT_DTYPES, check_scalar
+from .grad import check_scalar
 from .layout import all_contiguous, in_layout_of, is_dense
 from .registration import define_op, without_dispatch
+from .validation import FLOATS
 
 
 @define_op(
@@ -141,7 +142,7 @@ def _check(lists: dict[str, list[Tensor]], steps: list[Tensor]) -> None:
     shapes = [param.shape for param in params]
     device = params[0].device
     for name, tensors in (*lists.items(), ("steps", steps)):
-        allowed = GRADIENT_DTYPES if name in ("params", "grads") else (torch.float32,)
+        allowed = FLOATS if name in ("params", "grads") else (torch.float32,)
         # Whole lists are compared first: the search for the culprit is only for the message.
         kinds = {(tensor.dtype, tensor.device, tensor.layout) for tensor in tensors}
         if kinds <= {(dtype, device, torch.strided) for dtype in allowed}:

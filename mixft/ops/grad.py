@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .layout import all_contiguous, is_dense
 from .registration import define_op, without_dispatch
-
-GRADIENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from .validation import FLOATS
 
 
 @define_op("grad", mutates_args=("grads", "found_inf"))
@@ -93,7 +92,7 @@ def check_scalar(name: str, value: Tensor, device: torch.device) -> None:
 def _checked_gradients(grads: Sequence[Tensor]) -> list[Tensor]:
     grads = list(grads)
     for position, grad in enumerate(grads):
-        if grad.dtype not in GRADIENT_DTYPES:
+        if grad.dtype not in FLOATS:
             raise TypeError(f"grads[{position}] is {grad.dtype}; gradients must be float16, bfloat16 or float32")
         if grad.layout != torch.strided:
             raise ValueError(f"grads[{position}] is {grad.layout}; gradients must be dense tensors")

@@ -17,9 +17,10 @@ that a layer costs one dispatch a direction.
 import torch
 from torch import Tensor
 
-from .int8_matmul import FLOATS, frozen_weight_gradient, refuse_activation_gradient
+from .activation import check_activation
+from .int8_matmul import frozen_weight_gradient, refuse_activation_gradient
 from .registration import composition, server
-from .validation import check_activation, check_bias, check_dtype, check_same_device
+from .validation import FLOATS, check_bias, check_dtype, check_same_device
 
 
 def _quantize_rows(serve, x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
+from .activation import check_activation
 from .registration import define_op
-from .validation import check_activation, check_bias, check_dtype, check_out_dtype, check_same_device
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+from .validation import FLOATS, check_bias, check_dtype, check_out_dtype, check_same_device
 
 
 @define_op("int8_matmul", name="int8_matmul")

@@ -5,10 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from .activation import check_activation
 from .registration import define_op
-
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from .validation import FLOATS
 
 
 @define_op("matmul")
@@ -121,14 +120,13 @@ def matmul(
         ValueError: shapes that do not match, tensors on several devices, or an unknown activation.
         TypeError: a dtype that is not supported, or operands of different dtypes.
     """
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; it can be None or one of {', '.join(ACTIVATIONS)}")
+    name = check_activation(activation)
     dtype = a.dtype
-    if dtype not in DTYPES:
+    if dtype not in FLOATS:
         raise TypeError(f"a is {dtype}; matmul takes float16, bfloat16 and float32")
     if b.dtype != dtype:
         raise TypeError(f"a is {dtype} and b is {b.dtype}; both must have one dtype")
-    if out_dtype is not None and out_dtype not in DTYPES:
+    if out_dtype is not None and out_dtype not in FLOATS:
         raise TypeError(f"out_dtype is {out_dtype}; it can be float16, bfloat16 or float32")
     if b.dim() != 2 or a.dim() == 0 or a.shape[-1] != b.shape[0]:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be [..., M, K] and [K, N]")
@@ -146,4 +144,4 @@ def matmul(
             raise ValueError(f"bias is on {bias.device} and a on {a.device}; all must be on one device")
         keep = keep or bias.requires_grad
     keep = keep and activation not in (None, "relu") and torch.is_grad_enabled()
-    return matmul_forward(a, b, bias, activation or "none", out_dtype or dtype, keep)[0]
+    return matmul_forward(a, b, bias, name, out_dtype or dtype, keep)[0]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .registration import define_op, without_dispatch
-from .validation import check_dtype, check_out_dtype, check_same_device
+from .validation import FLOATS, check_dtype, check_out_dtype, check_same_device
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_SEED = 2**63 - 1
 
 
@@ -82,7 +81,7 @@ def quantize(
         (1 everywhere when it is None); ``zero_point``, int32 of scale's shape, or None when ``symmetric``.
 
     Raises:
-        TypeError: x is not a floating tensor of these dtypes.
+        TypeError: x is not a floating tensor of these dtypes, or ``dim`` or ``group_size`` is no whole number.
         IndexError: x has no dimension ``dim``.
         ValueError: ``group_size`` does not divide the dimension or comes with ``dim=None``; an unknown ``nonfinite``;
             NaN or infinity in x under ``nonfinite="error"``.
@@ -151,6 +150,9 @@ def dequantize(
 
 def _shapes(tensor: Tensor, dim: int | None, group_size: int | None) -> tuple[tuple[int, int, int], tuple[int, ...]]:
     """The 3-D shape (outer, group, inner) that the ops see, and the scale's shape, for ``tensor``."""
+    for name, value in (("dim", dim), ("group_size", group_size)):
+        if value is not None and not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be None or a whole number; it is {value!r}")
     shape = tuple(tensor.shape)
     if dim is None:
         if group_size is not None:

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from mixft.cpu.activation import ACTIVATIONS
-
-OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
@@ -16,24 +14,15 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> 
 
 def check_out_dtype(out_dtype: torch.dtype) -> None:
     """Raise TypeError unless the result may have ``out_dtype``."""
-    if out_dtype not in OUT_DTYPES:
-        raise TypeError(f"out_dtype must be {_either(OUT_DTYPES)}; it is {out_dtype}")
-
-
-def check_activation(activation: str | None) -> str:
-    """The kernels' name of ``activation``; raise ValueError for one that there is not."""
-    if activation is None:
-        return "none"
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; it is {activation!r}")
-    return activation
+    if out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be {_either(FLOATS)}; it is {out_dtype}")
 
 
 def check_bias(bias: Tensor | None, out_features: int) -> None:
     """Raise unless ``bias`` is None or a floating [out_features]."""
     if bias is None:
         return
-    check_dtype("bias", bias, OUT_DTYPES)
+    check_dtype("bias", bias, FLOATS)
     if tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias must have shape ({out_features},); it has shape {tuple(bias.shape)}")
 

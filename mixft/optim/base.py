@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from mixft.ops.grad import GRADIENT_DTYPES, grad_stats
+from mixft.ops.grad import grad_stats
+from mixft.ops.validation import FLOATS
 
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
 
@@ -103,7 +104,7 @@ class MixedPrecisionOptimizer(Optimizer):
             TypeError: a parameter is not a real floating-point tensor of 16 or 32 bits.
             ValueError: a hyperparameter is out of range, or an option is named that a group cannot have.
         """
-        for name in ("max_grad_norm", "master_weights", *TORCH_IMPLEMENTATION_OPTIONS):
+        for name in ("max_grad_norm", "master_weights", "skip_nonfinite", *TORCH_IMPLEMENTATION_OPTIONS):
             if name in param_group:
                 raise ValueError(f"{name} is not an option of a parameter group of {type(self).__name__}")
         super().add_param_group(param_group)
@@ -111,7 +112,7 @@ class MixedPrecisionOptimizer(Optimizer):
         try:
             self.check_hyperparameters(group)
             for position, param in enumerate(group["params"]):
-                if param.dtype not in GRADIENT_DTYPES or param.layout != torch.strided:
+                if param.dtype not in FLOATS or param.layout != torch.strided:
                     raise TypeError(
                         f"parameter {position} of group {len(self.param_groups) - 1} is a {param.layout} tensor of "
                         f"{param.dtype}; {type(self).__name__} takes dense float32, float16 and bfloat16 parameters"
@@ -157,7 +158,7 @@ class MixedPrecisionOptimizer(Optimizer):
             grad = param.grad
             if grad is None:
                 continue
-            if grad.layout != torch.strided or grad.dtype not in GRADIENT_DTYPES:
+            if grad.layout != torch.strided or grad.dtype not in FLOATS:
                 raise TypeError(
                     f"a gradient of shape {tuple(grad.shape)} is a {grad.layout} tensor of {grad.dtype}; "
                     f"{type(self).__name__} takes dense float32, float16 and bfloat16 gradients"
