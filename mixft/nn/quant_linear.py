@@ -121,7 +121,8 @@ class QuantLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """The floating-point layer of the same function; parameters are shared.
 
-        An int8 weight is dequantized to the dtype that it came from. A layer with an activation gives a :class:`mixft.nn.Linear` with it, any other a plain ``nn.Linear``.
+        An int8 weight is dequantized to the dtype that it came from. A layer with an activation gives a
+        :class:`mixft.nn.Linear` with it, any other a plain ``nn.Linear``.
         """
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight())

@@ -84,9 +84,9 @@ def quantize_(
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`mixft.nn.QuantLinear`, in place.
 
     Left alone, with the reason in the report: output heads (by name: lm_head, classifier, score, qa_outputs,
-    embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower, and
-    subclasses of ``nn.Linear``, whose own code may read the weight, and layers with hooks. ``include`` names layers that are to be quantized
-    although they are heads or small.
+    embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower,
+    layers with hooks, and subclasses of ``nn.Linear``, whose own code may read the weight. ``include`` names layers
+    that are to be quantized although they are heads or small.
 
     Args:
         model: changed in place. A layer in ``train`` mode may be quantized again into another mode.
