@@ -298,6 +298,7 @@ def adamw_step_(
                 CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
+                num_stages=1,
             )
 
 

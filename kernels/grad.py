@@ -147,6 +147,7 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
                 CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
+                num_stages=1,
             )
 
 
@@ -172,6 +173,7 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
                 CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
+                num_stages=1,
             )
             reduce_stats_kernel[(len(positions),)](
                 table,
@@ -182,6 +184,7 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
                 nonfinite,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
+                num_stages=1,
             )
     return sum_of_squares, nonfinite
 

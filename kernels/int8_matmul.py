@@ -10,7 +10,7 @@ a int8 [M, K], b int8 [N, K], scales FP32 [M] and [N], the sum exact in int32, t
 
     out[m, n] = act(b_scale[n] * sum_k a[m, k] * b[n, k] + bias[n])
 
-a FP16, BF16 or FP32 [M, K]; int8 values are exact in each of them, so the product's only rounding is its FP32 sum.
+a FP16 or BF16 [M, K]; int8 values are exact in both, so the product's only rounding is its FP32 sum.
 
 Both store out [M, N] in FP16, BF16 or FP32. Operands are read along K in 16-byte pieces: the launchers copy one that is
 N-contiguous, misaligned or of a K that 16 does not divide, since byte-wise loads would cost more than the copy.
@@ -25,6 +25,7 @@ import triton.language as tl
 from .activation import activate
 from .architecture import Architecture, architecture_of
 from .configuration import configuration, configurations
+from .matmul import torch_matmul
 from .variant import Variant
 
 SMALL_M = 32
@@ -55,7 +56,7 @@ def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M:
     return first_m + within % rows, within // rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def scaled_matmul_kernel(
     a_ptr,
     b_ptr,
@@ -138,7 +139,12 @@ def weight_only_matmul(
     activation: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Launch the W8A16 product of the module docstring. ``b_scale`` [N, 1]."""
+    """Launch the W8A16 product of the module docstring. ``b_scale`` [N, 1].
+
+    FP32 activations have no matrix instruction that keeps their precision: torch's own product serves them.
+    """
+    if a.dtype == torch.float32:
+        return torch_matmul(a, (b * b_scale).t(), bias, activation, out_dtype, False)[0]
     return _launch("weight_only_matmul", a, b, None, b_scale, bias, activation, out_dtype)
 
 
@@ -160,7 +166,7 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
             b,
             a_scale if a_scale is not None else b_scale,
             b_scale,
-            bias if bias is not None else b_scale,
+            bias.contiguous() if bias is not None else b_scale,
             out,
             M,
             N,

@@ -30,7 +30,7 @@ from .configuration import configuration
 from .variant import Variant
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
     a,
     b,
@@ -271,6 +271,7 @@ def activation_backward(
                 *grad.stride(),
                 WANT_BIAS=want_bias,
                 ACTIVATION=activation,
+                num_stages=1,
                 **asdict(config),
             )
     # Partial sums added by a second, ordered pass: atomics would make the gradient differ from run to run.

@@ -85,10 +85,10 @@ def _stream(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _programs(sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int) -> Programs:
-    counts = torch.tensor([max(1, -(-size // chunk)) for size in sizes])
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    tensor = torch.arange(len(sizes)).repeat_interleave(counts)
-    index = torch.arange(len(tensor)) - first[:-1].repeat_interleave(counts)
+    counts = torch.tensor([max(1, -(-size // chunk)) for size in sizes], device="cpu")
+    first = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
+    tensor = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
+    index = torch.arange(len(tensor), device="cpu") - first[:-1].repeat_interleave(counts)
     return Programs(
         *(_to_device(values.int(), device) for values in (tensor, index, first)),
         tickets=torch.zeros(len(sizes), dtype=torch.int32, device=device),
@@ -98,8 +98,11 @@ def _programs(sizes: tuple[int, ...], chunk: int, device: torch.device, stream: 
 
 @functools.lru_cache(maxsize=64)
 def _table(columns: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
-    return _to_device(torch.tensor(columns, dtype=torch.int64).t().contiguous(), device)
+    return _to_device(torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous(), device)
 
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # The graph would replay a copy from host memory that is long freed.
+        raise RuntimeError("mixft's multi-tensor kernels cannot be captured in a CUDA graph; step outside of it")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

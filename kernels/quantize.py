@@ -53,9 +53,9 @@ SMALLEST_SCALE = tl.constexpr(2.0**-126)
 
 
 @triton.jit
-def finite_range(x, SYMMETRIC: tl.constexpr):
-    """The range of the finite values and zero in each row of the tile."""
-    x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
+def finite_range(x, SYMMETRIC: tl.constexpr, PROPAGATE: tl.constexpr):
+    """The range of the finite values and zero in each row of the tile; with PROPAGATE infinite where one is not."""
+    x = tl.where(tl.abs(x) < float("inf"), x, float("inf") if PROPAGATE else 0.0)
     if SYMMETRIC:
         high = tl.max(tl.abs(x), axis=1)
         low = -high
@@ -118,13 +118,13 @@ def round_to_int8(x, inverse, zero_point, seed_ptr, group, first, SYMMETRIC: tl.
     return (y + UNIT_ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_kept"])
 def quantize_resident(
     x_ptr, factor_ptr, values_ptr, scale_ptr, zero_point_ptr, seed_ptr,
     n, kept, blocks_kept,
     x_stride_batch, x_stride_n, x_stride_kept,
     values_stride_batch, values_stride_n, values_stride_kept,
-    SYMMETRIC: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
+    SYMMETRIC: tl.constexpr, PROPAGATE: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     batch = program // blocks_kept
@@ -137,7 +137,7 @@ def quantize_resident(
     x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     if factor_ptr is not None:
         x *= tl.load(factor_ptr + j, mask=j < n, other=0.0)[None, :]
-    low, high = finite_range(x, SYMMETRIC)
+    low, high = finite_range(x, SYMMETRIC, PROPAGATE)
     scale, inverse, zero_point = scale_of(low, high, SYMMETRIC)
     store_scale(scale_ptr, zero_point_ptr, group, k < kept, scale, zero_point, SYMMETRIC)
     values = round_to_int8(x, inverse, zero_point, seed_ptr, group, 0, SYMMETRIC, BLOCK_N)
@@ -145,12 +145,12 @@ def quantize_resident(
     tl.store(target + j.to(tl.int64)[None, :] * values_stride_n, values, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_kept", "splits"])
 def partial_ranges(
     x_ptr, factor_ptr, low_ptr, high_ptr,
     n, kept, blocks_kept, splits, span,
     x_stride_batch, x_stride_n, x_stride_kept,
-    SYMMETRIC: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
+    SYMMETRIC: tl.constexpr, PROPAGATE: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     split = program % splits
@@ -165,7 +165,7 @@ def partial_ranges(
         x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         if factor_ptr is not None:
             x *= tl.load(factor_ptr + j, mask=j < n, other=0.0)[None, :]
-        tile_low, tile_high = finite_range(x, SYMMETRIC)
+        tile_low, tile_high = finite_range(x, SYMMETRIC, PROPAGATE)
         low = tl.minimum(low, tile_low)
         high = tl.maximum(high, tile_high)
     offsets = (batch * splits + split) * kept + k
@@ -174,7 +174,7 @@ def partial_ranges(
         tl.store(low_ptr + offsets, low, mask=k < kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_kept", "splits"])
 def quantize_split(
     x_ptr, factor_ptr, values_ptr, scale_ptr, zero_point_ptr, low_ptr, high_ptr, seed_ptr,
     n, kept, blocks_kept, splits, span,
@@ -211,7 +211,7 @@ def quantize_split(
         tl.store(target + j[None, :] * values_stride_n, values, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_kept", "blocks_n"])
 def dequantize_tile(
     values_ptr, scale_ptr, zero_point_ptr, out_ptr,
     n, kept, blocks_kept, blocks_n,
@@ -256,7 +256,7 @@ def warps(block_kept: int, block_n: int, config: QuantizeConfig, arch: Architect
 
 
 def quantize(
-    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None
+    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None, propagate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize ``x`` [outer, n, inner] along ``n``.
 
@@ -265,6 +265,7 @@ def quantize(
         symmetric: the formula, see the module docstring.
         seed: int64 scalar tensor on x's device for stochastic rounding; None rounds to the nearest.
         factor: FP32 [n], contiguous, or None.
+        propagate: for symmetric calls, give a group with a NaN or infinity a scale that is not finite, and any values.
 
     Returns:
         values int8 [outer, n, inner], scale FP32 [outer, 1, inner], zero point int32 [outer, 1, inner], or [0] when
@@ -288,12 +289,13 @@ def quantize(
         "BLOCK_KEPT": block_kept,
         "BLOCK_N": block_n,
         "num_warps": warps(block_kept, block_n, config, arch),
+        "num_stages": 1,
     }
     with torch.cuda.device_of(x):
         if resident:
             quantize_resident[(batch * blocks_kept,)](
                 source, factor, target, scale, zero_point_pointer, seed, n, kept, blocks_kept,
-                *source.stride(), *target.stride(), **constants,
+                *source.stride(), *target.stride(), PROPAGATE=propagate, **constants,
             )  # fmt: skip
             return values, scale, zero_point
         most = 1024 if block_kept == 1 else 64
@@ -304,7 +306,8 @@ def quantize(
         low = None if symmetric else torch.empty_like(high)
         grid = (batch * blocks_kept * splits,)
         partial_ranges[grid](
-            source, factor, low, high, n, kept, blocks_kept, splits, span, *source.stride(), **constants
+            source, factor, low, high, n, kept, blocks_kept, splits, span, *source.stride(),
+            PROPAGATE=propagate, **constants,
         )  # fmt: skip
         quantize_split[grid](
             source, factor, target, scale, zero_point_pointer, low, high, seed, n, kept, blocks_kept, splits, span,
@@ -338,6 +341,7 @@ def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: 
         dequantize_tile[(batch * blocks_kept * blocks_n,)](
             source, scale, zero_point, target, n, kept, blocks_kept, blocks_n, *source.stride(), *target.stride(),
             BLOCK_KEPT=block_kept, BLOCK_N=block_n, num_warps=warps(block_kept, block_n, config, arch),
+            num_stages=1,
         )  # fmt: skip
     return out
 
@@ -356,7 +360,13 @@ def variants(arch: Architecture) -> list[Variant]:
             "x_ptr": f"*{x}", "out_ptr": f"*{x}", "values_ptr": "*i8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
             "low_ptr": "*fp32", "high_ptr": "*fp32", "seed_ptr": "*i64", "factor_ptr": "*fp32",
         }  # fmt: skip
-        constants = {"SYMMETRIC": symmetric, "BLOCK_KEPT": tile[0], "BLOCK_N": tile[1], "BLOCK_SPLITS": 16}
+        constants = {
+            "SYMMETRIC": symmetric,
+            "PROPAGATE": name.endswith("factor"),
+            "BLOCK_KEPT": tile[0],
+            "BLOCK_N": tile[1],
+            "BLOCK_SPLITS": 16,
+        }
         constants |= rows if layout == "rows" else columns
         constants |= {key.replace("x_", "out_"): value for key, value in constants.items() if key.startswith("x_")}
         if symmetric:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -229,3 +230,46 @@ def test_products_without_integer_instructions_stay_exact_under_autocast(monkeyp
     monkeypatch.setattr("mixft.cpu.int8_matmul.int_mm_is_fast_and_exact", lambda: False)
     for found, want in zip(run(), expected, strict=True):
         assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_values_reach_the_results(device, dtype, bad):
+    x = torch.randn(6, 40, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(24, 40, device=device, requires_grad=True)
+    grad = torch.randn(6, 24, device=device).to(dtype)
+    spoiled = x.detach().clone()
+    spoiled[2, 3] = bad
+    y = int8_linear(spoiled, weight)
+    assert not y[2].isfinite().any()
+    assert y[[0, 1, 3, 4, 5]].isfinite().all()
+    dynamic = QuantLinear.from_linear(torch.nn.Linear(40, 24, device=device, dtype=dtype))
+    with torch.no_grad():
+        assert (~dynamic(spoiled).isfinite()).any(1).tolist() == [False, False, True, False, False, False]
+    grad[4, 5] = bad
+    grad_x, grad_weight = torch.autograd.grad(int8_linear(x, weight), (x, weight), grad)
+    assert (~grad_x.isfinite()).any(1).tolist() == [False, False, False, False, True, False]
+    assert (~grad_weight.isfinite()).any(1).nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_small_fp16_gradients_survive_frozen_weights(device, mode):
+    layer = QuantLinear.from_linear(torch.nn.Linear(64, 32, device=device, dtype=torch.float16), mode)
+    x = torch.randn(5, 64, device=device).half().requires_grad_()
+    grad = torch.full((5, 32), 1e-5, device=device).half()
+    layer(x).backward(grad)
+    exact = grad.double().cpu() @ (layer.weight.double() * layer.weight_scale.double()).cpu()
+    assert_within_budget(x.grad, exact, exact.half(), 2**-9)
+    assert x.grad.count_nonzero() > 0.9 * x.grad.numel()
+
+
+def test_weight_gradients_over_many_rows_are_summed_in_parts(device, monkeypatch):
+    x = torch.randn(50, 20, device=device)
+    weight = torch.randn(12, 20, device=device, requires_grad=True)
+    grad = torch.randn(50, 12, device=device)
+    (whole,) = torch.autograd.grad(int8_linear(x, weight), weight, grad)
+    monkeypatch.setattr(sys.modules["mixft.ops.int8_linear"], "MOST_ROWS", 16)
+    (parts,) = torch.autograd.grad(int8_linear(x, weight), weight, grad)
+    exact = grad.double().t() @ x.double()
+    assert (parts - exact).norm() < 0.02 * exact.norm()
+    assert not torch.equal(parts, whole)

@@ -151,3 +151,20 @@ def test_bad_input_is_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         int8_matmul(**{**arguments, **change})
+
+
+def test_a_strided_bias(device):
+    a, b = int8(7, 32, device=device), int8(5, 32, device=device)
+    a_scale, b_scale = torch.rand(7, device=device), torch.rand(5, device=device)
+    for bias in (torch.randn(5, 3, device=device)[:, 1], torch.randn(1, device=device).expand(5)):
+        expected = int8_matmul(a, b, a_scale, b_scale, bias.clone(), out_dtype=torch.float32)
+        assert torch.equal(int8_matmul(a, b, a_scale, b_scale, bias, out_dtype=torch.float32), expected)
+        x = torch.randn(7, 32, device=device).half()
+        expected = weight_only_matmul(x, b, b_scale, bias.clone(), out_dtype=torch.float32)
+        assert torch.equal(weight_only_matmul(x, b, b_scale, bias, out_dtype=torch.float32), expected)
+
+
+def test_sums_that_could_exceed_int32_are_refused():
+    a, b = torch.empty(1, 2**17, dtype=torch.int8), torch.empty(1, 2**17, dtype=torch.int8)
+    with pytest.raises(ValueError, match="K must be at most 131071"):
+        int8_matmul(a, b, torch.ones(1), torch.ones(1))

@@ -567,3 +567,18 @@ def test_skip_nonfinite_off_still_obeys_a_scaler():
     scaler.step(optimizer)
     assert optimizer.last_found_inf.item() == 1
     assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_default_dtypes(device, dtype):
+    before = torch.get_default_dtype()
+    param = torch.nn.Parameter(torch.randn(40000, device=device).half())
+    optimizer = AdamW([param], lr=0.1, max_grad_norm=1.0)
+    torch.set_default_dtype(dtype)
+    try:
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert optimizer.state[param]["step"].dtype == torch.float32
+    assert optimizer.last_grad_norm.item() == pytest.approx(200.0)

@@ -186,11 +186,11 @@ class LossScaler(torch.amp.GradScaler):
         self._check_scale_growth_tracker("_check_inf_per_device")
         found = {}
         for device, (ours, others) in _gradients(optimizer).items():
-            found[device] = torch.zeros((), device=device)
+            found[device] = torch.zeros((), dtype=torch.float32, device=device)
             if ours:
                 found[device] += grad_stats(ours)[1].any()
             for same in others:
-                one = torch.ones((), device=device)
+                one = torch.ones((), dtype=torch.float32, device=device)
                 torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], one)
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found

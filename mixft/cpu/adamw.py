@@ -51,7 +51,7 @@ def adamw_step_(
         if masters:
             torch._foreach_copy_(params, masters)
         return
-    scaled = torch.empty(BATCH)
+    scaled = torch.empty(BATCH, dtype=torch.float32, device="cpu")
     for batch in _batches(params):
         own = _pieces(params, batch)
         stored = _pieces(masters, batch) if masters else own

@@ -20,7 +20,7 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
 
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-    sum_of_squares = torch.zeros(len(grads))
+    sum_of_squares = torch.zeros(len(grads), dtype=torch.float32, device="cpu")
     sizes = [grad.numel() for grad in grads]
     small = [position for position, size in enumerate(sizes) if size <= SMALL]
     if small:
@@ -29,7 +29,7 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     large = [position for position, size in enumerate(sizes) if size > SMALL]
     if large:
         sum_of_squares[large] = torch.stack([_large_sum_of_squares(grads[position]) for position in large])
-    nonfinite = torch.zeros(len(grads), dtype=torch.int64)
+    nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
     # A NaN or Inf cannot leave a finite sum of squares, so finite sums need no second look.
     for position, finite in enumerate(sum_of_squares.isfinite().tolist()):
         if not finite:

@@ -48,7 +48,7 @@ def weight_only_matmul(
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """The exact int32 product of int8 ``a`` [M, K] and ``b`` [K, N], of any strides."""
     if a.numel() == 0 or b.numel() == 0:
-        return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+        return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32, device="cpu")
     if int_mm_is_fast_and_exact():
         return torch._int_mm(a, b)
     return fp32_integer_product(a, b)
@@ -56,7 +56,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 
 def fp32_integer_product(a: Tensor, b: Tensor) -> Tensor:
     """:func:`integer_product` through FP32 products short enough in K to be exact."""
-    total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+    total = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32, device="cpu")
     for start in range(0, a.shape[1], EXACT_FP32_K):
         stop = start + EXACT_FP32_K
         total += torch.mm(a[:, start:stop].float(), b[start:stop].float()).to(torch.int32)
@@ -72,10 +72,10 @@ def int_mm_is_fast_and_exact() -> bool:
     """
     if not has_int8_dot():
         return False
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for M, K, N in ((1, 64, 32), (33, 257, 65)):
-        a = torch.randint(-128, 128, (M, K), dtype=torch.int8, generator=generator)
-        b = torch.randint(-128, 128, (K, N), dtype=torch.int8, generator=generator)
+        a = torch.randint(-128, 128, (M, K), dtype=torch.int8, device="cpu", generator=generator)
+        b = torch.randint(-128, 128, (K, N), dtype=torch.int8, device="cpu", generator=generator)
         a[0], b[:, 0] = -128, 127
         if not torch.equal(torch._int_mm(a, b), fp32_integer_product(a, b)):
             return False

@@ -32,21 +32,23 @@ ODD_LANES = 0x0001000100010001
 
 
 def quantize(
-    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None
+    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None, propagate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize ``x`` [outer, n, inner] along ``n``; see ``mixft.kernels.quantize.quantize``."""
     if factor is not None:
         if x.numel() > WORKSPACE and x.shape[0] * x.shape[2] > 1 and symmetric and seed is None:
-            return quantize_in_parts(x, factor)
+            return quantize_in_parts(x, factor, propagate)
         x = torch.mul(x, factor.view(1, -1, 1), out=workspace(x.numel()).view(x.shape))
+    if propagate and x.dtype != torch.float32:
+        x = x.float()
     if symmetric and seed is None and x.dtype == torch.float32 and x.numel() > 0:
-        quantized = quantize_nearest(x, overwrite=factor is not None)
+        quantized = quantize_nearest(x, overwrite=factor is not None, propagate=propagate)
         if quantized is not None:
             return quantized
     outer, _, inner = x.shape
-    values = torch.empty(x.shape, dtype=torch.int8)
+    values = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     if values.numel() == 0:
-        low = high = torch.zeros((outer, 1, inner))
+        low = high = torch.zeros((outer, 1, inner), dtype=torch.float32, device="cpu")
         finite = True
     else:
         low, high = value_range(x, symmetric)
@@ -57,7 +59,7 @@ def quantize(
     if symmetric:
         scale, inverse = symmetric_scale(high)
         shift = UNIT_ROUNDER
-        zero_point = torch.empty(0, dtype=torch.int32)
+        zero_point = no_zero_point()
         lowest = -127
     else:
         low, high = low.clamp_(max=0), high.clamp_(min=0)
@@ -70,7 +72,7 @@ def quantize(
     if values.numel() == 0:
         return values, scale, zero_point
 
-    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(int(seed))
     # A finite symmetric group cannot leave the range by rounding to the nearest, so it needs no clamp.
     clamped = not (symmetric and finite and generator is None)
     for source, target, factor, offset in pieces(x, values, inverse, shift):
@@ -86,19 +88,22 @@ def quantize(
     return values, scale, zero_point
 
 
-def quantize_in_parts(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_in_parts(x: Tensor, factor: Tensor, propagate: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The symmetric, nearest case with a factor, some groups at a time, so that each product fits the workspace."""
     dim = 0 if x.shape[0] > x.shape[2] else 2
     length = max(1, WORKSPACE * x.shape[dim] // x.numel())
-    parts = [quantize(part, True, None, factor) for part in x.split(length, dim)]
+    parts = [quantize(part, True, None, factor, propagate) for part in x.split(length, dim)]
     values, scales, zero_points = zip(*parts, strict=True)
     return torch.cat(values, dim), torch.cat(scales, dim), zero_points[0]
 
 
-def quantize_nearest(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The symmetric, nearest, FP32 case of ``quantize`` in the fewest passes; None where ``x`` is not all finite."""
+def quantize_nearest(x: Tensor, overwrite: bool, propagate: bool) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The symmetric, nearest, FP32 case of ``quantize`` in the fewest passes.
+
+    None where ``x`` is not all finite, unless that is to ``propagate`` into the scales.
+    """
     high = x.abs().amax(1, keepdim=True) if x.numel() <= SMALL else value_range(x, True)[1]
-    if not isfinite(high.amax().item()):
+    if not (propagate or isfinite(high.amax().item())):
         return None
     scale, inverse = symmetric_scale(high)
     rounder = unit_rounder(x.shape[1], 1) if x.shape[2] == 1 else unit_rounder(1, x.shape[2])
@@ -106,7 +111,7 @@ def quantize_nearest(x: Tensor, overwrite: bool) -> tuple[Tensor, Tensor, Tensor
         y = torch.addcmul(rounder, x, inverse)
         values = y.view(torch.int32).to(torch.int8, memory_format=torch.contiguous_format)
     else:
-        values = torch.empty(x.shape, dtype=torch.int8)
+        values = torch.empty(x.shape, dtype=torch.int8, device="cpu")
         rounder = rounder.expand(1, *x.shape[1:])
         for source, target, factor, offset in pieces(x, values, inverse, rounder):
             out = source if overwrite else workspace(source.numel()).view(source.shape)
@@ -124,26 +129,26 @@ def symmetric_scale(high: Tensor) -> tuple[Tensor, Tensor]:
 def workspace(size: int) -> Tensor:
     """FP32 memory, this thread's own where it suffices: new pages would cost more than the pass that fills them."""
     if size > WORKSPACE:
-        return torch.empty(size)
+        return torch.empty(size, dtype=torch.float32, device="cpu")
     if not hasattr(local, "buffer"):
-        local.buffer = torch.empty(WORKSPACE)
+        local.buffer = torch.empty(WORKSPACE, dtype=torch.float32, device="cpu")
     return local.buffer[:size]
 
 
 @functools.cache
 def number(value: float) -> Tensor:
-    return torch.tensor(value)
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 @functools.cache
 def no_zero_point() -> Tensor:
-    return torch.empty(0, dtype=torch.int32)
+    return torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 @functools.lru_cache(maxsize=64)
 def unit_rounder(rows: int, columns: int) -> Tensor:
     # A full row of it: torch's addcmul is several times slower when two of its operands are broadcast along a row.
-    return torch.full((1, rows, columns), UNIT_ROUNDER)
+    return torch.full((1, rows, columns), UNIT_ROUNDER, dtype=torch.float32, device="cpu")
 
 
 def value_range(x: Tensor, symmetric: bool) -> tuple[Tensor | None, Tensor]:
@@ -174,7 +179,7 @@ def pieces(x: Tensor, values: Tensor, *groups: Tensor | float) -> Iterator[tuple
 def rounding_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """FP32 odd integers, uniform in (-2^15, 2^15): four from each 64-bit random number, the dear part."""
     count = shape.numel()
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
     return bits.bitwise_or_(ODD_LANES).view(torch.int16)[:count].view(shape).float()
 
 

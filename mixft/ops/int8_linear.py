@@ -8,7 +8,8 @@ training computes::
     weight gradient  dw = s_2[n] (Q_c(dy s_x)^T Q_r(x))                   with dy s_x = s_2 Q_c(dy s_x)
 
 A scale that runs along the summed dimension cannot leave the sum, so the backward folds s_w and s_x into dy before it
-quantizes dy: both copies made in the forward serve again, and x is kept for the backward in int8.
+quantizes dy: both copies made in the forward serve again, and x is kept for the backward in int8. A row or column that
+holds a NaN or Inf gets a scale that is not finite, so that its results are not finite either and loss scaling sees them.
 
 Each op is a composition of the quantize and int8_matmul implementations of the tensor's device, registered whole so
 that a layer costs one dispatch a direction.
@@ -22,14 +23,17 @@ from .int8_matmul import frozen_weight_gradient, refuse_activation_gradient
 from .registration import composition, server
 from .validation import FLOATS, check_bias, check_dtype, check_same_device
 
+# The weight gradient sums over rows; more of them are summed in parts, since int32 holds no more products than this.
+MOST_ROWS = 2**17 - 64
+
 
 def _quantize_rows(serve, x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, None, factor)
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, None, factor, True)
     return values.view(x.shape), scale.view(-1, 1)
 
 
 def _quantize_columns(serve, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, None, factor)
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, None, factor, True)
     return values.view(x.shape), scale.view(-1, 1)
 
 
@@ -68,15 +72,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     serve = server(grad_out.device)
     matmul = serve("int8_matmul", "int8_matmul")
-    grad_x, grad_weight = grad_out.new_empty(0), grad_out.new_empty(0)
+    grad_x, grad_weight = grad_out.new_empty(0), grad_out.new_empty(0, dtype=weight_dtype)
     if needs_x:
         values, scale = _quantize_rows(serve, grad_out, weight_scale.view(-1))
         one = scale.new_ones(1, 1).expand(x_values.shape[1], 1)
         grad_x = matmul(values, weight_values.t(), scale, one, None, "none", grad_out.dtype)
     if needs_weight:
-        values, scale = _quantize_columns(serve, grad_out, x_scale.view(-1))
-        one = scale.new_ones(1, 1).expand(x_values.shape[1], 1)
-        grad_weight = matmul(values.t(), x_values.t(), scale, one, None, "none", weight_dtype)
+        one = x_scale.new_ones(1, 1).expand(x_values.shape[1], 1)
+        parts = []
+        for rows in range(0, max(len(grad_out), 1), MOST_ROWS):
+            part = slice(rows, rows + MOST_ROWS)
+            values, scale = _quantize_columns(serve, grad_out[part], x_scale[part].view(-1))
+            whole = len(grad_out) <= MOST_ROWS
+            out_dtype = weight_dtype if whole else torch.float32
+            parts.append(matmul(values.t(), x_values[part].t(), scale, one, None, "none", out_dtype))
+        grad_weight = parts[0] if whole else sum(parts).to(weight_dtype)
     return grad_x, grad_weight
 
 

@@ -7,6 +7,9 @@ from .activation import check_activation
 from .registration import define_op
 from .validation import FLOATS, check_bias, check_dtype, check_out_dtype, check_same_device
 
+# The longest sum of int8 products that int32 always holds: 2^31 / 128^2, less one.
+MOST_TERMS = 2**17 - 1
+
 
 @define_op("int8_matmul", name="int8_matmul")
 def _int8_matmul(
@@ -58,11 +61,13 @@ def int8_matmul(
 
     Raises:
         TypeError: an operand, scale or ``out_dtype`` of another dtype.
-        ValueError: shapes that do not fit, an unknown activation, tensors on several devices.
+        ValueError: shapes that do not fit, K above 131,071, an unknown activation, tensors on several devices.
     """
     check_dtype("a", a, (torch.int8,))
     check_dtype("b", b, (torch.int8,))
     check_dtype("a_scale", a_scale, (torch.float32,))
+    if a.dim() and a.shape[-1] > MOST_TERMS:
+        raise ValueError(f"K must be at most {MOST_TERMS}, or its sum could exceed int32; a has shape {tuple(a.shape)}")
     rows = _check_operands(a, b, b_scale, bias, out_dtype)
     check_same_device(a=a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
     out = _int8_matmul(
@@ -133,11 +138,14 @@ def refuse_activation_gradient(activation: str | None) -> None:
 def frozen_weight_gradient(grad_out: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``grad_out @ (weight * weight_scale)`` as ``dtype``, with no 16-bit copy of the weight.
 
-    The rows of the transposed int8 weight have no scale of their own, so the scale goes into ``grad_out`` [M, N].
+    The rows of the transposed int8 weight have no scale of their own, so the scale goes into ``grad_out`` [M, N]: as
+    its ratio to the largest, since gradients times scales of 1e-3 would vanish in FP16, and the largest in FP32 after.
     """
-    scaled = (grad_out * weight_scale.view(-1)).to(dtype)
-    one = weight_scale.new_ones(1, 1).expand(weight.shape[1], 1)
-    return _weight_only_matmul(scaled, weight.t(), one, None, "none", dtype)
+    if weight_scale.numel() == 0:
+        return grad_out.new_zeros((grad_out.shape[0], weight.shape[1]), dtype=dtype)
+    largest = weight_scale.amax().clamp(min=2.0**-126)
+    scaled = (grad_out * (weight_scale.view(-1) / largest)).to(dtype)
+    return _weight_only_matmul(scaled, weight.t(), largest.expand(weight.shape[1], 1), None, "none", dtype)
 
 
 def _save_for_backward(ctx, inputs, output):

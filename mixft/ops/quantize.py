@@ -21,7 +21,7 @@ LARGEST_SEED = 2**63 - 1
 
 @define_op("quantize", name="quantize")
 def _quantize(
-    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None
+    x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None, propagate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     outer, _, inner = x.shape
     shape = (outer, 1, inner)

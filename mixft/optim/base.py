@@ -190,7 +190,7 @@ class MixedPrecisionOptimizer(Optimizer):
                 state["master"] = param.detach().float()
         if new:
             # Side by side in one buffer, steps can be advanced by one call.
-            steps = torch.zeros(len(new), device=members.params[0].device)
+            steps = torch.zeros(len(new), dtype=torch.float32, device=members.params[0].device)
             for position, state in enumerate(new):
                 state["step"] = steps[position]
 
@@ -281,4 +281,5 @@ class MixedPrecisionOptimizer(Optimizer):
 
 
 def _at(scalar: Tensor, device: torch.device) -> Tensor:
-    return scalar.to(device=device, dtype=torch.float32, non_blocking=True)
+    # A copy to the host is read at once, so that one has to wait.
+    return scalar.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")
