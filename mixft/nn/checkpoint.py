@@ -26,7 +26,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     The file is written under a temporary name and renamed, so that ``path`` is never half a model.
 
     Raises:
-        ValueError: ``model`` has no QuantLinear or is one itself, or ``path`` is a folder or in one that does not exist.
+        ValueError: ``model`` has no QuantLinear or is one itself; ``path`` is a folder or in one that does not exist.
     """
     path = Path(path)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}

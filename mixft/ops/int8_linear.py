@@ -9,7 +9,7 @@ training computes::
 
 A scale that runs along the summed dimension cannot leave the sum, so the backward folds s_w and s_x into dy before it
 quantizes dy: both copies made in the forward serve again, and x is kept for the backward in int8. A row or column that
-holds a NaN or Inf gets a scale that is not finite, so that its results are not finite either and loss scaling sees them.
+holds a NaN or Inf gets a scale that is not finite, so that its results are not finite and loss scaling sees them.
 
 Each op is a composition of the quantize and int8_matmul implementations of the tensor's device, registered whole so
 that a layer costs one dispatch a direction.
@@ -79,12 +79,12 @@ def _backward(
         grad_x = matmul(values, weight_values.t(), scale, one, None, "none", grad_out.dtype)
     if needs_weight:
         one = x_scale.new_ones(1, 1).expand(x_values.shape[1], 1)
+        whole = len(grad_out) <= MOST_ROWS
+        out_dtype = weight_dtype if whole else torch.float32
         parts = []
         for rows in range(0, max(len(grad_out), 1), MOST_ROWS):
             part = slice(rows, rows + MOST_ROWS)
             values, scale = _quantize_columns(serve, grad_out[part], x_scale[part].view(-1))
-            whole = len(grad_out) <= MOST_ROWS
-            out_dtype = weight_dtype if whole else torch.float32
             parts.append(matmul(values.t(), x_values[part].t(), scale, one, None, "none", out_dtype))
         grad_weight = parts[0] if whole else sum(parts).to(weight_dtype)
     return grad_x, grad_weight
