@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from typing import List  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -91,6 +92,9 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         def on_cuda(*args):
             return without_autocast("cuda", launcher(module, implementation), args)
 
+        for argument, kind in fake.__annotations__.items():
+            if kind == list[Tensor]:
+                fake.__annotations__[argument] = List[Tensor]  # noqa: UP006 (torch 2.6 reads no other spelling)
         schema = torch.library.infer_schema(fake, mutates_args=mutates_args)
         op = torch.library.custom_op(
             f"mixft::{implementation}", on_cpu, mutates_args=mutates_args, device_types="cpu", schema=schema
