@@ -137,7 +137,7 @@ def test_opcheck(device):
         ({"a_scale": torch.ones(3)}, ValueError, r"a_scale must have 1 or 2 elements; it has shape \(3,\)"),
         ({"b_scale": torch.ones(3).half()}, TypeError, "b_scale must be torch.float32"),
         ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \(3,\); it has shape \(4,\)"),
-        ({"activation": "tanh"}, ValueError, "activation must be None or one of none, relu"),
+        ({"activation": "tanh"}, ValueError, "activation must be None or one of relu, gelu"),
         ({"out_dtype": torch.int32}, TypeError, "out_dtype must be torch.float16 or"),
         ({"b": torch.ones(3, 4, dtype=torch.int8, device="meta")}, ValueError, "b on meta"),
     ],

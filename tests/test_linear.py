@@ -149,9 +149,9 @@ def test_representation():
 
 
 def test_refused():
-    with pytest.raises(ValueError, match=r"activation is 'tanh'.*gelu_tanh"):
+    with pytest.raises(ValueError, match=r"activation must be None or .*gelu_tanh.* it is 'tanh'"):
         Linear(3, 2, activation="tanh")
-    with pytest.raises(ValueError, match="activation is 'swish'"):
+    with pytest.raises(ValueError, match="it is 'swish'"):
         Linear.from_linear(torch.nn.Linear(3, 2), "swish")
     with pytest.raises(TypeError, match="linear is a Conv1d"):
         Linear.from_linear(torch.nn.Conv1d(3, 2, 1))

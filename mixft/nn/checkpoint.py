@@ -44,7 +44,10 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
     metadata = {"format": FORMAT, "layers": json.dumps(description), "aliases": json.dumps(aliases)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         save_file(tensors, temporary, metadata)
+        temporary.chmod(usual)  # safetensors writes files that nobody else can read
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
