@@ -61,22 +61,22 @@ def test_the_table_names_every_op(capsys):
     assert f"{len(CASES)} checks passed, 0 failed" in out
 
 
-def wrong_values(x, symmetric, seed, factor=None):
-    values, scale, zero_point = sound_quantize(x, symmetric, seed, factor)
+def wrong_values(*arguments):
+    values, scale, zero_point = sound_quantize(*arguments)
     return values + 1, scale, zero_point
 
 
-def wrong_scale(x, symmetric, seed, factor=None):
-    values, scale, zero_point = sound_quantize(x, symmetric, seed, factor)
+def wrong_scale(*arguments):
+    values, scale, zero_point = sound_quantize(*arguments)
     return values, scale * 1.02, zero_point
 
 
-def not_a_number(x, symmetric, seed, factor=None):
-    values, scale, zero_point = sound_quantize(x, symmetric, seed, factor)
+def not_a_number(*arguments):
+    values, scale, zero_point = sound_quantize(*arguments)
     return values, torch.full_like(scale, float("nan")), zero_point
 
 
-def raising(x, symmetric, seed, factor=None):
+def raising(*arguments):
     raise NotImplementedError("no such [instruction]")
 
 
