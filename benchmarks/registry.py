@@ -188,9 +188,10 @@ def grad_stats(dtype: torch.dtype) -> Case:
         return Workload(
             {"mixft": lambda: mixft.ops.grad_stats(grads), "torch": peer},
             [exact, torch.zeros(len(grads), dtype=torch.float64)],
-            # torch's FP32 norm of the word embeddings on a CPU is that far off; mixft's is within 1e-6.
-            bound=2e-3,
+            bound=1e-5,
             bytes=grads[0].element_size() * sum(grad.numel() for grad in grads),
+            # Its FP32 norm of the word embeddings on a CPU is that far off.
+            own_bounds={"torch": 2e-3},
         )
 
     return Case(f"grad_stats/{_short(dtype)}", build)

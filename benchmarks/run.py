@@ -35,7 +35,7 @@ def run_case(case: Case, device: torch.device, rounds: int, machine: Machine) ->
     """Check and time every provider of ``case``; one whose output is wrong gets no time."""
     torch.manual_seed(0)
     workload = case.build(device)
-    complaints = {name: complaint(call(), workload) for name, call in workload.providers.items()}
+    complaints = {name: complaint(call(), workload, name) for name, call in workload.providers.items()}
     sound = {name: call for name, call in workload.providers.items() if complaints[name] is None}
     seconds = interleaved_medians(sound, device, rounds) if sound else {}
     floor = machine.floor_seconds(workload.bytes, workload.operations)

@@ -24,7 +24,7 @@ PROVIDERS = [(case, provider) for case in CASES for provider in ("mixft", *case.
 def test_case(benchmark, workload, case, provider):
     benchmark.group = case.name
     call = workload.providers[provider]
-    assert complaint(call(), workload) is None
+    assert complaint(call(), workload, provider) is None
 
     def run():
         call()

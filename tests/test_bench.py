@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def check(case: Case) -> None:
     workload = case.build(CPU)
     assert tuple(workload.providers) == ("mixft", *case.peers)
     for name, call in workload.providers.items():
-        assert complaint(call(), workload) is None, name
+        assert complaint(call(), workload, name) is None, name
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,14 @@ def check(case: Case) -> None:
     ],
 )
 def test_a_wrong_output_is_said(output, said):
-    assert said in complaint(output, toy().build(CPU))
+    assert said in complaint(output, toy().build(CPU), "mixft")
+
+
+def test_a_provider_may_have_a_bound_of_its_own():
+    workload = replace(toy().build(CPU), own_bounds={"torch": 0.02})
+    output = [torch.tensor([0.0, 2.0, 4.0, 6.0, 8.1])]
+    assert complaint(output, workload, "torch") is None
+    assert "bound 1.0e-06" in complaint(output, workload, "mixft")
 
 
 def test_a_wrong_provider_gets_no_time_and_the_others_do():

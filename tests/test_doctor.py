@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mixft import ops
-from mixft.cli import doctor, main, serving
+from mixft.cli import environment, main, serving
 from mixft.cli.self_test import run_case
 from mixft.cli.self_test_cases import CASES, ROUNDING
 from mixft.cpu import grad as cpu_grad
@@ -50,7 +50,7 @@ def test_a_sound_machine_is_green(capsys):
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert found["devices"][0]["device"] == "cpu"
     assert found["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
-    assert set(found["cpu"]["instruction_sets"]) == set(doctor.INSTRUCTION_SETS)
+    assert set(found["cpu"]["instruction_sets"]) == set(environment.INSTRUCTION_SETS)
 
 
 def test_the_table_names_every_op(capsys):
@@ -61,22 +61,22 @@ def test_the_table_names_every_op(capsys):
     assert f"{len(CASES)} checks passed, 0 failed" in out
 
 
-def wrong_values(x, symmetric, seed):
-    values, scale, zero_point = sound_quantize(x, symmetric, seed)
+def wrong_values(*arguments):
+    values, scale, zero_point = sound_quantize(*arguments)
     return values + 1, scale, zero_point
 
 
-def wrong_scale(x, symmetric, seed):
-    values, scale, zero_point = sound_quantize(x, symmetric, seed)
+def wrong_scale(*arguments):
+    values, scale, zero_point = sound_quantize(*arguments)
     return values, scale * 1.02, zero_point
 
 
-def not_a_number(x, symmetric, seed):
-    values, scale, zero_point = sound_quantize(x, symmetric, seed)
+def not_a_number(*arguments):
+    values, scale, zero_point = sound_quantize(*arguments)
     return values, torch.full_like(scale, float("nan")), zero_point
 
 
-def raising(x, symmetric, seed):
+def raising(*arguments):
     raise NotImplementedError("no such [instruction]")
 
 
@@ -92,6 +92,17 @@ def test_a_broken_routine_turns_it_red(monkeypatch, capsys, broken):
     wrong = {row["op"] for row in found["ops"] if not row["passed"]}
     assert "quantize" in wrong
     assert not wrong & {"matmul", "dequantize", "grad_stats", "unscale_"}
+
+
+@pytest.mark.parametrize("broken", [wrong_values, wrong_scale])
+def test_wrong_numbers_are_an_error_above_the_bound(monkeypatch, capsys, broken):
+    """Of the ops that quantize, none fails because the broken routine does not take its call."""
+    monkeypatch.setattr(cpu_quantize, "quantize", broken)
+    wrong = [row for row in report(capsys)[1]["ops"] if not row["passed"]]
+    assert {row["op"] for row in wrong} >= {"quantize", "int8_linear", "dynamic_int8_linear"}
+    for row in wrong:
+        assert row["failure"] is None
+        assert row["error"] > row["bound"]
 
 
 def test_an_overflow_check_that_never_fires_turns_it_red(monkeypatch, capsys):
@@ -114,7 +125,7 @@ def test_the_table_says_what_failed(monkeypatch, capsys):
 
 
 def test_a_missing_package_is_said(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "a-package-that-nobody-has"))
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "a-package-that-nobody-has"))
     code, found = report(capsys)
     assert code == 0
     assert found["versions"]["a-package-that-nobody-has"] is None
@@ -123,9 +134,9 @@ def test_a_missing_package_is_said(monkeypatch, capsys):
 
 
 def test_linux_answers_for_the_probes_that_torch_lacks(monkeypatch):
-    monkeypatch.setattr(doctor, "INSTRUCTION_SETS", {"one": (("_is_not_there",), "one"), "two": ((), "two")})
-    monkeypatch.setattr(doctor, "_cpuinfo", lambda key: {"flags": "zero one three"}[key])
-    assert doctor.cpu()["instruction_sets"] == {"one": True, "two": False}
+    monkeypatch.setattr(environment, "INSTRUCTION_SETS", {"one": (("_is_not_there",), "one"), "two": ((), "two")})
+    monkeypatch.setattr(environment, "_cpuinfo", lambda key: {"flags": "zero one three"}[key])
+    assert environment.cpu_features()["instruction_sets"] == {"one": True, "two": False}
 
 
 @pytest.mark.parametrize(
@@ -162,8 +173,8 @@ def test_the_triton_code_passes_in_the_interpreter(monkeypatch):
 
 
 def test_the_installed_command_exits_with_its_verdict():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     source = "import sys; from mixft.cli import main; sys.exit(main(['doctor', '--json']))"
-    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=variables)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["passed"]

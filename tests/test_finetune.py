@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from tiny_bert import CLASSES, rows, save_tiny_bert, write_csv
 
 from mixft.cli import main
 from mixft.cli.dataset import load_dataset
-from mixft.cli.model_folder import quiet_transformers
+from mixft.cli.model_folder import TOKENIZERS, quiet_transformers
 
 PRECISIONS = ["fp32", "bf16", "fp16", "int8"]
 ROWS, HELD_OUT, BATCH, EPOCHS = 193, 24, 8, 3
@@ -175,28 +176,42 @@ def test_existing_run_is_refused_untouched(finished, folder, capsys):
     assert contents(finished[0]) == before
 
 
-def test_overwrite_replaces_runs_and_nothing_else(folder, tmp_path):
-    (tmp_path / "int8-seed1").mkdir()
-    (tmp_path / "int8-seed1" / "old").touch()
-    (tmp_path / "report.json").write_text("old")
-    (tmp_path / "notes.txt").write_text("mine")
-    arguments = command(folder, "--precision", "fp32", "--max-steps", "2", "--output", str(tmp_path))
-    assert main([*arguments, "--overwrite"]) == 0
-    assert not (tmp_path / "int8-seed1").exists()
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert json.loads((tmp_path / "report.json").read_text())["runs"][0]["steps"] == 2
+@pytest.mark.parametrize("missing", [("config.json",), TOKENIZERS], ids=["config", "tokenizer"])
+def test_predict_needs_the_whole_int8_folder(finished, tmp_path, capsys, missing):
+    saved = shutil.copytree(finished[0] / "int8-seed3" / "int8", tmp_path / "int8")
+    for name in missing:
+        (saved / name).unlink(missing_ok=True)
+    assert main(["predict", str(saved), "a dull actor", "--device", "cpu"]) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert str(saved) in output.err
 
 
-def test_failed_run_is_one_line_and_its_log_stays(folder, tmp_path, capsys):
-    broken = save_tiny_bert(tmp_path / "model")
-    (broken / "model.safetensors").write_bytes(b"nothing of the kind")
-    out = tmp_path / "out"
-    assert main(command(folder, "--model", str(broken), "--precision", "fp32", "--output", str(out))) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "fp32 seed 1" in error
-    assert "Traceback" in (out / "fp32-seed1" / "train.log").read_text()
-    assert not (out / "report.json").exists()
+@pytest.mark.parametrize(
+    ("folder_name", "weights"), [("", "model.safetensors"), ("int8", "quantized.safetensors")], ids=["plain", "int8"]
+)
+@pytest.mark.parametrize("keep", [3, 1000, -1])
+def test_predict_refuses_weights_cut_short(finished, tmp_path, capsys, folder_name, weights, keep):
+    saved = shutil.copytree(finished[0] / "int8-seed3" / folder_name, tmp_path / "saved")
+    content = (saved / weights).read_bytes()
+    (saved / weights).write_bytes(content[:keep])
+    assert main(["predict", str(saved), "a dull actor", "--device", "cpu"]) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert str(saved) in output.err
+
+
+def test_predict_refuses_weights_of_another_shape(finished, tmp_path, capsys):
+    saved = shutil.copytree(finished[0] / "fp32-seed3", tmp_path / "saved")
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    for options in ([], ["--int8"]):
+        if options:
+            shutil.copy(saved / "config.json", saved / "int8" / "config.json")
+        assert main(["predict", str(saved), "a dull actor", "--device", "cpu", *options]) == 2
+        output = capsys.readouterr()
+        assert (output.out, output.err.count("\n")) == ("", 1)
+        assert "do not load" in output.err
 
 
 def test_interrupt_stops_the_run(folder, tmp_path):

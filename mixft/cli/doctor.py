@@ -1,25 +1,12 @@
 """``mixft doctor``: what this machine has, which code serves each op, and whether the ops compute the right values."""
 
-import importlib.metadata
-import platform
 from dataclasses import dataclass
 from json import dumps
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-PACKAGES = ("mixft", "torch", "triton", "numpy", "safetensors")
-
-# The CPU instruction sets that decide a routine's speed: torch's probes under its names for them, or Linux's flag.
-INSTRUCTION_SETS = {
-    "avx2": (("_is_avx2_supported",), "avx2"),
-    "avx512": (("_is_avx512_supported",), "avx512f"),
-    "avx512_vnni": (("_is_vnni_supported", "_is_avx512_vnni_supported"), "avx512_vnni"),
-    "avx512_bf16": (("_is_avx512_bf16_supported",), "avx512_bf16"),
-    "amx_tile": (("_is_amx_tile_supported",), "amx_tile"),
-    "amx_fp16": (("_is_amx_fp16_supported",), "amx_fp16"),
-}
+from mixft.cli.environment import cpu_features, devices, versions
 
 VERDICTS = {True: "[green]ok[/]", False: "[bold red]WRONG[/]", None: "none"}
 
@@ -49,7 +36,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
         report = {
             "versions": versions(),
             "devices": devices(),
-            "cpu": cpu(),
+            "cpu": cpu_features(),
             "ops": [vars(row) for row in rows],
             "passed": passed,
         }
@@ -57,47 +44,6 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     else:
         _print(rows)
     raise typer.Exit(0 if passed else 1)
-
-
-def versions() -> dict[str, str | None]:
-    """The version of Python and of every package that bears on the ops; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def devices() -> list[dict]:
-    """The CPU and every GPU that torch sees, with its architecture; None for one without mixft kernels."""
-    import torch
-
-    found: list[dict] = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        found.append(
-            {
-                "device": f"cuda:{index}",
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "memory_bytes": properties.total_memory,
-            }
-        )
-    return found
-
-
-def cpu() -> dict:
-    """torch's name of the CPU's vector level, and which of ``INSTRUCTION_SETS`` it has."""
-    import torch
-
-    flags = set(_cpuinfo("flags").split())
-    found = {}
-    for name, (probes, flag) in INSTRUCTION_SETS.items():
-        known = [getattr(torch.cpu, probe) for probe in probes if hasattr(torch.cpu, probe)]
-        found[name] = any(probe() for probe in known) if known else flag in flags
-    return {"capability": torch.backends.cpu.get_cpu_capability(), "instruction_sets": found}
 
 
 def diagnose() -> list[Row]:
@@ -133,7 +79,7 @@ def _print(rows: list[Row]) -> None:
     console.print(", ".join(f"{name} {version or 'not installed'}" for name, version in versions().items()))
     for entry in devices():
         console.print(", ".join(f"{key} {value}" for key, value in entry.items()))
-    features = cpu()
+    features = cpu_features()
     present = [name for name, has in features["instruction_sets"].items() if has]
     missing = [name for name, has in features["instruction_sets"].items() if not has]
     console.print(f"cpu {features['capability']}: has {', '.join(present) or 'none'}; lacks {', '.join(missing)}")
@@ -156,14 +102,3 @@ def _print(rows: list[Row]) -> None:
     console.print(
         f"{verdicts.count(True)} checks passed, {verdicts.count(False)} failed, {verdicts.count(None)} not supported"
     )
-
-
-def _cpu_name() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(key: str) -> str:
-    """The first value of ``key`` in Linux's description of the CPU; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.split(":")[0].strip() == key), "")

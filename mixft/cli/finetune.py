@@ -70,8 +70,9 @@ def finetune(
     # Here, so that --help and a refused file do not wait for torch and matplotlib.
     from mixft.cli import runs
     from mixft.cli.device import choose_device
+    from mixft.cli.output_folder import claim
 
-    precisions = _precisions(precision)
+    precisions = _precisions(precision, source)
     recipe = Recipe(
         model=str(source),
         train=train,
@@ -85,9 +86,11 @@ def finetune(
         learning_rate=lr,
         device=choose_device(device),
     )
-    runs.claim(output, overwrite)
     jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
-    raise typer.Exit(runs.run_all(jobs, data, output))
+    inputs = [source, *(Path(file) for file in (train, eval) if file not in (None, dataset.MOVIE_REVIEWS))]
+    with claim(output, [Path(job.output).name for job in jobs], inputs, overwrite) as old_runs:
+        code = runs.run_all(jobs, data, output, old_runs)
+    raise typer.Exit(code)
 
 
 def _names(option: str, given: str) -> list[str]:
@@ -111,13 +114,19 @@ def _seed(name: str) -> int:
     return int(name)
 
 
-def _precisions(given: str) -> list[str]:
-    from mixft.cli.precision import PRECISIONS
+def _precisions(given: str, source: Path) -> list[str]:
+    from mixft.cli.precision import PRECISIONS, inner_linear_layers
 
     names = _names("--precision", given)
     for name in names:
         if name not in PRECISIONS:
             raise InputError(f"--precision names {name!r}; there are {', '.join(PRECISIONS)}")
+    if "int8" in names and not inner_linear_layers(model_folder.outline(source)):
+        others = ", ".join(name for name in PRECISIONS if name != "int8")
+        raise InputError(
+            f"--precision int8 multiplies in the model's torch.nn.Linear layers, and the model in {source} has none "
+            f"below its top; {others} would do"
+        )
     return names
 
 

@@ -8,6 +8,8 @@ and at the end ``result`` (the run's entry in ``report.json``).
 import json
 from dataclasses import asdict, dataclass
 
+LOG = "train.log"  # in a run's folder from its start on
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -2,7 +2,10 @@
 
 import importlib.util
 import os
+import pickle
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from mixft.cli.errors import InputError
 
@@ -25,25 +28,55 @@ TOKENIZERS = (
     "sentencepiece.bpe.model",
 )
 
+# Kinds that count positions from pad_token_id + 1, as RoBERTa does.
+PADDED_POSITIONS = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "layoutlmv3",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+UNLIMITED = 2**20  # tokens; a tokenizer has to be given some number
+
 
 def find_model(name: str) -> Path:
     """The folder of ``minilm`` or of a path, with a configuration, a tokenizer and weights in it.
 
     Raises:
-        InputError: the folder or one of these is missing.
+        InputError: the folder or one of these is missing, or a weight file is cut short.
     """
     folder = _minilm_folder() if name == MINILM else Path(name)
     if not folder.is_dir():
         raise InputError(f"model {name!r} is no folder here; give a folder with config.json in it, or {MINILM}")
-    require_file(folder, ("config.json",), "config.json")
-    # Looked for by name, because transformers makes up an empty tokenizer where a folder has none.
-    require_file(folder, TOKENIZERS, "tokenizer (tokenizer.json or vocab.txt)")
-    require_file(folder, WEIGHTS, "weights (model.safetensors)")
+    require_configuration(folder)
+    _require_file(folder, WEIGHTS, "weights (model.safetensors)")
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):
+                pass  # opening it holds its size against its header
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the weights in {path} do not load: {error}; save the model again") from error
     return folder
 
 
-def require_file(folder: Path, names: tuple[str, ...], what: str) -> None:
-    """Raise InputError unless ``folder`` has one of ``names``."""
+def require_configuration(folder: Path) -> None:
+    """Raise InputError unless ``folder`` has a configuration and a tokenizer."""
+    _require_file(folder, ("config.json",), "config.json")
+    # Looked for by name, because transformers makes up an empty tokenizer where a folder has none.
+    _require_file(folder, TOKENIZERS, "tokenizer (tokenizer.json or vocab.txt)")
+
+
+def _require_file(folder: Path, names: tuple[str, ...], what: str) -> None:
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"the model folder {folder} has no {what}; save the model and its tokenizer into one folder")
 
@@ -97,13 +130,29 @@ def load_config(folder: Path):
 
 
 def longest_input(tokenizer, config) -> int:
-    """Tokens that the model takes at most."""
-    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    return min(tokenizer.model_max_length, positions)
+    """Tokens that the model takes at most; ``UNLIMITED`` where nothing sets a limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and config.model_type in PADDED_POSITIONS and config.pad_token_id is not None:
+        positions -= config.pad_token_id + 1
+    # Neither has to be there, and XLNet for one has -1 for no limit.
+    return min(limit for limit in (tokenizer.model_max_length, positions, UNLIMITED) if limit and limit > 0)
+
+
+def outline(folder: Path):
+    """The layers and shapes of the folder's classifier, with no memory behind its weights."""
+    import torch
+
+    config = load_config(folder)
+    with torch.device("meta"):
+        return quiet_transformers().AutoModelForSequenceClassification.from_config(config)
 
 
 def load_classifier(folder: Path, labels: list[str] | None = None):
-    """The folder's model in FP32, under a fresh head for ``labels``, or with its own where none are given."""
+    """The folder's model in FP32, under a fresh head for ``labels``, or with its own where none are given.
+
+    Raises:
+        InputError: its weights cannot be read or do not fit its configuration.
+    """
     heads = {}
     if labels is not None:
         heads = {
@@ -112,8 +161,11 @@ def load_classifier(folder: Path, labels: list[str] | None = None):
             "label2id": {label: index for index, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,
         }
-    model = quiet_transformers().AutoModelForSequenceClassification.from_pretrained(folder, **heads)
-    return model.float()
+    transformers = quiet_transformers()
+    try:
+        return transformers.AutoModelForSequenceClassification.from_pretrained(folder, **heads).float()
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(f"the weights in {folder} do not load: {error}") from error
 
 
 def is_quantized(folder: Path) -> bool:
@@ -122,12 +174,18 @@ def is_quantized(folder: Path) -> bool:
 
 
 def load_quantized_classifier(folder: Path, config):
-    """The int8 model of a folder that `is_quantized`."""
+    """The int8 model of a folder that `is_quantized`.
+
+    Raises:
+        InputError: its weights cannot be read or do not fit its configuration.
+    """
     import mixft
 
     model = quiet_transformers().AutoModelForSequenceClassification.from_config(config).float()
-    mixft.load_quantized(model, folder / QUANTIZED_WEIGHTS)
-    return model
+    try:
+        return mixft.load_quantized(model, folder / QUANTIZED_WEIGHTS)
+    except ValueError as error:
+        raise InputError(f"the weights in {folder} do not load: {error}") from error
 
 
 def _minilm_folder() -> Path:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import mixft
+from mixft.nn.quantization import SMALLEST_SIDE, SMALLEST_WEIGHT
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -78,10 +79,10 @@ def quantize(model: torch.nn.Module, mode: str) -> None:
     Raises:
         ValueError: there is no such layer, or a weight is not finite.
     """
-    try:
-        mixft.quantize_(model, mode)
-    except ValueError:
-        mixft.quantize_(model, mode, include=inner_linear_layers(model))
+    inner = inner_linear_layers(model)
+    weights = [model.get_submodule(name).weight for name in inner]
+    gain = any(weight.numel() >= SMALLEST_WEIGHT and min(weight.shape) >= SMALLEST_SIDE for weight in weights)
+    mixft.quantize_(model, mode, include=None if gain else inner)
 
 
 def inner_linear_layers(model: torch.nn.Module) -> list[str]:

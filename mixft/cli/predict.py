@@ -26,6 +26,8 @@ def predict(
         folder = folder / model_folder.QUANTIZED
         if not model_folder.is_quantized(folder):
             raise InputError(f"--int8 needs {folder / model_folder.QUANTIZED_WEIGHTS}, which is not there")
+    if model_folder.is_quantized(folder):
+        model_folder.require_configuration(folder)
 
     import torch
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mixft.cli.job import Job
+from mixft.cli.job import LOG, Job
 
 
 class RunFailed(Exception):
@@ -15,7 +15,7 @@ class RunFailed(Exception):
 
 
 def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
-    """Train in a process of its own; its log is ``train.log`` in the job's output folder.
+    """Train in a process of its own; its log is ``LOG`` in the job's output folder.
 
     Returns:
         The run's entry in ``report.json``.
@@ -23,7 +23,7 @@ def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
     Raises:
         RunFailed: the process ended before its result; the message has the last line of its log.
     """
-    log = Path(job.output) / "train.log"
+    log = Path(job.output) / LOG
     log.parent.mkdir(parents=True)
     result = None
     with log.open("w") as errors:
@@ -48,7 +48,7 @@ def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
         finally:
             _end(process)
     if result is None or process.returncode != 0:
-        raise RunFailed(f"the run {job.name} failed: {_reason(process.returncode, log)}; its log is {log}")
+        raise RunFailed(f"the run {job.name} failed: {_reason(process.returncode, log)}")
     return result
 
 

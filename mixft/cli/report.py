@@ -1,42 +1,18 @@
 """What a finished ``mixft finetune`` leaves: ``report.json``, the loss curves and the table on the screen."""
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 from pathlib import Path
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-import mixft
+from mixft.cli.output_folder import REPORT
 
-REPORT = "report.json"
-CURVES = "loss.png"
 SMOOTHING = 0.05  # share of the steps that one point of a curve averages
-
-
-def environment(device: torch.device) -> dict:
-    """Versions and the machine, as far as they bear on time and accuracy."""
-    on_gpu = device.type == "cuda"
-    return {
-        "mixft": mixft.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "platform": platform.platform(),
-        "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def write_report(folder: Path, environment: dict, task: dict, runs: list[dict]) -> None:
@@ -133,10 +109,3 @@ def _percent(group: list[dict], key: str) -> str:
 
 def _mebibytes(group: list[dict], key: str) -> str:
     return f"{_mean(group, key) / 2**20:,.1f}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

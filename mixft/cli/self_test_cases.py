@@ -133,7 +133,7 @@ def _expand(scale: Tensor, values: Tensor) -> Tensor:
     """One scale an element, from one a group along the last dimension, a row, a column or the tensor."""
     scale = scale.double()
     groups = scale.shape[-1]
-    return scale.repeat_interleave(values.shape[-1] // groups, -1) if groups > 1 else scale.expand(scale.shape)
+    return scale.repeat_interleave(values.shape[-1] // groups, -1) if groups > 1 else scale
 
 
 def _dequantize_case(dtype: torch.dtype) -> Case:
