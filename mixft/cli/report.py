@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mixft.cli.output_folder import REPORT
 
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # Okabe and Ito: distinct for the colour-blind
 SMOOTHING = 0.05  # share of the steps that one point of a curve averages
 
 
@@ -38,9 +39,13 @@ def comparison(runs: list[dict]) -> Table:
     title = f"means over {seeds} seeds" if seeds > 1 else f"seed {runs[0]['seed']}"
     caption = "± standard deviation over seeds" if seeds > 1 else None
     table = Table(
-        title=f"Fine-tuning, {title}", caption=caption, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        title=f"Fine-tuning by precision, {title}",
+        caption=caption,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("precision")
+    table.add_column("", no_wrap=True)
     columns = (
         "ms per\nstep",
         f"speed-up\nover {first}",
@@ -76,7 +81,7 @@ def draw_curves(runs: list[dict], path: Path) -> None:
     axes = figure.add_subplot()
     for index, (precision, group) in enumerate(by_precision(runs).items()):
         curves = [[float("nan") if loss is None else loss for loss in run["losses"]] for run in group]
-        color = f"C{index}"
+        color = COLORS[index % len(COLORS)]
         for curve in curves:
             axes.plot(range(1, len(curve) + 1), curve, color=color, alpha=0.2 / len(group), linewidth=0.8)
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
