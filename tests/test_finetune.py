@@ -18,7 +18,9 @@ from mixft.cli.model_folder import TOKENIZERS, quiet_transformers
 
 PRECISIONS = ["fp32", "bf16", "fp16", "int8"]
 ROWS, HELD_OUT, BATCH, EPOCHS = 193, 24, 8, 3
-MIXFT = [sys.executable, "-c", "import sys; from mixft.cli import main; sys.exit(main())"]
+# As the installed command starts: without the current folder on the path.
+START = "import sys; sys.path[:] = filter(None, sys.path); from mixft.cli import main; sys.exit(main())"
+MIXFT = [sys.executable, "-c", START]
 ENVIRONMENT = {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 RUN_KEYS = {
     "precision",
@@ -63,11 +65,13 @@ def command(folder, *more):
 @pytest.fixture(scope="module")
 def finished(folder):
     """One run of every precision, by the installed command: its output folder, what it printed, its report."""
+    (folder / "mixft" / "cli").mkdir(parents=True)  # as a checkout in the current folder: it must not be imported
     arguments = ("--precision", ",".join(PRECISIONS), "--epochs", str(EPOCHS), "--lr", "5e-3", "--seeds", "3")
     done = subprocess.run(
         [*MIXFT, *command(folder, *arguments, "--output", str(folder / "out"))],
         capture_output=True,
         text=True,
+        cwd=folder,
         env={**os.environ, **ENVIRONMENT},
     )
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """What one training run is told, and how the command and the run's process talk.
 
-The command starts ``python -m mixft.cli.training``, writes one `Job` as JSON to its standard input and reads
+The command starts ``mixft.cli.training.main`` in a new Python, writes one `Job` as JSON to its standard input and reads
 events from its standard output, one JSON object a line: ``start`` (steps), ``step`` (progress), ``phase`` (name)
 and at the end ``result`` (the run's entry in ``report.json``).
 """

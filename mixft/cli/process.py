@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mixft.cli.job import LOG, Job
 
+# Not -m, which would look for mixft in the current folder first, where a checkout of that name may lie.
+CHILD = "import sys; sys.path[:] = filter(None, sys.path); from mixft.cli.training import main; main()"
+
 
 class RunFailed(Exception):
     """A run's process ended without a result."""
@@ -28,7 +31,7 @@ def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
     result = None
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mixft.cli.training"],
+            [sys.executable, "-c", CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -1,4 +1,4 @@
-"""One training run: ``python -m mixft.cli.training``, in a process of its own so that its peak memory is its own.
+"""One training run, started by ``mixft.cli.process`` in a process of its own so that its peak memory is its own.
 
 Reads a `Job` from standard input and writes events to standard output, as `mixft.cli.job` says.
 """
@@ -158,7 +158,3 @@ def main() -> None:
         events.write(json.dumps({"event": kind, **fields}) + "\n")
 
     emit("result", run=run(Job.from_json(sys.stdin.read()), emit))
-
-
-if __name__ == "__main__":
-    main()
