@@ -26,6 +26,7 @@ from .activation import activate
 from .architecture import Architecture, architecture_of
 from .configuration import configuration, configurations
 from .matmul import torch_matmul
+from .tile_order import tile_of_program
 from .variant import Variant
 
 SMALL_M = 32
@@ -41,19 +42,6 @@ class Int8MatmulConfig:
     GROUP_M: int
     num_warps: int
     num_stages: int
-
-
-@triton.jit
-def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Programs walk GROUP_M rows of tiles at a time, so that neighbours share their columns of b in the L2."""
-    program = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    per_group = GROUP_M * tiles_n
-    first_m = (program // per_group) * GROUP_M
-    rows = tl.minimum(tiles_m - first_m, GROUP_M)
-    within = program % per_group
-    return first_m + within % rows, within // rows
 
 
 @triton.jit(do_not_specialize=["M"])

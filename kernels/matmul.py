@@ -27,6 +27,7 @@ from torch import Tensor
 from .activation import activate, activation_derivative
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
+from .tile_order import tile_of_program
 from .variant import Variant
 
 
@@ -53,15 +54,7 @@ def matmul_kernel(
     KEEP_PREACTIVATION: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    # Programs walk GROUP_M tile rows down before they move one tile column right, so that tiles of b stay in the L2.
-    program = tl.program_id(0)
-    programs_m = tl.cdiv(M, BLOCK_M)
-    programs_n = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * programs_n)
-    group_rows = tl.minimum(programs_m - group * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * programs_n)
-    program_m = group * GROUP_M + within % group_rows
-    program_n = within // group_rows
+    program_m, program_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     rows = program_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = program_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -1,0 +1,17 @@
+"""Which output tile of a matrix product a program computes."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Programs walk GROUP_M rows of tiles at a time, so that neighbours share their columns of b in the L2."""
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    per_group = GROUP_M * tiles_n
+    first_m = (program // per_group) * GROUP_M
+    rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = program % per_group
+    return first_m + within % rows, within // rows
