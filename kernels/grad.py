@@ -26,7 +26,7 @@ from .multi_tensor import (
     table_for,
     tensor_pointer,
 )
-from .variant import Variant
+from .variant import Elementwise, Variant
 
 # Table columns: number of elements, address of the gradient, position of the gradient in the caller's list.
 SIZE, GRAD, POSITION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -206,9 +206,9 @@ def variants(arch: Architecture) -> list[Variant]:
             "BLOCK": config.block,
         }
         table = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32"}
-        for name, function, outputs in (
-            ("unscale", unscale_kernel, {"inv_scale": "*fp32", "found_inf": "*fp32"}),
-            ("partial_stats", partial_stats_kernel, {"partial_sum": "*fp32", "partial_count": "*i32"}),
+        for name, function, outputs, passes in (
+            ("unscale", unscale_kernel, {"inv_scale": "*fp32", "found_inf": "*fp32"}, 2),
+            ("partial_stats", partial_stats_kernel, {"partial_sum": "*fp32", "partial_count": "*i32"}, 1),
         ):
             launches.append(
                 Variant(
@@ -219,6 +219,7 @@ def variants(arch: Architecture) -> list[Variant]:
                     divisible_by_16=tuple(table | outputs),
                     num_warps=config.num_warps,
                     wide_loads=is_aligned,
+                    work=Elementwise(config.block, passes * dtype.itemsize),
                 )
             )
     signature = {

@@ -27,7 +27,7 @@ from .architecture import Architecture, architecture_of
 from .configuration import configuration, configurations
 from .matmul import torch_matmul
 from .tile_order import tile_of_program
-from .variant import Variant
+from .variant import MatrixProduct, Variant
 
 SMALL_M = 32
 
@@ -230,4 +230,10 @@ def _variant(op, bucket, config, a_type, out_type, epilogue, even):
         divisible_by_16=(*pointers, "N", "K", "stride_am", "stride_bn", "stride_out"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        work=MatrixProduct(
+            (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
+            (1 if a_type == "i8" else 2, 1, 2),
+            (16 if bucket == "small" else 4096, 4096, 4096),
+            int8=a_type == "i8",
+        ),
     )

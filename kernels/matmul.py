@@ -28,7 +28,7 @@ from .activation import activate, activation_derivative
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
 from .tile_order import tile_of_program
-from .variant import Variant
+from .variant import Elementwise, MatrixProduct, Variant
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -279,6 +279,17 @@ LAYOUTS = {
     "grad_b": (("a_stride_m", "b_stride_n"), "K"),
 }
 
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+# (M, N, K) of a product in each bucket, for which times are estimated.
+SHAPES = {
+    "small": (16, 4096, 4096),
+    "medium": (512, 4096, 4096),
+    "large": (4096, 4096, 4096),
+    "wide": (4096, 4096, 4096),
+    "unaligned": (4095, 4095, 4095),
+}
+
 
 def variants(arch: Architecture) -> list[Variant]:
     """Every bucket, operand layout, activation, operand dtype and output dtype at least once."""
@@ -315,8 +326,10 @@ def matmul_variant(
 ) -> Variant:
     config = asdict(configuration("matmul", MatmulConfig, arch, bucket))
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
+    tile = (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
     unit_strides, token_count = LAYOUTS[layout]
     pointers = {"a": dtype, "b": dtype, "bias": dtype, "out": out_dtype, "preactivation": dtype}
+    operand_bytes = (BYTES[dtype], BYTES[dtype], BYTES[out_dtype])
     integers = ["M", "N", "K", "a_stride_m", "a_stride_k", "b_stride_k", "b_stride_n"]
     signature = {name: f"*{kind}" for name, kind in pointers.items()}
     signature |= {name: "i32" for name in integers if name not in unit_strides}
@@ -337,6 +350,7 @@ def matmul_variant(
         num_warps=num_warps,
         num_stages=num_stages,
         wide_loads=bucket != "unaligned",
+        work=MatrixProduct(tile, operand_bytes, SHAPES[bucket]),
     )
 
 
@@ -352,4 +366,5 @@ def activation_backward_variant(dtype: str, activation: str, grad_dtype: str, *,
         constexprs={**config, "grad_stride_n": 1, "WANT_BIAS": want_bias, "ACTIVATION": activation},
         divisible_by_16=tuple(signature),
         num_warps=num_warps,
+        work=Elementwise(config["BLOCK_M"] * config["BLOCK_N"], BYTES[grad_dtype] + 2 * BYTES[dtype]),
     )

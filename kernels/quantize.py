@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
-from .variant import Variant
+from .variant import Elementwise, Variant
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,9 @@ def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: 
     return out
 
 
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
 def variants(arch: Architecture) -> list[Variant]:
     """The variants a launcher call makes: rows held in registers, columns and long groups in two launches."""
     config = configuration("quantize", QuantizeConfig, arch, "all")
@@ -376,6 +379,7 @@ def variants(arch: Architecture) -> list[Variant]:
         if not name.endswith("factor"):
             constants |= {"factor_ptr": None}
         constants = {key: value for key, value in constants.items() if key in names}
+        read_and_written = BYTES[x] + (0 if function is partial_ranges else 1)
         signature = {key: types.get(key, strided.get(key, "i32")) for key in names if key not in constants}
         found.append(
             Variant(
@@ -385,6 +389,7 @@ def variants(arch: Architecture) -> list[Variant]:
                 constexprs=constants,
                 divisible_by_16=tuple(key for key in signature if key not in ("blocks_kept", "splits", "blocks_n")),
                 num_warps=warps(*tile, config, arch),
+                work=Elementwise(tile[0] * tile[1], read_and_written),
             )
         )
 

@@ -5,6 +5,37 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Elementwise:
+    """The work of a kernel that memory bandwidth bounds.
+
+    Attributes:
+        elements: elements that one program covers in one iteration of its main loop, or at once where it has no loop.
+        floor_bytes: bytes an element that no implementation of the same launch can do without: each operand read or
+            written once, at its own width.
+    """
+
+    elements: int
+    floor_bytes: float
+
+
+@dataclass(frozen=True)
+class MatrixProduct:
+    """The work of a kernel that multiplies [M, K] by [K, N].
+
+    Attributes:
+        tile: (rows, columns, depth) of the product of one iteration of a program's loop.
+        operand_bytes: bytes an element of the left operand, the right one and the result.
+        shape: (M, N, K) of a product that this variant serves, for which times are stated.
+        int8: whether the matrix instructions take int8 operands.
+    """
+
+    tile: tuple[int, int, int]
+    operand_bytes: tuple[int, int, int]
+    shape: tuple[int, int, int] = (4096, 4096, 4096)
+    int8: bool = False
+
+
+@dataclass(frozen=True)
 class Variant:
     """One (jit function, types, configuration) that a launcher can launch.
 
@@ -20,6 +51,8 @@ class Variant:
         num_warps: warps a program.
         num_stages: software pipeline stages.
         wide_loads: whether its data is aligned for 128-bit loads, so that the compiled code must have some.
+        work: what it moves and computes, from which ``mixft inspect`` works out traffic and time; None where neither
+            matters, as in a launch over a few values.
     """
 
     name: str
@@ -31,3 +64,4 @@ class Variant:
     num_stages: int = 1
     options: dict[str, Any] = field(default_factory=dict)
     wide_loads: bool = True
+    work: Elementwise | MatrixProduct | None = None
