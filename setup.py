@@ -3,7 +3,12 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["mixft", "mixft.*"]), "mixft.kernels", "mixft.benchmarks"],
+    packages=[
+        *find_packages(include=["mixft", "mixft.*"]),
+        "mixft.kernels",
+        "mixft.benchmarks",
+        "mixft.benchmarks.cases",
+    ],
     package_dir={"mixft": "mixft", "mixft.kernels": "kernels", "mixft.benchmarks": "benchmarks"},
     package_data={"mixft.kernels": ["configs/*.json"]},
 )

@@ -1,52 +1,120 @@
 """Run one case: check every provider, then time those that passed, interleaved."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .case import Case, complaint
-from .timing import Machine, interleaved_medians
+from .case import OURS, Call, Case, Missing, Provider, Refused, complaint
+from .machine import Machine
+from .memory import available_bytes, measure_memory
+from .recording import Row
+from .timing import Effort, host_seconds, interleaved, quartiles, ratios
 
-OURS = "mixft"
-
-
-@dataclass(frozen=True)
-class Result:
-    """One provider of one case.
-
-    Attributes:
-        case: the case's name.
-        provider: the provider's name.
-        seconds: median time of a call; None when its output is wrong.
-        speedup: this provider's time over mixft's, so above 1 where mixft is faster; None without both times.
-        floor_fraction: the least time that this machine needs over the time taken.
-        complaint: what is wrong with the output; None when nothing is.
-    """
-
-    case: str
-    provider: str
-    seconds: float | None
-    speedup: float | None
-    floor_fraction: float | None
-    complaint: str | None
+COMPILED = "torch.compile"
+# What other people's code raises where it does not serve a case; a bug of theirs must not end the run either.
+FAILURES = (
+    AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
+HOST_ROUNDS = 7
 
 
-def run_case(case: Case, device: torch.device, rounds: int, machine: Machine) -> list[Result]:
-    """Check and time every provider of ``case``; one whose output is wrong gets no time."""
+def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine) -> list[Row]:
+    """A row for every provider of ``case``; one that is missing, refuses or gives a wrong output has no time."""
     torch.manual_seed(0)
-    workload = case.build(device)
-    complaints = {name: complaint(call(), workload, name) for name, call in workload.providers.items()}
-    sound = {name: call for name, call in workload.providers.items() if complaints[name] is None}
-    seconds = interleaved_medians(sound, device, rounds) if sound else {}
-    floor = machine.floor_seconds(workload.bytes, workload.operations)
+    if case.needs > available_bytes(device):
+        reason = f"needs {case.needs / 1e9:.0f} GB of memory, {available_bytes(device) / 1e9:.0f} GB are free"
+        return [_row(case, name, "refused", reason) for name in case.providers]
+    torch.compiler.reset()  # cases share their functions' code, and torch compiles only so many versions of one
+    inputs = case.inputs(device)
+    exact = case.exact(inputs)
+    calls, excuses = {}, {}
+    for name, prepare in case.providers.items():
+        if name == COMPILED and not effort.compiles:
+            excuses[name] = ("refused", "takes seconds to compile: left out of quick runs")
+            continue
+        call, excuse = checked(prepare, inputs, exact, case.own_bounds.get(name, case.bound))
+        if excuse is None:
+            calls[name] = call
+        else:
+            excuses[name] = excuse
+    runs = {name: call.run for name, call in calls.items()}
+    samples = interleaved(runs, device, effort) if runs else {}
+    floor = machine.floor_seconds(case.bytes, case.operations, case.rate)
+    rows = []
+    for name in case.providers:
+        if name in excuses:
+            rows.append(_row(case, name, *excuses[name]))
+            continue
+        figures = _figures(name, samples, floor)
+        if device.type == "cuda":
+            figures["host_seconds"] = host_seconds(runs[name], device, HOST_ROUNDS)
+        rows.append(_row(case, name, "timed", **figures))
+    if not (case.memory and effort.memory):
+        return rows
+    del inputs, exact, calls, runs, call
     return [
-        Result(
-            case.name,
-            name,
-            seconds.get(name),
-            seconds[name] / seconds[OURS] if name in seconds and OURS in seconds else None,
-            floor / seconds[name] if name in seconds else None,
-            complaints[name],
-        )
-        for name in workload.providers
+        replace(row, memory=measure_memory(case, row.provider, device)) if row.status == "timed" else row
+        for row in rows
     ]
+
+
+def checked(
+    prepare: Provider, inputs: Any, exact: Sequence[Tensor], bound: float
+) -> tuple[Call | None, tuple[str, str] | None]:
+    """A provider's call after its first result has passed the check, or the status and the reason why there is none."""
+    try:
+        call = prepare(inputs)
+        wrong = complaint(call.checked_result(), exact, bound)
+    except Missing as missing:
+        return None, ("missing", str(missing))
+    except (Refused, *FAILURES) as failure:
+        return None, ("refused", first_line(failure))
+    return (call, None) if wrong is None else (None, ("wrong", wrong))
+
+
+def first_line(failure: BaseException) -> str:
+    """What an exception says, in one line."""
+    said = next(iter(str(failure).strip().splitlines()), "")
+    kind = type(failure).__name__
+    return said if isinstance(failure, Refused) else f"{kind}: {said}"
+
+
+def failed(rows: Sequence[Row]) -> bool:
+    """Whether a provider's output failed its check."""
+    return any(row.status == "wrong" for row in rows)
+
+
+def _figures(name: str, samples: dict[str, list[float]], floor: float) -> dict[str, float | None]:
+    low, median, high = quartiles(samples[name])
+    ratio = ratios(samples[name], samples[OURS]) if OURS in samples else (None, None, None)
+    return {
+        "seconds": median,
+        "seconds_low": low,
+        "seconds_high": high,
+        "host_seconds": median,
+        "speedup": ratio[1],
+        "speedup_low": ratio[0],
+        "speedup_high": ratio[2],
+        "floor_seconds": floor,
+        "floor_fraction": floor / median,
+    }
+
+
+def _row(case: Case, provider: str, status: str, reason: str | None = None, **figures) -> Row:
+    return Row(
+        case=case.name,
+        family=case.family,
+        provider=provider,
+        status=status,
+        reason=reason,
+        bytes=case.bytes,
+        operations=case.operations,
+        rate=case.rate,
+        tokens=case.tokens,
+        sweep=case.sweep,
+        note=case.reason_if_slower if provider == OURS else None,
+        **figures,
+    )

@@ -1,4 +1,4 @@
-"""Interleaved timing: every provider of a case takes its turn in every round, in one process; medians over rounds."""
+"""Interleaved timing: every provider of a case takes its turn in every round, in one process, from cold caches."""
 
 import statistics
 import time
@@ -7,75 +7,143 @@ from dataclasses import dataclass
 
 import torch
 
-# Longer than the clock's and the scheduler's grain; shorter samples repeat their call.
+Call = Callable[[], object]
+
+# Longer than the clock's and the scheduler's grain; shorter calls are repeated, up to so many times, for one sample.
 SAMPLE_SECONDS = 0.005
-# Larger than any cache, so that a copy runs at the speed of memory.
-COPY_BYTES = 2**27
+MOST_REPEATS = 5
+# Written between calls, so that no call finds its data in a cache: larger than the last level of either device.
+FLUSH_BYTES = {"cpu": 2**26, "cuda": 2**28}
+FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What the device reaches in this very run: the floor that each figure is held against."""
+class Effort:
+    """How long to measure.
 
-    copy_bytes_per_second: float
-    matmul_operations_per_second: float
+    Attributes:
+        rounds: turns of every provider of a case.
+        seconds: after so long a case takes no more rounds, once it has five.
+        compiles: whether ``torch.compile`` takes part, at some seconds a case.
+        memory: whether memory is measured, at some seconds a provider.
+        long: whether the cases that take longest take part.
+    """
 
-    def floor_seconds(self, nbytes: int, operations: int) -> float:
-        """The least time for so much memory traffic and so many operations, the two overlapped."""
-        return max(nbytes / self.copy_bytes_per_second, operations / self.matmul_operations_per_second)
+    rounds: int
+    seconds: float
+    compiles: bool = True
+    memory: bool = True
+    long: bool = True
 
 
-def interleaved_medians(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds a call, by name. On a GPU that is device time, by events, with the caches cleared before each."""
-    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock
-    repeats = {name: 1 if device.type == "cuda" else _repeats(call) for name, call in calls.items()}
+FULL = Effort(rounds=31, seconds=4.0)
+QUICK = Effort(rounds=7, seconds=0.5, compiles=False, memory=False, long=False)
+
+
+def interleaved(calls: dict[str, Call], device: torch.device, effort: Effort) -> dict[str, list[float]]:
+    """Seconds a call of every round, by name; on a GPU the device's seconds."""
+    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock(device)
+    repeats = {name: _repeats(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
-    for turn in range(rounds):
+    started = time.perf_counter()
+    for turn in range(effort.rounds):
+        if turn >= FEWEST_ROUNDS and time.perf_counter() - started > effort.seconds:
+            break
         # Another one goes first every round, so that no provider always follows the same neighbour.
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
             samples[name].append(clock(calls[name], repeats[name]))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return samples
 
 
-def measure_machine(device: torch.device, rounds: int) -> Machine:
-    """Copy bandwidth, reads and writes counted, and the rate of torch's matmul: FP16 on a GPU, FP32 on a CPU."""
-    source = torch.ones(COPY_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    size, dtype = (4096, torch.float16) if device.type == "cuda" else (1024, torch.float32)
-    a, b = torch.randn(size, size, device=device, dtype=dtype), torch.randn(size, size, device=device, dtype=dtype)
-    seconds = interleaved_medians(
-        {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b)}, device, rounds
-    )
-    return Machine(2 * COPY_BYTES / seconds["copy"], 2 * size**3 / seconds["matmul"])
-
-
-def _cpu_clock(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
+def host_seconds(call: Call, device: torch.device, rounds: int) -> float:
+    """Median seconds until ``call`` returns, with nothing queued before it: what the step costs the Python program."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
         call()
-    return (time.perf_counter() - start) / repeats
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return statistics.median(times)
 
 
-def _repeats(call: Callable[[], object]) -> int:
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def ratios(numerators: list[float], denominators: list[float]) -> tuple[float, float, float]:
+    """Quartiles of the ratio within each round: what slows both sides of a round alike leaves it as it is."""
+    return quartiles([above / below for above, below in zip(numerators, denominators, strict=True)])
+
+
+def _repeats(call: Call, device: torch.device) -> int:
     call()
-    return max(1, round(SAMPLE_SECONDS / max(_cpu_clock(call, 1), 1e-7)))
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    wanted = SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)
+    return max(1, min(MOST_REPEATS, round(wanted)))
 
 
-def _gpu_clock(device: torch.device) -> Callable[[Callable[[], object], int], float]:
-    flush = torch.empty(COPY_BYTES, dtype=torch.int8, device=device)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    def clock(call: Callable[[], object], repeats: int) -> float:
+
+def _cpu_clock(device: torch.device) -> Callable[[Call, int], float]:
+    flush = torch.zeros(FLUSH_BYTES["cpu"], dtype=torch.int8)
+
+    def clock(call: Call, repeats: int) -> float:
+        total = 0.0
+        for _ in range(repeats):
+            flush.add_(1)
+            start = time.perf_counter()
+            call()
+            total += time.perf_counter() - start
+        return total / repeats
+
+    return clock
+
+
+def _gpu_clock(device: torch.device) -> Callable[[Call, int], float]:
+    """Device time between two events. The device first waits on itself for longer than the host needs to queue the
+    call, so the time between two launches does not count as the device's."""
+    flush = torch.zeros(FLUSH_BYTES["cuda"], dtype=torch.int8, device=device)
+    cycles_per_second = _sleep_rate(device)
+
+    def clock(call: Call, repeats: int) -> float:
+        queueing = host_seconds(call, device, 3)
         total = 0.0
         for _ in range(repeats):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record(torch.cuda.current_stream(device))
+            stream = torch.cuda.current_stream(device)
+            flush.add_(1)
+            torch.cuda._sleep(int(2 * queueing * cycles_per_second))
+            start.record(stream)
             call()
-            stop.record(torch.cuda.current_stream(device))
+            stop.record(stream)
             stop.synchronize()
             total += start.elapsed_time(stop) / 1e3
         return total / repeats
 
     return clock
+
+
+def _sleep_rate(device: torch.device, cycles: int = 10**6) -> float:
+    """Cycles a second of ``torch.cuda._sleep``, whose clock differs between devices."""
+    seconds = []
+    for _ in range(3):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record(torch.cuda.current_stream(device))
+        torch.cuda._sleep(cycles)
+        stop.record(torch.cuda.current_stream(device))
+        stop.synchronize()
+        seconds.append(start.elapsed_time(stop) / 1e3)
+    return cycles / statistics.median(seconds)

@@ -1,4 +1,4 @@
-"""``mixft bench``: an unchecked output is never timed, and the registry's cases are what they say."""
+"""The benchmarks' core: an unchecked output is never timed, nobody vanishes, and figures are what they are called."""
 
 import json
 import statistics
@@ -7,73 +7,35 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixft.benchmarks import registry, timing
-from mixft.benchmarks.case import Case, Workload, complaint
-from mixft.benchmarks.registry import CASES
-from mixft.benchmarks.run import run_case
-from mixft.benchmarks.timing import Machine, interleaved_medians
-from mixft.cli import main
-from mixft.cli.bench import select
+from mixft.benchmarks import recording, run, timing
+from mixft.benchmarks.case import Call, Case, Missing, Refused, compiled, complaint, each
+from mixft.benchmarks.growth import slopes
+from mixft.benchmarks.machine import Machine, measure_machine
+from mixft.benchmarks.recording import Recording, Row, Sweep
+from mixft.benchmarks.run import failed, run_case
+from mixft.benchmarks.timing import Effort, interleaved
 
 CPU = torch.device("cpu")
-MACHINE = Machine(copy_bytes_per_second=1e9, matmul_operations_per_second=1e12)
+MACHINE = Machine(1e9, 5e8, {"fp32": 1e12, "fp16": 1e11, "int8": 4e12})
+EFFORT = Effort(rounds=3, seconds=1.0, compiles=False, memory=False)
 
 
 @pytest.fixture(autouse=True)
-def cpu_routines(monkeypatch):
+def small_samples(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-5)
+    monkeypatch.setitem(timing.FLUSH_BYTES, "cpu", 2**10)
 
 
-def toy(ours=lambda x: 2 * x, peer=lambda x: x + x) -> Case:
-    def build(device):
-        x = torch.arange(5.0)
-        return Workload({"mixft": lambda: [ours(x)], "torch": lambda: [peer(x)]}, [2 * x.double()], 1e-6, 40)
-
-    return Case("toy/5", build)
-
-
-@pytest.fixture
-def one_case(monkeypatch):
-    """A registry of one small case, on a machine that is not measured."""
-
-    def use(case: Case) -> None:
-        monkeypatch.setattr(registry, "CASES", (case,))
-        monkeypatch.setattr(timing, "measure_machine", lambda device, rounds: MACHINE)
-
-    return use
-
-
-def test_every_case_has_its_own_name():
-    names = [case.name for case in CASES]
-    assert len(set(names)) == len(names)
-
-
-def family(case: Case) -> str:
-    return case.name.split("/")[0]
-
-
-MULTI_TENSOR = [case for case in CASES if family(case) in ("adamw", "grad_stats", "unscale")]
-OTHERS = [case for case in CASES if case not in MULTI_TENSOR and "4096x4096" not in case.name]
-
-
-@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
-def test_the_providers_of_a_case_do_the_same_work(case):
-    check(case)
-
-
-@pytest.mark.parametrize("case", MULTI_TENSOR, ids=lambda case: case.name)
-def test_the_providers_of_a_multi_tensor_case_do_the_same_work(monkeypatch, case):
-    monkeypatch.setattr(registry, "BERT", [(300, 7), (1000,), (1,)])
-    check(case)
-
-
-def check(case: Case) -> None:
-    torch.manual_seed(0)
-    workload = case.build(CPU)
-    assert tuple(workload.providers) == ("mixft", *case.peers)
-    for name, call in workload.providers.items():
-        assert complaint(call(), workload, name) is None, name
+def toy(ours=lambda x: [2 * x], peer=lambda x: [x + x], **options) -> Case:
+    providers = {"mixft": each(ours), "torch": each(peer)} | options.pop("more", {})
+    return Case(
+        "toy/5",
+        inputs=lambda device: torch.arange(5.0, device=device),
+        exact=lambda x: [2 * x.double()],
+        providers=providers,
+        **{"bound": 1e-6, "bytes": 40} | options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,105 +48,171 @@ def check(case: Case) -> None:
     ],
 )
 def test_a_wrong_output_is_said(output, said):
-    assert said in complaint(output, toy().build(CPU), "mixft")
-
-
-def test_a_provider_may_have_a_bound_of_its_own():
-    workload = replace(toy().build(CPU), own_bounds={"torch": 0.02})
-    output = [torch.tensor([0.0, 2.0, 4.0, 6.0, 8.1])]
-    assert complaint(output, workload, "torch") is None
-    assert "bound 1.0e-06" in complaint(output, workload, "mixft")
+    exact = [torch.tensor([0.0, 2.0, 4.0, 6.0, 8.0]).double()]
+    assert said in complaint(output, exact, 1e-6)
+    assert complaint(exact, exact, 0.0) is None
 
 
 def test_a_wrong_provider_gets_no_time_and_the_others_do():
-    ours, peer = run_case(toy(peer=lambda x: 2.1 * x), CPU, 3, MACHINE)
-    assert ours.complaint is None
+    rows = run_case(toy(peer=lambda x: [2.1 * x]), CPU, EFFORT, MACHINE)
+    ours, peer = rows
+    assert (ours.status, peer.status) == ("timed", "wrong")
     assert ours.seconds > 0
-    assert "error" in peer.complaint
+    assert "error" in peer.reason
     assert peer.seconds is peer.speedup is peer.floor_fraction is None
-    wrong, torch_s = run_case(toy(ours=lambda x: 2.1 * x), CPU, 3, MACHINE)
-    assert wrong.seconds is None
+    assert failed(rows)
+    wrong, torch_s = run_case(toy(ours=lambda x: [2.1 * x]), CPU, EFFORT, MACHINE)
+    assert wrong.status == "wrong"
     assert torch_s.seconds > 0
     assert torch_s.speedup is None
 
 
-def test_the_figures_of_a_result_agree():
-    ours, peer = run_case(toy(), CPU, 3, MACHINE)
-    assert ours.speedup == 1
-    assert peer.speedup == pytest.approx(peer.seconds / ours.seconds)
-    assert ours.floor_fraction == pytest.approx(40e-9 / ours.seconds)
+def test_a_provider_may_have_a_bound_of_its_own():
+    case = toy(peer=lambda x: [2.1 * x])
+    assert run_case(replace(case, own_bounds={"torch": 0.2}), CPU, EFFORT, MACHINE)[1].status == "timed"
+    assert run_case(replace(case, own_bounds={"mixft": 0.2}), CPU, EFFORT, MACHINE)[1].status == "wrong"
+
+
+def test_who_is_missing_or_refuses_has_a_row_that_says_why():
+    def missing(x):
+        raise Missing("absent is not installed")
+
+    def refuses(x):
+        raise Refused("only rows of 16")
+
+    def breaks(x):
+        raise RuntimeError("no kernel\nat all")
+
+    case = toy(more={"absent": missing, "picky": refuses, "broken": each(breaks), "torch.compile": compiled(torch.neg)})
+    rows = run_case(case, CPU, EFFORT, MACHINE)
+    assert [(row.provider, row.status, row.reason) for row in rows[2:]] == [
+        ("absent", "missing", "absent is not installed"),
+        ("picky", "refused", "only rows of 16"),
+        ("broken", "refused", "RuntimeError: no kernel"),
+        ("torch.compile", "refused", "takes seconds to compile: left out of quick runs"),
+    ]
+    assert not failed(rows)
+
+
+def test_a_case_too_large_for_the_memory_is_refused():
+    rows = run_case(toy(needs=10**18), CPU, EFFORT, MACHINE)
+    assert {row.status for row in rows} == {"refused"}
+    assert "needs 1000000000 GB of memory" in rows[0].reason
+
+
+def test_the_figures_of_a_row_agree(monkeypatch):
+    samples = {"mixft": [1.0, 2.0, 4.0], "torch": [2.0, 6.0, 4.0]}
+    monkeypatch.setattr(run, "interleaved", lambda calls, device, effort: samples)
+    case = toy(bytes=2_000_000_000, operations=3_000_000_000_000, rate="fp32", sweep=Sweep("toy", "rows", 5))
+    ours, peer = run_case(case, CPU, EFFORT, MACHINE)
+    assert (ours.seconds, ours.seconds_low, ours.seconds_high) == (2.0, 1.5, 3.0)
+    assert ours.host_seconds == 2.0
+    assert ours.speedup == ours.speedup_low == ours.speedup_high == 1
+    # Ratios within the rounds: 2, 3, 1.
+    assert (peer.speedup, peer.speedup_low, peer.speedup_high) == (2.0, 1.5, 2.5)
+    assert peer.floor_seconds == pytest.approx(3)
+    assert peer.floor_fraction == pytest.approx(3 / 4)
+    assert peer.sweep == Sweep("toy", "rows", 5)
 
 
 def test_the_floor_is_the_longer_of_traffic_and_arithmetic():
-    assert MACHINE.floor_seconds(2_000_000_000, 0) == pytest.approx(2)
-    assert MACHINE.floor_seconds(1, 3_000_000_000_000) == pytest.approx(3)
+    assert MACHINE.floor_seconds(2_000_000_000) == pytest.approx(2)
+    assert MACHINE.floor_seconds(1, 3_000_000_000_000, "fp32") == pytest.approx(3)
+    # This machine multiplies FP16 slower than FP32, so FP32 is what FP16 is held against.
+    assert MACHINE.floor_seconds(1, 3_000_000_000_000, "fp16") == pytest.approx(3)
+    assert MACHINE.floor_seconds(1, 8_000_000_000_000, "int8") == pytest.approx(2)
 
 
-def test_rounds_are_interleaved_and_the_median_is_taken(monkeypatch):
-    order, clock = [], iter([1.0, 10.0, 20.0, 2.0, 9.0, 30.0])
-    monkeypatch.setattr(timing, "_repeats", lambda call: 1)
-    monkeypatch.setattr(timing, "_cpu_clock", lambda call, repeats: (call(), next(clock))[1])
-    medians = interleaved_medians({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, 3)
+def test_rounds_are_interleaved(monkeypatch):
+    order, times = [], iter([1.0, 10.0, 20.0, 2.0, 9.0, 30.0])
+    monkeypatch.setattr(timing, "_repeats", lambda call, device: 1)
+    monkeypatch.setattr(timing, "_cpu_clock", lambda device: lambda call, repeats: (call(), next(times))[1])
+    samples = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, EFFORT)
     assert order == ["a", "b", "b", "a", "a", "b"]
-    assert medians == {"a": statistics.median([1.0, 2.0, 9.0]), "b": statistics.median([10.0, 20.0, 30.0])}
+    assert samples == {"a": [1.0, 2.0, 9.0], "b": [10.0, 20.0, 30.0]}
+
+
+def test_rounds_end_when_the_time_is_up():
+    samples = interleaved({"a": lambda: None}, CPU, Effort(rounds=1000, seconds=0.0))
+    assert len(samples["a"]) == timing.FEWEST_ROUNDS
+
+
+def test_the_caches_are_cleared_before_every_call_and_outside_of_its_time(monkeypatch):
+    events = []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: events.append("clock") or len(events))
+    flush = type("Flush", (), {"add_": lambda self, value: events.append("flush")})()
+    monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: flush)
+    timing._cpu_clock(CPU)(lambda: events.append("call"), 2)
+    assert events == ["flush", "clock", "call", "clock"] * 2
+
+
+def test_a_gpu_is_kept_waiting_while_the_host_queues_the_call(monkeypatch):
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            events.append("record")
+
+        def synchronize(self):
+            events.append("wait")
+
+        def elapsed_time(self, other):
+            return 3.0
+
+    flush = type("Flush", (), {"add_": lambda self, value: events.append("flush")})()
+    monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: flush)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append(f"sleep {cycles}"))
+    monkeypatch.setattr(timing, "_sleep_rate", lambda device: 1e6)
+    monkeypatch.setattr(timing, "host_seconds", lambda call, device, rounds: 0.25)
+    clock = timing._gpu_clock(torch.device("cuda"))
+    assert clock(lambda: events.append("call"), 1) == pytest.approx(3e-3)
+    assert events == ["flush", "sleep 500000", "record", "call", "record", "wait"]
+
+
+def test_quartiles_of_few_values():
+    assert timing.quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
+    assert timing.ratios([2.0, 8.0], [1.0, 2.0])[1] == statistics.median([2.0, 4.0])
 
 
 def test_the_machine_is_measured(monkeypatch):
-    monkeypatch.setattr(timing, "COPY_BYTES", 2**20)
-    machine = timing.measure_machine(CPU, 1)
-    assert machine.copy_bytes_per_second > 1e8
-    assert machine.matmul_operations_per_second > 1e8
+    monkeypatch.setattr("mixft.benchmarks.machine.STREAM_BYTES", 2**20)
+    monkeypatch.setitem(measure_machine.__globals__["MATMUL_SIZE"], "cpu", 64)
+    machine = measure_machine(CPU, EFFORT)
+    assert machine.copy_bytes_per_second > 1e7
+    assert machine.read_bytes_per_second > 1e7
+    assert set(machine.matmul_operations_per_second) == {"fp32", "fp16", "bf16", "int8"}
+    assert min(machine.matmul_operations_per_second.values()) > 1e6
 
 
-def test_the_table_and_the_file(one_case, tmp_path, capsys):
-    one_case(toy())
+def test_a_recording_comes_back_from_its_file(tmp_path):
+    rows = [Row("toy/5", "toy", "mixft", "timed", seconds=1.0, sweep=Sweep("toy", "rows", 5), memory={"peak": 3})]
+    whole = Recording({"torch": "2"}, MACHINE, 0.5, 31, False, rows)
     file = tmp_path / "results.json"
-    assert main(["bench", "toy", "--quick", "--device", "cpu", "--json", str(file)]) == 0
-    out = capsys.readouterr().out
-    assert "copy 1.0 GB/s" in out
-    assert "toy/5" in out
-    report = json.loads(file.read_text())
-    assert report["environment"]["torch"] == torch.__version__
-    assert report["machine"] == {"copy_bytes_per_second": 1e9, "matmul_operations_per_second": 1e12}
-    assert [row["provider"] for row in report["results"]] == ["mixft", "torch"]
-    assert all(row["seconds"] > 0 for row in report["results"])
+    whole.write(file)
+    assert recording.read(file) == whole
+    assert json.loads(file.read_text())["format"] == 1
+    file.write_text(json.dumps({"results": []}))
+    with pytest.raises(ValueError, match="format None"):
+        recording.read(file)
 
 
-@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1000.0, True)])
-def test_a_busy_machine_is_said(one_case, monkeypatch, capsys, load, warned):
-    one_case(toy())
-    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
-    assert main(["bench", "--quick", "--device", "cpu"]) == 0
-    assert ("keeps this machine busy" in capsys.readouterr().out) == warned
+def test_the_slope_of_a_series():
+    def row(provider, value, seconds, status="timed"):
+        return Row(f"s/{value}", "s", provider, status, seconds=seconds, sweep=Sweep("step", "parameters", value))
+
+    rows = [row("mixft", value, 2e-9 * value) for value in (10**4, 10**5, 10**6)]
+    rows += [row("torch", value, 3e-9 * value**0.5) for value in (10**4, 10**5, 10**6)]
+    rows += [row("few", 10**4, 1.0), row("few", 10**5, 2.0), row("few", 10**6, None, "refused")]
+    fitted = slopes(rows)[("step", "parameters")]
+    assert fitted == {"mixft": pytest.approx(1.0), "torch": pytest.approx(0.5)}
 
 
-def test_a_wrong_output_is_exit_code_1(one_case, tmp_path, capsys):
-    one_case(toy(ours=lambda x: 3 * x))
-    file = tmp_path / "results.json"
-    assert main(["bench", "--quick", "--device", "cpu", "--json", str(file)]) == 1
-    assert "WRONG: error 5.0e-01" in " ".join(capsys.readouterr().out.split())
-    assert json.loads(file.read_text())["results"][0]["seconds"] is None
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["no_such_case"], "no case is named 'no_such_case'; there are quant_linear, half_linear"),
-        (["--device", "tpu"], "--device is 'tpu'"),
-        (["--json", "/no/such/folder/file.json"], "--json /no/such/folder/file.json cannot be written"),
-        (["--json", "."], "--json . cannot be written"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, said):
-    assert main(["bench", *arguments]) == 2
-    output = capsys.readouterr()
-    assert said in output.err
-    assert output.err.count("\n") == 1
-    assert not output.out
-
-
-def test_cases_are_chosen_by_name_family_or_pattern():
-    names = ["linear/1", "linear/16", "adamw/fp32"]
-    assert select(names, ["linear"]) == {"linear/1", "linear/16"}
-    assert select(names, ["linear/1", "adamw/*"]) == {"linear/1", "adamw/fp32"}
-    assert select(names, ["*"]) == set(names)
+def test_a_call_may_return_something_else_than_its_result():
+    call = Call(lambda: (torch.ones(2), 3), result=lambda returned: [returned[0] * returned[1]])
+    assert torch.equal(call.checked_result()[0], torch.full((2,), 3.0))

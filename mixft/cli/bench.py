@@ -1,9 +1,7 @@
-"""``mixft bench``: the benchmark cases, each against torch in the same run, and what the machine itself reaches."""
+"""``mixft bench``: the benchmark cases, each beside its peers and the floor of this machine, outputs checked first."""
 
 import os
-from dataclasses import asdict
 from fnmatch import fnmatchcase
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -11,59 +9,81 @@ import typer
 
 from mixft.cli.errors import InputError
 
-ROUNDS, QUICK_ROUNDS = 31, 7
-
 
 def bench(
     cases: Annotated[list[str] | None, typer.Argument(metavar="[CASE]...", help="Names or patterns; else all.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds: a look, not a figure to quote.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds and cases: a look, not figures to quote.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the results to FILE.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the ratios, .png or .svg.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
 ) -> None:
-    """Time mixft against torch; exit code 1 when a provider's output is wrong, which then gets no time."""
+    """Time mixft beside torch and other packages; exit code 1 when an output is wrong, which then gets no time."""
     # Here, so that --help does not wait for torch.
     import torch
     from rich.console import Console
+    from rich.progress import Progress
 
-    from mixft.benchmarks.registry import CASES
-    from mixft.benchmarks.run import run_case
-    from mixft.benchmarks.timing import measure_machine
+    from mixft.benchmarks import machine, peers, registry, revision, timing
+    from mixft.benchmarks.recording import Recording
+    from mixft.benchmarks.run import failed, run_case
+    from mixft.cli import bench_table
     from mixft.cli.device import choose_device
     from mixft.cli.environment import environment
 
-    chosen = select([case.name for case in CASES], cases or ["*"])
-    if json is not None and (json.is_dir() or not os.access(json.parent, os.W_OK)):
-        raise InputError(f"--json {json} cannot be written; a file in a folder that exists would do")
     where = torch.device(choose_device(device))
-    rounds = QUICK_ROUNDS if quick else ROUNDS
-    console = Console()
+    effort = timing.QUICK if quick else timing.FULL
+    available = registry.cases_for(where)
+    names = select([case.name for case in available], cases or ["*"])
+    chosen = [case for case in available if case.name in names and (effort.long or not case.long or cases)]
+    for option, file in (("--json", json), ("--plot", plot)):
+        check_writable(option, file)
+    console = Console(soft_wrap=True, highlight=False)
     load = os.getloadavg()[0]
     if load > os.cpu_count() / 2:
         console.print(f"other work keeps this machine busy (load {load:.1f}): not figures to quote", style="yellow")
-    machine = measure_machine(where, rounds)
-    console.print(
-        f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {rounds} interleaved rounds"
-        f"\ncopy {machine.copy_bytes_per_second / 1e9:.1f} GB/s, "
-        f"matmul {machine.matmul_operations_per_second / 1e12:.2f} T operations/s; "
-        "floor: the least time at these two rates, as a share of the time taken"
+    recording = Recording(
+        environment={**environment(where), "commit": revision.commit(), "peers": peers.installed()},
+        machine=machine.measure_machine(where, effort),
+        load_average=load,
+        rounds=effort.rounds,
+        quick=quick,
     )
-    console.print(f"{'case':<28}{'provider':<15}{'ms':>9}{'torch / mixft':>15}{'floor':>8}", style="bold")
-    results = []
-    for case in CASES:
-        if case.name in chosen:
-            for result in run_case(case, where, rounds, machine):
-                results.append(result)
-                console.print(_line(result), style="red" if result.complaint else None, markup=False)
-    if json is not None:
-        report = {
-            "environment": environment(where),
-            "machine": asdict(machine),
-            "load_average": load,
-            "rounds": rounds,
-            "results": [asdict(result) for result in results],
-        }
-        json.write_text(dumps(report, indent=1) + "\n", encoding="utf-8")
-    raise typer.Exit(1 if any(result.complaint for result in results) else 0)
+    console.print(
+        f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of up to {effort.rounds} "
+        f"interleaved rounds from cold caches, ± half the distance between the quartiles\n"
+        f"{bench_table.ceilings(recording.machine)}\n"
+        "floor: the least time at these rates, as a share of the time taken\n"
+    )
+    console.print(bench_table.heading())
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for case in chosen:
+            progress.update(task, description=case.name)
+            rows = run_case(case, where, effort, recording.machine)
+            recording.rows.extend(rows)
+            console.print(bench_table.case_line(rows))
+            progress.advance(task)
+            if json is not None:
+                recording.write(json)  # after every case: a run cut short leaves what it has
+    console.print()
+    console.print(bench_table.summary(recording.rows))
+    for line in (*bench_table.growth_lines(recording.rows), *bench_table.left_out(recording.rows)):
+        console.print(line, markup=False)
+    if not effort.long and not cases and (left := sum(case.long for case in available)):
+        console.print(f"{left} cases that take longer: without --quick")
+    if plot is not None:
+        from mixft.benchmarks.plots import ratio_bars
+
+        ratio_bars(recording.to_dict(), plot)
+    raise typer.Exit(1 if failed(recording.rows) else 0)
+
+
+def check_writable(option: str, file: Path | None) -> None:
+    """Raise InputError where ``file`` is given and could not be written."""
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise InputError(f"{option} {file} cannot be written; a file in a folder that exists would do")
 
 
 def select(names: list[str], patterns: list[str]) -> set[str]:
@@ -80,11 +100,3 @@ def select(names: list[str], patterns: list[str]) -> set[str]:
             raise InputError(f"no case is named {pattern!r}; there are {', '.join(families)}, each with /* sizes")
         chosen |= found
     return chosen
-
-
-def _line(result) -> str:
-    line = f"{result.case:<28}{result.provider:<15}"
-    if result.complaint:
-        return f"{line} WRONG: {result.complaint}"
-    ratio = f"{result.speedup:.2f}" if result.speedup is not None and result.provider != "mixft" else ""
-    return f"{line}{result.seconds * 1e3:>9.3f}{ratio:>15}{result.floor_fraction:>8.0%}"

@@ -1,0 +1,1 @@
+"""The cases by family, one module each; ``mixft.benchmarks.registry`` gathers their ``CASES``."""

@@ -1,0 +1,84 @@
+"""How much memory a provider takes: torch's allocator on a GPU, the resident set of a fresh process on a CPU."""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .case import Case
+
+STATUS = Path("/proc/self/status")
+# A call makes its state; the next one is as all later ones.
+CALLS = 2
+
+
+def measure_memory(case: Case, provider: str, device: torch.device) -> dict[str, int] | None:
+    """Bytes by component, as the tensors held after two calls, and "peak" above what the inputs take.
+
+    Returns:
+        None on a system that does not tell a process's peak.
+    """
+    if device.type == "cuda":
+        return _on_gpu(case, provider, device)
+    if not STATUS.exists():
+        return None
+    # Forked from a server that has imported torch and done nothing else: fresh, and there at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mixft.benchmarks.registry", "transformers"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_on_cpu, case.name, provider, torch.get_num_threads()).result()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _on_gpu(case: Case, provider: str, device: torch.device) -> dict[str, int]:
+    torch.manual_seed(0)
+    inputs = case.inputs(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    components = _run(case, provider, inputs)
+    return components | {"peak": torch.cuda.max_memory_allocated(device) - before}
+
+
+def _on_cpu(name: str, provider: str, threads: int) -> dict[str, int]:
+    from .registry import find
+
+    torch.set_num_threads(threads)
+    case = find(name)
+    _load_lazy_code()
+    torch.manual_seed(0)
+    inputs = case.inputs(torch.device("cpu"))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    components = _run(case, provider, inputs)
+    return components | {"peak": _resident("VmHWM") - before}
+
+
+def _run(case: Case, provider: str, inputs) -> dict[str, int]:
+    call = case.providers[provider](inputs)
+    for _ in range(CALLS):
+        call.run()
+    return call.held() if call.held else {}
+
+
+def _load_lazy_code() -> None:
+    """What torch loads when it is first used would count as the provider's."""
+    layer = torch.nn.Linear(64, 64)
+    layer(torch.randn(64, 64)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
+
+
+def _resident(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,121 @@
+"""What ``mixft bench`` shows: a line a case, then a line a family with what was left out and why."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from mixft.benchmarks.case import OURS
+from mixft.benchmarks.growth import slopes
+from mixft.benchmarks.machine import Machine
+from mixft.benchmarks.recording import Row
+
+CASE_WIDTH = 38
+# A ratio this close to 1 is called neither faster nor slower.
+SAME = 0.03
+
+
+def heading() -> Text:
+    return Text(f"{'case':<{CASE_WIDTH}}{'mixft ms':>10}{'of floor':>10}  time of the others / time of mixft", "bold")
+
+
+def ceilings(machine: Machine) -> str:
+    """The measured ceilings, in a line."""
+    rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in machine.matmul_operations_per_second.items())
+    return (
+        f"copy {machine.copy_bytes_per_second / 1e9:.1f} GB/s, read {machine.read_bytes_per_second / 1e9:.1f} GB/s, "
+        f"torch's matmul in T operations/s: {rates}"
+    )
+
+
+def case_line(rows: Sequence[Row]) -> Text:
+    """One case in one line: mixft's time, its share of the floor, and the ratio to every peer that was timed."""
+    ours, *others = rows
+    line = Text(f"{ours.case:<{CASE_WIDTH}}")
+    if ours.status == "timed":
+        line.append(f"{ours.seconds * 1e3:>10.3f}{ours.floor_fraction:>10.0%}  ")
+    else:
+        line.append(f"{_excuse(ours)}  ", "bold red" if ours.status == "wrong" else "red")
+    parts = [part for row in others if (part := _against(row)) is not None]
+    line.append(Text(", ").join(parts))
+    if ours.note and any(row.speedup is not None and row.speedup < 1 - SAME for row in others):
+        line.append(f"  ({ours.note})", "dim")
+    return line
+
+
+def summary(rows: Sequence[Row]) -> Table:
+    """One line a family: how much of the floor, and the geometric mean of the ratio to each peer with its range."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("family", no_wrap=True)
+    table.add_column("cases", justify="right", no_wrap=True)
+    table.add_column("of floor", justify="right", no_wrap=True)
+    table.add_column("time of the others / time of mixft: geometric mean (least to most)")
+    for family in dict.fromkeys(row.family for row in rows):
+        members = [row for row in rows if row.family == family]
+        ours = [row for row in members if row.provider == OURS]
+        floors = [row.floor_fraction for row in ours if row.floor_fraction is not None]
+        table.add_row(
+            family,
+            str(len(ours)),
+            f"{statistics.geometric_mean(floors):.0%}" if floors else "",
+            Text(", ").join(_mean_ratio(provider, ratios) for provider, ratios in _ratios(members).items()),
+        )
+    return table
+
+
+def growth_lines(rows: Sequence[Row]) -> list[str]:
+    """For every series, the power of its variable that each provider's time grows with."""
+    lines = []
+    for (name, variable), fitted in slopes(rows).items():
+        powers = ", ".join(f"{provider} {slope:.2f}" for provider, slope in fitted.items())
+        lines.append(f"{name}: time grows as {variable} to the power of: {powers}")
+    return lines
+
+
+def left_out(rows: Sequence[Row]) -> list[str]:
+    """Who has no time and why, each reason once with the cases that it concerns."""
+    concerned: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.status != "timed":
+            concerned.setdefault((row.provider, _excuse(row)), []).append(row.case)
+    total = len({row.case for row in rows})
+    lines = []
+    for (provider, excuse), cases in concerned.items():
+        where = f"{len(cases)} of {total} cases" if len(cases) > 2 else " and ".join(cases)
+        lines.append(f"{provider}, {where}: {excuse}")
+    return lines
+
+
+def _excuse(row: Row) -> str:
+    return f"WRONG: {row.reason}" if row.status == "wrong" else row.reason
+
+
+def _against(row: Row) -> Text | None:
+    if row.status == "wrong":
+        return Text(f"{row.provider} {_excuse(row)}", "bold red")
+    if row.status != "timed":
+        return None
+    if row.speedup is None:
+        return Text(f"{row.provider} {row.seconds * 1e3:.3f} ms")
+    spread = (row.speedup_high - row.speedup_low) / 2 / row.speedup
+    return Text.assemble(f"{row.provider} ", (f"{row.speedup:.2f}x", _style(row.speedup)), (f" ±{spread:.0%}", "dim"))
+
+
+def _style(ratio: float) -> str:
+    return "green" if ratio > 1 + SAME else "red" if ratio < 1 - SAME else ""
+
+
+def _ratios(rows: Iterable[Row]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.provider != OURS and row.speedup is not None:
+            found.setdefault(row.provider, []).append(row.speedup)
+    return found
+
+
+def _mean_ratio(provider: str, ratios: list[float]) -> Text:
+    mean = statistics.geometric_mean(ratios)
+    spread = f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
+    return Text.assemble(f"{provider} ", (f"{mean:.2f}x", _style(mean)), (spread, "dim"))

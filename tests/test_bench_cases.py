@@ -1,0 +1,44 @@
+"""The registry's cases are what they say: every provider that is here does the same work."""
+
+import pytest
+import torch
+
+from mixft.benchmarks.cases import shapes
+from mixft.benchmarks.registry import CASES, find
+from mixft.benchmarks.run import COMPILED, checked
+
+CPU = torch.device("cpu")
+# torch.compile computes what torch computes: a compiler run for each case would take minutes.
+TESTED = [case for case in CASES if "cpu" in case.devices and not case.long]
+
+
+@pytest.fixture(autouse=True)
+def cpu_routines(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(shapes, "BERT", ((300, 7), (1000,), (1,)))
+
+
+def test_every_case_has_its_own_name():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert all(find(name).name == name for name in names)
+
+
+def test_mixft_comes_first_and_has_a_peer_in_every_case():
+    for case in CASES:
+        assert next(iter(case.providers)) == "mixft", case.name
+        assert len(case.providers) > 1, case.name
+
+
+@pytest.mark.parametrize("case", TESTED, ids=lambda case: case.name)
+def test_the_providers_of_a_case_do_the_same_work(case):
+    torch.manual_seed(0)
+    inputs = case.inputs(CPU)
+    exact = case.exact(inputs)
+    for name, prepare in case.providers.items():
+        if name == COMPILED:
+            continue
+        _, excuse = checked(prepare, inputs, exact, case.own_bounds.get(name, case.bound))
+        if name == "mixft":
+            assert excuse is None, excuse
+        assert excuse is None or excuse[0] != "wrong", (name, excuse)
