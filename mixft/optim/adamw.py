@@ -33,7 +33,7 @@ class AdamW(MixedPrecisionOptimizer):
     Args:
         params: parameters, named parameters or groups of them, of any shapes and strides.
         lr: learning rate, a float or a one-element tensor.
-        betas: decay of the first and of the second moment, each in [0, 1).
+        betas: decay of the first and of the second moment, each in [0, 1); tensors are read once, here.
         eps: added to the denominator.
         weight_decay: decoupled decay; each step multiplies the weights by ``1 - lr * weight_decay``.
         amsgrad: divide by the running maximum of the second moment (Reddi et al. 2018,
@@ -64,6 +64,8 @@ class AdamW(MixedPrecisionOptimizer):
         master_weights: str = "auto",
         skip_nonfinite: bool = True,
     ) -> None:
+        if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+            raise ValueError(f"betas is {betas}; they must be both numbers or both tensors")
         defaults = {
             "lr": lr,
             "betas": tuple(map(float, betas)),

@@ -111,7 +111,14 @@ class MixedPrecisionOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self.check_hyperparameters(group)
+            seen: dict[Tensor, int] = {}
             for position, param in enumerate(group["params"]):
+                if param in seen:
+                    raise ValueError(
+                        f"parameters {seen[param]} and {position} of group {len(self.param_groups) - 1} are the same "
+                        f"tensor; give it once"
+                    )
+                seen[param] = position
                 if param.dtype not in FLOATS or param.layout != torch.strided:
                     raise TypeError(
                         f"parameter {position} of group {len(self.param_groups) - 1} is a {param.layout} tensor of "

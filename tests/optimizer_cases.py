@@ -1,0 +1,122 @@
+"""Every optimizer of mixft beside what it is held to, and the helpers that its tests share.
+
+One entry in ``CASES`` takes an optimizer through the whole matrix of ``tests/test_optim_*.py``.
+"""
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mixft.optim
+from mixft.optim.base import MixedPrecisionOptimizer
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SHAPES = [(17,), (5, 7), (), (1000,), (2, 3, 3, 3)]
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+@dataclass(frozen=True)
+class OptimizerCase:
+    """An optimizer, its reference, and the options to compare them with.
+
+    Attributes:
+        ours: the class of ``mixft.optim``.
+        reference: an optimizer of the same rule that computes in its parameters' dtype: in FP64 it is the oracle.
+        options: options for both under which every part of the rule leaves a mark within a few steps.
+        variations: further options, each set switching one more part of the rule.
+    """
+
+    ours: type[MixedPrecisionOptimizer]
+    reference: type[torch.optim.Optimizer]
+    options: dict[str, Any]
+    variations: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+    def __str__(self) -> str:
+        return self.ours.__name__
+
+
+CASES = [
+    OptimizerCase(
+        mixft.optim.AdamW,
+        torch.optim.AdamW,
+        {"lr": 2.0**-7, "weight_decay": 0.1},
+        [{}, {"weight_decay": 0.0}, {"amsgrad": True}, {"maximize": True}, {"amsgrad": True, "maximize": True}],
+    ),
+]
+
+every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
+every_variation = pytest.mark.parametrize(
+    ("case", "variation"),
+    [
+        pytest.param(case, variation, id="-".join([str(case), *(f"{k}={v}" for k, v in variation.items())]))
+        for case in CASES
+        for variation in case.variations
+    ],
+)
+
+
+def parameters(device, dtype=torch.float32, shapes=SHAPES):
+    return [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
+
+
+def members(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def give_gradients(params, scale=1.0):
+    for param in params:
+        param.grad = (scale * torch.randn(param.shape, device=param.device)).to(param.dtype)
+
+
+def copies(params, dtype):
+    return [torch.nn.Parameter(param.detach().to(dtype, copy=True)) for param in params]
+
+
+def run_beside(optimizer, others, steps):
+    """Step ``optimizer`` and each of ``others`` on the same gradients, cast to the others' dtypes."""
+    params = members(optimizer)
+    for _ in range(steps):
+        give_gradients(params)
+        for other in others:
+            for param, twin in zip(params, members(other), strict=True):
+                twin.grad = param.grad.to(twin.dtype)
+            other.step()
+        optimizer.step()
+
+
+def bits(tensor):
+    """The bytes of a tensor, so that NaN equals itself."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def snapshot(optimizer):
+    """Every bit that a step may change."""
+    params = members(optimizer)
+    state = [{name: bits(value) for name, value in optimizer.state[param].items()} for param in params]
+    return [bits(param) for param in params], state
+
+
+def through_a_file(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+class RefuseSync(TorchDispatchMode):
+    """Fails on the operators by which the host waits for a device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if name in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal"):
+            raise AssertionError(f"{name} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def weight(optimizer, param):
+    """The FP32 value of ``param`` that the optimizer keeps."""
+    return optimizer.state[param].get("master", param)

@@ -1,0 +1,70 @@
+"""What ``mixft.optim`` refuses, by name, with nothing changed."""
+
+import pytest
+import torch
+from optimizer_cases import CASES, every_optimizer
+
+
+def one_parameter():
+    return torch.nn.Parameter(torch.ones(2))
+
+
+SHARED = [
+    ({"lr": -1.0}, "lr is -1.0"),
+    ({"lr": float("nan")}, "lr is nan"),
+    ({"lr": torch.tensor([0.1, 0.2])}, "lr is a tensor of shape"),
+    ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
+    ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
+    ({"master_weights": "half"}, "master_weights is 'half'; it must be one of auto, fp32"),
+]
+OWN = {
+    "AdamW": [
+        ({"eps": -1e-8}, "eps is"),
+        ({"betas": (1.0, 0.9)}, "betas is"),
+        ({"betas": (0.9, -0.1)}, "betas is"),
+        ({"betas": (0.9,)}, "betas is"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "message"),
+    [(case, *row) for case in CASES for row in (*SHARED, *OWN[str(case)])],
+    ids=str,
+)
+def test_bad_hyperparameters(case, options, message):
+    with pytest.raises(ValueError, match=message):
+        case.ours([one_parameter()], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32])
+@every_optimizer
+def test_parameters_of_other_dtypes_are_refused(case, dtype):
+    optimizer = case.ours([one_parameter()])
+    with pytest.raises(TypeError, match=f"tensor of {dtype}"):
+        optimizer.add_param_group({"params": [torch.ones(2, dtype=dtype)]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("option", [{"lr": -1.0}, {"max_grad_norm": 1.0}, {"fused": True}])
+@every_optimizer
+def test_bad_groups(case, option):
+    optimizer = case.ours([one_parameter()])
+    with pytest.raises(ValueError, match=next(iter(option))):
+        optimizer.add_param_group({"params": [one_parameter()], **option})
+    assert len(optimizer.param_groups) == 1
+
+
+@every_optimizer
+def test_unknown_options_and_sparse_gradients_are_refused(case):
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    with pytest.raises(TypeError, match="momentums"):
+        case.ours(table.parameters(), momentums=0.9)
+    optimizer = case.ours(table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    before = table.weight.detach().clone()
+    with pytest.raises(TypeError, match="sparse_coo"):
+        optimizer.step()
+    assert torch.equal(table.weight, before)
+    assert not optimizer.state

@@ -1,0 +1,94 @@
+"""``mixft.optim`` under ``torch.amp.GradScaler``."""
+
+import pytest
+import torch
+from optimizer_cases import copies, every_optimizer, members, parameters, snapshot, weight
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@every_optimizer
+def test_stock_grad_scaler(device, case, dtype, max_grad_norm):
+    params = parameters(device, dtype)
+    ours = case.ours(params, **case.options, max_grad_norm=max_grad_norm)
+    twins = copies(params, torch.float64)
+    exact = case.reference(twins, **case.options)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=3)
+    scales = []
+    for step in range(6):
+        targets = [torch.randn(param.shape, device=device).to(dtype) for param in params]
+        overflow = step in (2, 4)
+        before = snapshot(ours)
+        loss = sum((param * target).float().sum() for param, target in zip(params, targets, strict=True))
+        ours.zero_grad()
+        scaler.scale(loss * (float("inf") if overflow else 1)).backward()
+        kept = [param.grad.clone() for param in params]
+        scaler.step(ours)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        assert ours.last_found_inf.item() == overflow
+        assert not hasattr(ours, "grad_scale")
+        if overflow:
+            assert snapshot(ours) == before
+            continue
+        assert all(torch.equal(param.grad, grad) for param, grad in zip(params, kept, strict=True))
+        for twin, target in zip(twins, targets, strict=True):
+            twin.grad = target.double()
+        if max_grad_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(twins, max_grad_norm)
+            torch.testing.assert_close(ours.last_grad_norm.double(), norm, rtol=1e-5, atol=0)
+        exact.step()
+    assert scales == [1024, 1024, 512, 512, 256, 256]
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(weight(ours, param).double(), twin, rtol=1e-5, atol=1e-5)
+
+
+@every_optimizer
+def test_grad_scaler_after_unscale(device, case):
+    params = parameters(device)
+    ours = case.ours(params, lr=0.01)
+    exact = case.reference(copies(params, torch.float64), lr=0.01)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+    for bad in (False, True, False):
+        ours.zero_grad()
+        target = [torch.randn(param.shape, device=device) for param in params]
+        loss = sum((param * t).sum() for param, t in zip(params, target, strict=True))
+        scaler.scale(loss * (float("nan") if bad else 1)).backward()
+        scaler.unscale_(ours)
+        before = snapshot(ours)
+        scaler.step(ours)
+        scaler.update()
+        if bad:
+            assert snapshot(ours) == before
+            continue
+        for twin, t in zip(members(exact), target, strict=True):
+            twin.grad = t.double()
+        exact.step()
+    for param, twin in zip(params, members(exact), strict=True):
+        torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-6)
+
+
+@every_optimizer
+def test_clipping_looks_again_after_the_scaler(device, case):
+    params = parameters(device)
+    optimizer = case.ours(params, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler(device.type)
+    before = [param.detach().clone() for param in params]
+    scaler.scale(sum(param.sum() for param in params)).backward()
+    scaler.unscale_(optimizer)
+    params[0].grad[0] = float("nan")
+    scaler.step(optimizer)
+    assert optimizer.last_found_inf.item() == 1
+    assert all(map(torch.equal, before, params))
+
+
+@every_optimizer
+def test_skip_nonfinite_off_still_obeys_a_scaler(case):
+    parameter = torch.nn.Parameter(torch.randn(6))
+    before = parameter.detach().clone()
+    optimizer = case.ours([parameter], lr=0.1, skip_nonfinite=False)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale((parameter * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    assert optimizer.last_found_inf.item() == 1
+    assert torch.equal(parameter, before)

@@ -1,0 +1,104 @@
+"""A step whose gradients hold a NaN or Inf changes no bit, on every path; clipping by the global norm."""
+
+import pytest
+import torch
+from optimizer_cases import (
+    BAD,
+    DTYPES,
+    copies,
+    every_optimizer,
+    give_gradients,
+    members,
+    parameters,
+    snapshot,
+    weight,
+)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6, float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_optimizer
+def test_clipping_is_torch_s_over_all_groups(device, case, dtype, max_norm):
+    params = parameters(device, dtype)
+    ours = case.ours([{"params": params[:2]}, {"params": params[2:]}], max_grad_norm=max_norm, **case.options)
+    twins = copies(params, torch.float64)
+    exact = case.reference(twins, **case.options)
+    for _ in range(3):
+        give_gradients(params, scale=3.0)
+        for param, twin in zip(params, twins, strict=True):
+            twin.grad = param.grad.double()
+        norm = torch.nn.utils.clip_grad_norm_(twins, max_norm)
+        exact.step()
+        ours.step()
+        assert ours.last_grad_norm.shape == ()
+        torch.testing.assert_close(ours.last_grad_norm.double(), norm, rtol=1e-5, atol=0)
+        assert ours.last_found_inf.item() == 0
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(weight(ours, param).double(), twin, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed"])
+@every_optimizer
+def test_a_nonfinite_gradient_changes_no_bit(device, case, dtype, max_grad_norm, first):
+    if dtype == "mixed":
+        params = parameters(device) + parameters(device, torch.float16)
+    else:
+        params = parameters(device, dtype)
+    groups = [{"params": params[:3]}, {"params": params[3:], **case.variations[-1]}]
+    optimizer = case.ours(groups, **case.options, max_grad_norm=max_grad_norm)
+    if not first:
+        give_gradients(params)
+        optimizer.step()
+    for value, which in zip(BAD, (0, 3, -1), strict=True):
+        before = [param.detach().clone() for param in params] if first else snapshot(optimizer)
+        give_gradients(params)
+        params[which].grad.view(-1)[which % 2 - 1] = value
+        optimizer.step()
+        assert optimizer.last_found_inf.shape == ()
+        assert optimizer.last_found_inf.item() == 1
+        if first:
+            assert all(map(torch.equal, before, params))
+            kept = [value for param in params for name, value in optimizer.state[param].items() if name != "master"]
+            assert not any(map(torch.any, kept))
+        else:
+            assert snapshot(optimizer) == before
+    before = [param.detach().clone() for param in params]
+    give_gradients(params)
+    optimizer.step()
+    assert optimizer.last_found_inf.item() == 0
+    assert not any(map(torch.equal, before, params))
+
+
+@every_optimizer
+def test_a_norm_beyond_fp32_skips(device, case):
+    params = parameters(device)
+    optimizer = case.ours(params, max_grad_norm=1.0)
+    give_gradients(params)
+    optimizer.step()
+    before = snapshot(optimizer)
+    give_gradients(params, scale=1e30)
+    optimizer.step()
+    assert optimizer.last_found_inf.item() == 1
+    assert snapshot(optimizer) == before
+
+
+@every_optimizer
+def test_skip_nonfinite_off_steps_as_torch_does(device, case):
+    start = [torch.randn(5, 7), torch.randn(3)]
+    ours = case.ours([torch.nn.Parameter(tensor.to(device)) for tensor in start], lr=0.1, skip_nonfinite=False)
+    reference = case.reference([torch.nn.Parameter(tensor.to(device)) for tensor in start], lr=0.1)
+    for bad in (1.0, torch.nan):
+        for mine, other in zip(members(ours), members(reference), strict=True):
+            mine.grad = torch.ones_like(mine)
+            mine.grad.view(-1)[1] = bad
+            other.grad = mine.grad.clone()
+        ours.step()
+        reference.step()
+        assert ours.last_found_inf is None
+    for mine, other in zip(members(ours), members(reference), strict=True):
+        assert mine.isnan().sum() == 1
+        torch.testing.assert_close(mine, other, equal_nan=True)
+    with pytest.raises(ValueError, match="skip_nonfinite is False; with max_grad_norm"):
+        case.ours(parameters(device), max_grad_norm=1.0, skip_nonfinite=False)

@@ -1,0 +1,163 @@
+"""How optimizers are used around the step: schedulers, closures, hooks, groups, no gradients, no waiting."""
+
+import copy
+
+import pytest
+import torch
+from optimizer_cases import (
+    RefuseSync,
+    copies,
+    every_optimizer,
+    give_gradients,
+    members,
+    parameters,
+    run_beside,
+)
+
+
+def assert_same_weights(ours, exact):
+    for param, twin in zip(members(ours), members(exact), strict=True):
+        torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
+@every_optimizer
+def test_schedulers(device, case, lr):
+    params = parameters(device)
+    ours = case.ours(params, lr=copy.deepcopy(lr))
+    exact = case.reference(copies(params, torch.float64), lr=0.01)
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in (ours, exact)]
+    for _ in range(3):
+        run_beside(ours, [exact], 1)
+        for schedule in schedules:
+            schedule.step()
+    assert_same_weights(ours, exact)
+
+
+@every_optimizer
+def test_a_closure_runs_with_gradients_and_its_loss_is_returned(device, case):
+    params = parameters(device)
+    ours = case.ours(params, lr=0.01)
+    before = [param.detach().clone() for param in params]
+
+    def closure():
+        assert torch.is_grad_enabled()
+        ours.zero_grad()
+        loss = sum((param**2).sum() for param in params)
+        loss.backward()
+        return loss
+
+    assert ours.step(closure).requires_grad
+    assert not any(map(torch.equal, before, params))
+    ours.zero_grad()
+    assert all(param.grad is None for param in params)
+
+
+@every_optimizer
+def test_a_group_can_be_added_later(device, case):
+    params = parameters(device)
+    ours = case.ours(params[:2], lr=0.01)
+    exact = case.reference(copies(params[:2], torch.float64), lr=0.01)
+    run_beside(ours, [exact], 1)
+    ours.add_param_group({"params": params[2:], "lr": 0.1})
+    exact.add_param_group({"params": copies(params[2:], torch.float64), "lr": 0.1})
+    run_beside(ours, [exact], 2)
+    assert_same_weights(ours, exact)
+
+
+@every_optimizer
+def test_a_parameter_can_be_replaced(device, case):
+    params = parameters(device)
+    ours = case.ours(params, lr=0.01)
+    exact = case.reference(copies(params, torch.float64), lr=0.01)
+    run_beside(ours, [exact], 2)
+    for optimizer in (ours, exact):
+        group = optimizer.param_groups[0]
+        old = group["params"][1]
+        new = torch.nn.Parameter(old.detach() * 2)
+        optimizer.state[new] = optimizer.state.pop(old)
+        group["params"][1] = new
+        # State of another kind than moved: a fresh start.
+        optimizer.state.pop(group["params"][0])
+    run_beside(ours, [exact], 2)
+    assert_same_weights(ours, exact)
+
+
+@every_optimizer
+def test_state_can_be_replaced(device, case):
+    params = parameters(device)
+    ours = case.ours(params, **case.options)
+    exact = case.reference(copies(params, torch.float64), **case.options)
+    run_beside(ours, [exact], 2)
+    for optimizer in (ours, exact):
+        for param in members(optimizer):
+            for name in ours.state_names(ours.param_groups[0]):
+                optimizer.state[param][name] = optimizer.state[param][name] * 0.5
+    run_beside(ours, [exact], 2)
+    assert_same_weights(ours, exact)
+
+
+@every_optimizer
+def test_hooks_run(device, case):
+    params = parameters(device)
+    optimizer = case.ours(params)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    give_gradients(params)
+    optimizer.step()
+    assert calls == ["before", "after"]
+    optimizer.register_state_dict_pre_hook(lambda *_: calls.append("saving"))
+    optimizer.register_state_dict_post_hook(lambda _, saved: saved | {"note": 1})
+    saved = optimizer.state_dict()
+    assert calls[2:] == ["saving"]
+    assert saved["note"] == 1
+    optimizer.register_load_state_dict_pre_hook(lambda _, loaded: calls.append(sorted(loaded["state"][0])))
+    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("loaded"))
+    optimizer.load_state_dict(saved)
+    assert calls[3:] == [sorted(saved["state"][0]), "loaded"]
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@every_optimizer
+def test_the_step_never_reads_a_value(device, case, dtype, max_grad_norm):
+    params = parameters(device, dtype)
+    optimizer = case.ours(params, max_grad_norm=max_grad_norm)
+    for lr in (0.1, 0.01):
+        optimizer.param_groups[0]["lr"] = lr
+        give_gradients(params)
+        with RefuseSync():
+            optimizer.step()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), RefuseSync():
+        optimizer.last_found_inf.item()
+
+
+@every_optimizer
+def test_no_gradients(device, case):
+    optimizer = case.ours(parameters(device), max_grad_norm=1.0)
+    assert optimizer.step() is None
+    assert not optimizer.state
+
+
+@every_optimizer
+def test_a_compiled_function_may_step(case):
+    params = parameters("cpu")
+    ours = case.ours(params, lr=0.01)
+    beside = case.ours(copies(params, torch.float32), lr=0.01)
+
+    @torch.compile(backend="eager")
+    def train(scale):
+        loss = sum((param * param).sum() for param in params) * scale
+        loss.backward()
+        ours.step()
+        ours.zero_grad()
+        return loss.detach()
+
+    for scale in (1.0, 0.5):
+        train(torch.tensor(scale))
+        for twin in members(beside):
+            twin.grad = 2 * scale * twin.detach()
+        beside.step()
+    for param, twin in zip(params, members(beside), strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-6, atol=1e-6)

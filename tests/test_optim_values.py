@@ -1,0 +1,147 @@
+"""The values of ``mixft.optim``'s steps against torch's own optimizers in FP64."""
+
+import pytest
+import torch
+from conftest import assert_within_budget
+from optimizer_cases import (
+    DTYPES,
+    SHAPES,
+    copies,
+    every_optimizer,
+    every_variation,
+    give_gradients,
+    members,
+    parameters,
+    run_beside,
+    weight,
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_variation
+def test_five_steps_match_the_reference_in_fp64(device, case, variation, dtype):
+    options = case.options | variation
+    params = parameters(device, dtype, SHAPES[:3])
+    ours = case.ours(params, **options)
+    exact = case.reference(copies(params, torch.float64), **options)
+    single = case.reference(copies(params, torch.float32), **options)
+    run_beside(ours, [exact, single], 5)
+    for param, in_fp64, in_fp32 in zip(params, members(exact), members(single), strict=True):
+        assert_within_budget(weight(ours, param), in_fp64, in_fp32, epsilon=3e-7)
+        assert torch.equal(param, weight(ours, param).to(dtype))
+        names = ours.state_names(ours.param_groups[0])
+        assert set(names) == exact.state[in_fp64].keys() - {"step"}
+        for name in names:
+            expected = exact.state[in_fp64][name], single.state[in_fp32][name]
+            assert_within_budget(ours.state[param][name], *expected, epsilon=3e-7)
+
+
+@every_optimizer
+def test_without_masters_the_parameter_itself_is_rounded(device, case):
+    params = parameters(device, torch.bfloat16)
+    ours = case.ours(params, **case.options, master_weights="none")
+    exact = case.reference(copies(params, torch.float64), **case.options)
+    run_beside(ours, [exact], 1)
+    assert all("master" not in ours.state[param] for param in params)
+    for param, twin in zip(params, members(exact), strict=True):
+        assert_within_budget(param, twin, twin.bfloat16(), epsilon=1e-6)
+
+
+@every_optimizer
+def test_masters_collect_updates_too_small_for_the_parameter(device, case):
+    param = torch.nn.Parameter(torch.ones(17, device=device, dtype=torch.bfloat16))
+    ours = case.ours([param], lr=1e-4, weight_decay=0.0)
+    exact = case.reference(copies([param], torch.float64), lr=1e-4, weight_decay=0.0)
+    for _ in range(40):
+        for either in (param, *members(exact)):
+            either.grad = torch.ones_like(either)
+        ours.step()
+        exact.step()
+    torch.testing.assert_close(weight(ours, param).double(), members(exact)[0].detach(), rtol=0, atol=2e-6)
+    assert torch.equal(param, weight(ours, param).bfloat16())
+    assert (param != 1).all()
+
+
+@every_optimizer
+def test_a_parameter_may_change_its_dtype(device, case):
+    param = torch.nn.Parameter(torch.randn(17, device=device).half())
+    optimizer = case.ours([param], lr=0.1)
+    for dtype in (torch.float16, torch.float32, torch.float16):
+        param.data = param.data.to(dtype)
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+        assert ("master" in optimizer.state[param]) == (dtype != torch.float32)
+        before, param.grad = param.detach().clone(), torch.zeros_like(param)
+        optimizer.step()
+        assert (param - before).abs().max() < 0.3, "an old master came back"
+
+
+def awkward_parameters(device):
+    torch.manual_seed(3)
+    return [
+        torch.nn.Parameter(tensor)
+        for tensor in (
+            torch.randn(33, 17, device=device).half(),
+            torch.randn(66, device=device),
+            torch.randn(1001, device=device)[1:],
+            torch.randn(9, 4, device=device).t(),
+            torch.randn(2, 3, 5, 7, device=device).to(memory_format=torch.channels_last),
+            torch.randn(0, 3, device=device),
+            torch.randn(8, 6, device=device)[:, ::2],
+            torch.randn(4, device=device).bfloat16(),
+        )
+    ]
+
+
+@every_optimizer
+def test_groups_dtypes_layouts_and_missing_gradients(device, case):
+    def groups(params):
+        return [{"params": params[:4], "lr": 2.0**-6}, {"params": params[4:], "weight_decay": 0.3}]
+
+    params = awkward_parameters(device)
+    ours = case.ours(groups(params), **case.options)
+    exact = case.reference(groups(copies(params, torch.float64)), **case.options)
+    run_beside(ours, [exact], 2)
+    for round_ in range(2):
+        give_gradients(params)
+        params[1].grad = None
+        params[3].grad = torch.randn(9, 4, device=device).t()
+        params[4].grad = torch.randn(2, 3, 5, 7, device=device)
+        params[6].grad = torch.randn(1, 1, device=device).expand(8, 3)
+        if round_:
+            params[0].grad = None
+        for param, twin in zip(params, members(exact), strict=True):
+            twin.grad = None if param.grad is None else param.grad.double()
+        ours.step()
+        exact.step()
+    for param, twin in zip(params, members(exact), strict=True):
+        torch.testing.assert_close(weight(ours, param).double(), twin, rtol=1e-5, atol=1e-5)
+
+
+@every_optimizer
+def test_parameters_that_are_views_of_one_buffer(device, case):
+    buffer = torch.randn(60, device=device)
+    params = [torch.nn.Parameter(view) for view in (buffer[:17], buffer[17:42].view(5, 5), buffer[42:60:3])]
+    ours = case.ours(params, **case.options)
+    exact = case.reference(copies(params, torch.float64), **case.options)
+    between = buffer[43:60:3].clone()
+    run_beside(ours, [exact], 2)
+    for param, twin in zip(params, members(exact), strict=True):
+        torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-5)
+    assert torch.equal(buffer[43:60:3], between), "elements between those of a parameter changed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@every_optimizer
+def test_other_default_dtypes(device, case, dtype):
+    before = torch.get_default_dtype()
+    param = torch.nn.Parameter(torch.randn(40000, device=device).half())
+    optimizer = case.ours([param], lr=0.1, max_grad_norm=1.0)
+    torch.set_default_dtype(dtype)
+    try:
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    assert {value.dtype for value in optimizer.state[param].values()} == {torch.float32}
+    assert optimizer.last_grad_norm.item() == pytest.approx(200.0)
