@@ -98,7 +98,9 @@ A100 = Gpu("A100 80GB SXM", 108, 2.039e12, 312e12, 624e12, "NVIDIA A100 data she
 RTX_3090 = Gpu("RTX 3090", 82, 0.936e12, 71e12, 284e12, "NVIDIA Ampere GA102 architecture white paper")
 RTX_4090 = Gpu("RTX 4090", 128, 1.008e12, 165.2e12, 660.6e12, "NVIDIA Ada architecture white paper")
 H100 = Gpu("H100 SXM", 132, 3.35e12, 989.4e12, 1978.9e12, "NVIDIA H100 data sheet; Hopper architecture white paper")
-B200 = Gpu("B200", 148, 8e12, 2250e12, 4500e12, "NVIDIA Blackwell data sheet, HGX B200, a GPU of the eight")
+B200 = Gpu(
+    "B200", 148, 7.7e12, 2250e12, 4500e12, "NVIDIA Blackwell data sheet, HGX B200; multiprocessors as CUDA reports"
+)
 RTX_5090 = Gpu("RTX 5090", 170, 1.792e12, 209.5e12, 838e12, "NVIDIA RTX Blackwell architecture white paper")
 MI300X = Gpu("MI300X", 304, 5.3e12, 1307.4e12, 2614.9e12, "AMD Instinct MI300X data sheet")
 

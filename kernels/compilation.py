@@ -1,4 +1,4 @@
-"""Compile a shipped kernel variant for any architecture, without a GPU, and read the machine code's properties.
+"""Compile a shipped kernel variant for any architecture, without a GPU, and read what the compiler made of it.
 
 Run this in a process without ``TRITON_INTERPRET``: a jit function made under the interpreter cannot be compiled.
 """
@@ -18,7 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .architecture import Architecture
-from .variant import Variant
+from .occupancy import Occupancy, occupancy
+from .traffic import Estimate, Tiling, bytes_per_element, estimate, tiling
+from .variant import Elementwise, MatrixProduct, Variant
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,42 @@ class CompiledVariant:
     Attributes:
         name: the variant's name.
         architecture: the name of the architecture.
+        num_warps: warps a program.
+        num_stages: software pipeline stages.
         registers: registers a thread (CUDA), vector registers a lane (HIP).
         spilled_bytes: bytes a thread keeps in local memory for want of registers.
         shared_memory: bytes of shared memory a program.
+        tensor_memory: columns of tensor memory a program; 0 but on sm_100.
+        occupancy: programs that run at a time, and what limits them.
         dots: the tile products (``tl.dot``) of the source, each by its accumulator, such as ``"128x256xf32"``.
         matrix_instructions: the kinds in use, of ``"mma.sync"``, ``"wgmma"``, ``"tcgen05.mma"`` and ``"mfma"``.
         loads: ``{bytes a thread and instruction: instructions}`` from global memory.
         stores: the same, to global memory.
         wide_loads: the variant's own claim.
+        work: what it moves and computes, as the variant says.
+        bytes_per_element: of an elementwise kernel, counted in its compiled code; None for others.
+        tiling: of a matrix product; None for others.
+        estimate: the least time of a stated problem; None where the variant states no work.
     """
 
     name: str
     architecture: str
+    num_warps: int
+    num_stages: int
     registers: int
     spilled_bytes: int
     shared_memory: int
+    tensor_memory: int
+    occupancy: Occupancy
     dots: tuple[str, ...]
     matrix_instructions: tuple[str, ...]
     loads: dict[int, int]
     stores: dict[int, int]
     wide_loads: bool
+    work: Elementwise | MatrixProduct | None
+    bytes_per_element: float | None
+    tiling: Tiling | None
+    estimate: Estimate | None
 
 
 def kernel_modules() -> dict[str, ModuleType]:
@@ -75,15 +93,39 @@ def compile_variant(variant: Variant, arch: Architecture) -> CompiledVariant:
         target=GPUTarget(arch.backend, arch.capability, arch.warp_size),
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options},
     )
-    dots = re.findall(r"tt\.dot .*-> tensor<(\w+)>", kernel.asm["ttir"])
+    ttir, work = kernel.asm["ttir"], variant.work
     resources = _hip_resources(kernel) if arch.backend == "hip" else _cuda_resources(kernel)
+    tensor_memory = getattr(kernel.metadata, "tmem_size", 0)
+    resident = occupancy(arch, variant.num_warps, resources["registers"], resources["shared_memory"], tensor_memory)
     return CompiledVariant(
         name=variant.name,
         architecture=arch.name,
-        dots=tuple(dots),
+        num_warps=variant.num_warps,
+        num_stages=variant.num_stages,
+        tensor_memory=tensor_memory,
+        occupancy=resident,
+        dots=tuple(re.findall(r"tt\.dot .*-> tensor<(\w+)>", ttir)),
         wide_loads=variant.wide_loads,
+        work=work,
+        bytes_per_element=bytes_per_element(ttir, work.elements) if isinstance(work, Elementwise) else None,
+        tiling=tiling(work, arch.gpu, resident.programs) if isinstance(work, MatrixProduct) else None,
+        estimate=estimate(work, arch.gpu) if work else None,
         **resources,
     )
+
+
+def faults(compiled: CompiledVariant, arch: Architecture) -> list[str]:
+    """What no shipped kernel may do, one sentence a fault."""
+    found = []
+    if compiled.spilled_bytes:
+        found.append(f"spills {compiled.spilled_bytes} bytes a thread")
+    if compiled.shared_memory > arch.shared_memory:
+        found.append(f"needs {compiled.shared_memory} bytes of shared memory of {arch.shared_memory}")
+    if compiled.dots and arch.tensor_cores and not compiled.matrix_instructions:
+        found.append("multiplies tiles without tensor cores")
+    if compiled.wide_loads and not compiled.dots and max(compiled.loads, default=16) < 16:
+        found.append(f"loads at most {max(compiled.loads)} bytes an instruction")
+    return found
 
 
 def _source(variant: Variant) -> ASTSource:

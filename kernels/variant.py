@@ -65,3 +65,8 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     wide_loads: bool = True
     work: Elementwise | MatrixProduct | None = None
+
+
+def kernel_of(variant: str) -> str:
+    """The name of the kernel in a variant's name, the part before the bracket."""
+    return variant.partition("[")[0]

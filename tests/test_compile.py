@@ -1,60 +1,29 @@
 """Every shipped kernel variant, compiled to machine code for every architecture, without a GPU."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from mixft.kernels.architecture import ARCHITECTURES
-from mixft.kernels.compilation import compile_variant, kernel_modules
-from mixft.kernels.variant import Variant
+from mixft.kernels.compilation import compile_variant, faults, kernel_modules
+from mixft.kernels.parallel_compilation import Outcome, compile_all, jobs_of
+from mixft.kernels.variant import Elementwise, MatrixProduct, Variant
 
 pytestmark = pytest.mark.timeout(900)
 
-HERE = Path(__file__).parent
 MODULES = sorted(kernel_modules())
 SHIPPED = {"adamw", "grad", "int8_matmul", "matmul", "quantize"}
-PROCESSES = 2
 
 
-def compile_all(modules: list[str]) -> list[dict]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "compile_worker.py"), str(share), str(PROCESSES), *modules],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for share in range(PROCESSES)
-    ]
-    records = []
-    for worker in workers:
-        output, log = worker.communicate()
-        assert worker.returncode == 0, log[-4000:]
-        records += [json.loads(line) for line in output.splitlines()]
-    return records
+def outcomes_of(modules: list[str]) -> list[Outcome]:
+    return list(compile_all([job for module in modules for arch in ARCHITECTURES for job in jobs_of(module, arch)]))
 
 
-def complaints(record: dict) -> list[str]:
-    """What is wrong with one compiled variant, one sentence a fault."""
-    if record["failure"]:
-        return [f"does not compile: {record['failure']}"]
-    arch = ARCHITECTURES[record["architecture"]]
-    found = []
-    if record["spilled_bytes"]:
-        found.append(f"spills {record['spilled_bytes']} bytes a thread")
-    if record["shared_memory"] > arch.shared_memory:
-        found.append(f"needs {record['shared_memory']} bytes of shared memory of {arch.shared_memory}")
-    if record["dots"] and arch.tensor_cores and not record["matrix_instructions"]:
-        found.append("multiplies tiles without tensor cores")
-    if record["wide_loads"] and not record["dots"] and max(map(int, record["loads"]), default=16) < 16:
-        found.append(f"loads at most {max(map(int, record['loads']))} bytes an instruction")
-    return found
+def complaints(outcome: Outcome) -> list[str]:
+    """What is wrong with one variant, one sentence a fault."""
+    if outcome.failure is not None:
+        return [f"does not compile: {outcome.failure}"]
+    return faults(outcome.compiled, ARCHITECTURES[outcome.job.architecture])
 
 
 def matrix_instruction(arch: str, dot: str) -> str:
@@ -72,21 +41,20 @@ def matrix_instruction(arch: str, dot: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> list[dict]:
-    return compile_all([f"mixft.kernels.{name}" for name in MODULES])
+def shipped() -> list[Outcome]:
+    return outcomes_of([f"mixft.kernels.{name}" for name in MODULES])
 
 
 @pytest.fixture(scope="module")
-def faulty() -> dict[tuple[str, str], dict]:
-    records = compile_all(["faulty_kernels"])
-    return {(record["name"], record["architecture"]): record for record in records}
+def faulty() -> dict[tuple[str, str], Outcome]:
+    return {(outcome.job.variant, outcome.job.architecture): outcome for outcome in outcomes_of(["faulty_kernels"])}
 
 
-def select(compiled: list[dict], module: str, arch: str) -> list[dict]:
+def select(shipped: list[Outcome], module: str, arch: str) -> list[Outcome]:
     return [
-        record
-        for record in compiled
-        if record["module"] == f"mixft.kernels.{module}" and record["architecture"] == arch
+        outcome
+        for outcome in shipped
+        if outcome.job.module == f"mixft.kernels.{module}" and outcome.job.architecture == arch
     ]
 
 
@@ -96,22 +64,35 @@ def test_every_op_ships_variants():
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("module", MODULES)
-def test_shipped_variants(compiled, module, arch):
-    records = select(compiled, module, arch)
+def test_shipped_variants(shipped, module, arch):
+    outcomes = select(shipped, module, arch)
     names = [variant.name for variant in kernel_modules()[module].variants(ARCHITECTURES[arch])]
-    assert sorted(record["name"] for record in records) == sorted(names)
+    assert sorted(outcome.job.variant for outcome in outcomes) == sorted(names)
     assert len(set(names)) == len(names), "variant names must be unique"
-    faults = {record["name"]: found for record in records if (found := complaints(record))}
-    assert not faults
+    wrong = {outcome.job.variant: found for outcome in outcomes if (found := complaints(outcome))}
+    assert not wrong
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_program_fits_and_moves_what_it_must(shipped, module, arch):
+    """Elementwise kernels move no more than their floor, or the variant says how much more, and why."""
+    for outcome in select(shipped, module, arch):
+        found, name = outcome.compiled, outcome.job.variant
+        assert found.occupancy.programs >= 1, name
+        if isinstance(found.work, Elementwise):
+            allowed = found.work.floor_bytes * (1 + EXCESS.get(name, 0.05))
+            assert found.work.floor_bytes <= found.bytes_per_element <= allowed, name
+        assert isinstance(found.work, MatrixProduct) == bool(found.dots), name
 
 
 @pytest.mark.parametrize("arch", [arch.name for arch in ARCHITECTURES.values() if arch.tensor_cores])
 @pytest.mark.parametrize("module", MODULES)
-def test_tile_products_use_the_architecture_s_matrix_instruction(compiled, module, arch):
+def test_tile_products_use_the_architecture_s_matrix_instruction(shipped, module, arch):
     wrong = {
-        record["name"]: (record["dots"], record["matrix_instructions"])
-        for record in select(compiled, module, arch)
-        if not {matrix_instruction(arch, dot) for dot in record["dots"]} <= set(record["matrix_instructions"])
+        found.name: (found.dots, found.matrix_instructions)
+        for found in (outcome.compiled for outcome in select(shipped, module, arch))
+        if not {matrix_instruction(arch, dot) for dot in found.dots} <= set(found.matrix_instructions)
     }
     assert not wrong
 
@@ -143,7 +124,9 @@ def test_a_sound_kernel_is_not_reported(faulty, arch, name):
 
 
 def test_a_tile_product_without_tensor_cores_is_reported(faulty):
-    assert "multiplies tiles without tensor cores" in complaints(faulty["sound", "sm_80"] | {"matrix_instructions": []})
+    sound = faulty["sound", "sm_80"]
+    plain = replace(sound, compiled=replace(sound.compiled, matrix_instructions=()))
+    assert "multiplies tiles without tensor cores" in complaints(plain)
 
 
 def test_interpreted_kernels_are_refused():

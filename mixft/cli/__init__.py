@@ -5,7 +5,7 @@ import sys
 
 from mixft.cli.errors import InputError
 
-COMMANDS = ("finetune", "predict", "doctor", "bench")
+COMMANDS = ("finetune", "predict", "doctor", "bench", "inspect")
 EXTRA = ("typer", "rich", "matplotlib", "transformers")
 
 
