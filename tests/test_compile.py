@@ -12,6 +12,8 @@ from mixft.kernels.variant import Elementwise, MatrixProduct, Variant
 pytestmark = pytest.mark.timeout(900)
 
 MODULES = sorted(kernel_modules())
+# Bytes an element beyond the floor and its twentieth.
+EXCESS = {"quantize_resident[fp16,row 4096,factor]": 4}  # every row reads the factors again, from a cache
 SHIPPED = {"adamw", "grad", "int8_matmul", "matmul", "quantize"}
 
 
@@ -76,12 +78,12 @@ def test_shipped_variants(shipped, module, arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("module", MODULES)
 def test_a_program_fits_and_moves_what_it_must(shipped, module, arch):
-    """Elementwise kernels move no more than their floor, or the variant says how much more, and why."""
+    """An elementwise kernel moves no more than its floor and a twentieth for scales, or ``EXCESS`` says why."""
     for outcome in select(shipped, module, arch):
         found, name = outcome.compiled, outcome.job.variant
         assert found.occupancy.programs >= 1, name
         if isinstance(found.work, Elementwise):
-            allowed = found.work.floor_bytes * (1 + EXCESS.get(name, 0.05))
+            allowed = found.work.floor_bytes * 1.05 + EXCESS.get(name, 0)
             assert found.work.floor_bytes <= found.bytes_per_element <= allowed, name
         assert isinstance(found.work, MatrixProduct) == bool(found.dots), name
 

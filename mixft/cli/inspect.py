@@ -87,7 +87,7 @@ def choose_architectures(text: str | None) -> list[str]:
 
 
 def choose_kernels(patterns: list[str]) -> list[str]:
-    """The kernels that a pattern matches by their own name, or by that of the module that has them.
+    """The kernels whose own name a pattern matches; where it matches none, all of the modules whose name it does.
 
     Raises:
         InputError: a pattern matches none.
@@ -95,9 +95,8 @@ def choose_kernels(patterns: list[str]) -> list[str]:
     modules = _modules()
     chosen = set()
     for pattern in patterns:
-        found = {
-            kernel for kernel, module in modules.items() if fnmatchcase(kernel, pattern) or fnmatchcase(module, pattern)
-        }
+        found = {kernel for kernel in modules if fnmatchcase(kernel, pattern)}
+        found = found or {kernel for kernel, module in modules.items() if fnmatchcase(module, pattern)}
         if not found:
             raise InputError(f"no kernel is named {pattern!r}; there are {', '.join(modules)}")
         chosen |= found

@@ -18,9 +18,9 @@ RESOURCES = ("regs", "smem", "warps", " occupancy")
 MEMORY = (*RESOURCES, "load\nbits", "store\nbits", "bytes/\nelement", "floor", f"us for\n{ELEMENTS // 10**6}M")
 PRODUCT = (*RESOURCES, "stages", " instruction", "op/B", "busy", "M x N x K", "us")
 LEGEND = """\
-regs a thread; smem: bytes of shared memory a program; occupancy: warps at a time, of the most, and what allows no more;
-bits of the widest access; bytes/element: counted in the code, its floor: each operand once; op/B: operations a byte
-that a tile reads; busy: multiprocessors that have a tile; us: microseconds at the published figures, never measured."""
+regs: a thread; smem: bytes of shared memory a program; occupancy: warps at a time, of the most, and what limits them;
+bits: of the widest access; bytes/element: counted in the code, caches too; floor: each operand once; op/B: arithmetic
+per byte that a tile reads; busy: multiprocessors with a tile; us: least time at published figures, not measured yet"""
 SHORT = {"registers": "regs", "shared memory": "smem", "tensor memory": "tmem"}
 LEFT = ("", " occupancy", " instruction")
 
