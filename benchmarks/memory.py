@@ -1,5 +1,6 @@
 """How much memory a provider takes: torch's allocator on a GPU, the resident set of a fresh process on a CPU."""
 
+import contextlib
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .case import Case
+from .case import Case, Missing, Refused
+from .peers import PEERS, peer
 
 STATUS = Path("/proc/self/status")
 # A call makes its state; the next one is as all later ones.
@@ -56,7 +58,7 @@ def _on_cpu(name: str, provider: str, threads: int) -> dict[str, int]:
 
     torch.set_num_threads(threads)
     case = find(name)
-    _load_lazy_code()
+    _load_lazy_code(provider)
     torch.manual_seed(0)
     inputs = case.inputs(torch.device("cpu"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -72,8 +74,12 @@ def _run(case: Case, provider: str, inputs) -> dict[str, int]:
     return call.held() if call.held else {}
 
 
-def _load_lazy_code() -> None:
-    """What torch loads when it is first used would count as the provider's."""
+def _load_lazy_code(provider: str) -> None:
+    """Code that is loaded when it is first used would count as what the provider holds."""
+    package = provider.partition("+")[0]
+    if package in PEERS:
+        with contextlib.suppress(Missing, Refused):
+            peer(package)
     layer = torch.nn.Linear(64, 64)
     layer(torch.randn(64, 64)).sum().backward()
     torch.optim.AdamW(layer.parameters()).step()

@@ -3,9 +3,9 @@
 import torch
 
 from .case import Case
-from .cases import gradients, quantizers
+from .cases import gradients, int8, linear, optimizer_step, quantizers
 
-MODULES = (quantizers, gradients)
+MODULES = (linear, int8, quantizers, gradients, optimizer_step)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 

@@ -13,7 +13,7 @@ from .memory import available_bytes, measure_memory
 from .recording import Row
 from .timing import Effort, host_seconds, interleaved, quartiles, ratios
 
-COMPILED = "torch.compile"
+COMPILED = "compile"
 # What other people's code raises where it does not serve a case; a bug of theirs must not end the run either.
 FAILURES = (
     AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError
@@ -32,7 +32,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
     exact = case.exact(inputs)
     calls, excuses = {}, {}
     for name, prepare in case.providers.items():
-        if name == COMPILED and not effort.compiles:
+        if name.endswith(COMPILED) and not effort.compiles:
             excuses[name] = ("refused", "takes seconds to compile: left out of quick runs")
             continue
         call, excuse = checked(prepare, inputs, exact, case.own_bounds.get(name, case.bound))

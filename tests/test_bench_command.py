@@ -51,7 +51,7 @@ def test_the_table_and_the_file(one_case, tmp_path, capsys):
     (line,) = [line for line in out.splitlines() if line.startswith("toy/5")]
     assert "torch " in line
     assert "x ±" in line
-    assert "absent, toy/5: absent is not installed" in out
+    assert "no time for absent in toy/5: absent is not installed" in out
     report = json.loads(file.read_text())
     assert report["format"] == 1
     assert report["environment"]["torch"] == torch.__version__
@@ -66,11 +66,11 @@ def test_the_reason_of_a_slower_row_is_shown_only_where_it_is_slower(one_case, m
     monkeypatch.setattr("mixft.benchmarks.run.interleaved", lambda calls, device, effort: samples)
     one_case(toy(reason_if_slower="it does more"))
     samples = {"mixft": [2.0], "torch": [1.0]}
-    main(["bench", "--device", "cpu"])
-    assert "(it does more)" in capsys.readouterr().out
+    assert main(["bench", "--device", "cpu"]) == 0
+    assert "slower than a peer in toy/5: it does more" in capsys.readouterr().out
     samples = {"mixft": [1.0], "torch": [1.0]}
-    main(["bench", "--device", "cpu"])
-    assert "(it does more)" not in capsys.readouterr().out
+    assert main(["bench", "--device", "cpu"]) == 0
+    assert "slower than a peer in toy/5: it does more" not in capsys.readouterr().out
 
 
 def test_long_cases_are_left_out_of_quick_runs_unless_named(one_case, capsys):

@@ -56,21 +56,23 @@ def bench(
         f"{bench_table.ceilings(recording.machine)}\n"
         "floor: the least time at these rates, as a share of the time taken\n"
     )
-    console.print(bench_table.heading())
+    width = max((len(case.name) for case in chosen), default=0)
+    console.print(bench_table.heading(width))
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=case.name)
             rows = run_case(case, where, effort, recording.machine)
             recording.rows.extend(rows)
-            console.print(bench_table.case_line(rows))
+            console.print(bench_table.case_line(rows, width))
             progress.advance(task)
             if json is not None:
                 recording.write(json)  # after every case: a run cut short leaves what it has
     console.print()
     console.print(bench_table.summary(recording.rows))
-    for line in (*bench_table.growth_lines(recording.rows), *bench_table.left_out(recording.rows)):
-        console.print(line, markup=False)
+    for lines in (bench_table.growth_lines, bench_table.reasons_if_slower, bench_table.left_out):
+        for line in lines(recording.rows):
+            console.print(line, markup=False)
     if not effort.long and not cases and (left := sum(case.long for case in available)):
         console.print(f"{left} cases that take longer: without --quick")
     if plot is not None:

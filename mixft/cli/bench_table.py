@@ -12,13 +12,13 @@ from mixft.benchmarks.growth import slopes
 from mixft.benchmarks.machine import Machine
 from mixft.benchmarks.recording import Row
 
-CASE_WIDTH = 38
 # A ratio this close to 1 is called neither faster nor slower.
 SAME = 0.03
 
 
-def heading() -> Text:
-    return Text(f"{'case':<{CASE_WIDTH}}{'mixft ms':>10}{'of floor':>10}  time of the others / time of mixft", "bold")
+def heading(width: int) -> Text:
+    """The names of what :func:`case_line` shows, for case names of at most ``width`` characters."""
+    return Text(f"{'case':<{width}}{'mixft ms':>10}{'of floor':>10}  time of the others / time of mixft", "bold")
 
 
 def ceilings(machine: Machine) -> str:
@@ -30,18 +30,16 @@ def ceilings(machine: Machine) -> str:
     )
 
 
-def case_line(rows: Sequence[Row]) -> Text:
+def case_line(rows: Sequence[Row], width: int) -> Text:
     """One case in one line: mixft's time, its share of the floor, and the ratio to every peer that was timed."""
     ours, *others = rows
-    line = Text(f"{ours.case:<{CASE_WIDTH}}")
+    line = Text(f"{ours.case:<{width}}")
     if ours.status == "timed":
         line.append(f"{ours.seconds * 1e3:>10.3f}{ours.floor_fraction:>10.0%}  ")
     else:
-        line.append(f"{_excuse(ours)}  ", "bold red" if ours.status == "wrong" else "red")
+        line.append(f"  {_excuse(ours)}  ", "bold red" if ours.status == "wrong" else "red")
     parts = [part for row in others if (part := _against(row)) is not None]
     line.append(Text(", ").join(parts))
-    if ours.note and any(row.speedup is not None and row.speedup < 1 - SAME for row in others):
-        line.append(f"  ({ours.note})", "dim")
     return line
 
 
@@ -75,17 +73,32 @@ def growth_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def left_out(rows: Sequence[Row]) -> list[str]:
-    """Who has no time and why, each reason once with the cases that it concerns."""
-    concerned: dict[tuple[str, str], list[str]] = {}
+    """Who has no time and why, each reason once."""
+    concerned: dict[str, list[Row]] = {}
     for row in rows:
         if row.status != "timed":
-            concerned.setdefault((row.provider, _excuse(row)), []).append(row.case)
-    total = len({row.case for row in rows})
+            concerned.setdefault(_excuse(row), []).append(row)
     lines = []
-    for (provider, excuse), cases in concerned.items():
-        where = f"{len(cases)} of {total} cases" if len(cases) > 2 else " and ".join(cases)
-        lines.append(f"{provider}, {where}: {excuse}")
+    for excuse, without in concerned.items():
+        providers = dict.fromkeys(row.provider for row in without)
+        cases = dict.fromkeys(row.case for row in without)
+        lines.append(f"no time for {_listed(providers, 'providers')} in {_listed(cases, 'cases')}: {excuse}")
     return lines
+
+
+def reasons_if_slower(rows: Sequence[Row]) -> list[str]:
+    """For the cases where a peer is faster, why; each reason once."""
+    slower = {row.case for row in rows if row.speedup is not None and row.speedup < 1 - SAME}
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note and row.case in slower:
+            noted.setdefault(row.note, []).append(row.case)
+    return [f"slower than a peer in {_listed(cases, 'cases')}: {note}" for note, cases in noted.items()]
+
+
+def _listed(names: Iterable[str], what: str) -> str:
+    names = list(names)
+    return ", ".join(names) if len(names) < 4 else f"{len(names)} {what}"
 
 
 def _excuse(row: Row) -> str:
