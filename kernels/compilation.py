@@ -10,10 +10,10 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -21,6 +21,11 @@ from .architecture import Architecture
 from .occupancy import Occupancy, occupancy
 from .traffic import Estimate, Tiling, bytes_per_element, estimate, tiling
 from .variant import Elementwise, MatrixProduct, Variant
+
+# Where Triton's wheel has it; not every supported release has the module that says so.
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Older ones describe a kernel's arguments in another way, and build for no GPU newer than Hopper.
+OLDEST_TRITON = (3, 3)
 
 
 @dataclass(frozen=True)
@@ -78,16 +83,23 @@ def kernel_modules() -> dict[str, ModuleType]:
     return {name: module for name, module in modules.items() if hasattr(module, "variants")}
 
 
+def can_compile() -> bool:
+    """Whether this release of Triton is one that :func:`compile_variant` works with."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= OLDEST_TRITON
+
+
 def compile_variant(variant: Variant, arch: Architecture) -> CompiledVariant:
     """Compile ``variant`` for ``arch``.
 
     Raises:
-        RuntimeError: the process runs under ``TRITON_INTERPRET=1``.
+        RuntimeError: the process runs under ``TRITON_INTERPRET=1``, or Triton is older than 3.3.
         ValueError: an argument of the jit function has neither a type nor a value in ``variant``.
         triton.TritonError: the code does not compile for that architecture.
     """
     if not isinstance(variant.function, triton.JITFunction):
         raise RuntimeError(f"{variant.name} was defined under TRITON_INTERPRET=1; unset it to compile kernels")
+    if not can_compile():
+        raise RuntimeError(f"compiling without a GPU needs Triton 3.3 or newer; this is {triton.__version__}")
     kernel = triton.compile(
         _source(variant),
         target=GPUTarget(arch.backend, arch.capability, arch.warp_size),
@@ -144,7 +156,7 @@ def _cuda_resources(kernel) -> dict:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+            [str(CUOBJDUMP), "-res-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     ptx = kernel.asm["ptx"]
     loads = _ptx_widths(ptx, "ld")

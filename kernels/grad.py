@@ -35,7 +35,8 @@ COLUMNS = tl.constexpr(3)
 
 @triton.jit
 def is_nonfinite(x):
-    return ~(tl.abs(x) < float("inf"))
+    # Not "~": the interpreter of Triton 3.2 has no such operation on booleans.
+    return tl.where(tl.abs(x) < float("inf"), 0, 1)
 
 
 @triton.jit
@@ -61,14 +62,14 @@ def unscale_kernel(
     if start + CHUNK <= size:
         for offset in range(0, CHUNK, BLOCK):
             g = tl.load(grad + offset + lanes).to(tl.float32)
-            bad |= is_nonfinite(g).to(tl.int32)
+            bad |= is_nonfinite(g)
             tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE))
     else:
         left = (size - start).to(tl.int32)
         for offset in range(0, left, BLOCK):
             mask = offset + lanes < left
             g = tl.load(grad + offset + lanes, mask=mask, other=0.0).to(tl.float32)
-            bad |= is_nonfinite(g).to(tl.int32)
+            bad |= is_nonfinite(g)
             tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE), mask=mask)
     if tl.max(bad, 0) > 0:
         tl.store(found_inf, 1.0)
@@ -98,13 +99,13 @@ def partial_stats_kernel(
         for offset in range(0, CHUNK, BLOCK):
             g = tl.load(grad + offset + lanes).to(tl.float32)
             squares += g * g
-            bad += is_nonfinite(g).to(tl.int32)
+            bad += is_nonfinite(g)
     else:
         left = (size - start).to(tl.int32)
         for offset in range(0, left, BLOCK):
             g = tl.load(grad + offset + lanes, mask=offset + lanes < left, other=0.0).to(tl.float32)
             squares += g * g
-            bad += is_nonfinite(g).to(tl.int32)
+            bad += is_nonfinite(g)
     tl.store(partial_sum + program, tl.sum(squares, 0))
     tl.store(partial_count + program, tl.sum(bad, 0))
 
