@@ -10,6 +10,7 @@ import importlib.util
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 from .case import Missing, Refused
@@ -34,7 +35,17 @@ def peer(name: str, submodule: str = "") -> ModuleType:
     module = PEERS[name]
     if importlib.util.find_spec(module) is None:
         raise Missing(f"{name} is not installed")
-    # What they print while they are imported is about themselves.
+    try:
+        with quiet():
+            return importlib.import_module(f"{module}.{submodule}" if submodule else module)
+    except (AssertionError, AttributeError, ImportError, OSError, RuntimeError) as failure:
+        reason = next(iter(str(failure).splitlines()), type(failure).__name__)
+        raise Refused(f"its import fails here: {reason}") from failure
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What packages print and warn while they are imported is about themselves."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -44,10 +55,7 @@ def peer(name: str, submodule: str = "") -> ModuleType:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
-            return importlib.import_module(f"{module}.{submodule}" if submodule else module)
-    except (AssertionError, AttributeError, ImportError, OSError, RuntimeError) as failure:
-        reason = next(iter(str(failure).splitlines()), type(failure).__name__)
-        raise Refused(f"its import fails here: {reason}") from failure
+            yield
     finally:
         logging.disable(previous)
 

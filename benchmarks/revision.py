@@ -1,9 +1,26 @@
-"""Which revision of mixft runs."""
+"""Another revision of mixft beside this one: a git worktree of it, and a process of each that take turns."""
 
+import contextlib
+import json
+import os
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 import mixft
+
+from .case import OURS, Case
+from .machine import Machine
+from .recording import Row
+from .run import case_row, timed_row
+from .timing import Effort, take_turns
+
+# The folder comes first, so that its mixft is the one imported.
+WORKER = "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; import mixft.benchmarks.revision_worker"
 
 
 def checkout() -> Path | None:
@@ -17,10 +34,96 @@ def commit() -> str | None:
     folder = checkout()
     if folder is None:
         return None
-    described = subprocess.run(
-        ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    described = _git(folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty")
     return described.stdout.strip() or None
+
+
+def named(base: str) -> str:
+    """The provider's name of mixft at the revision ``base``."""
+    return f"{OURS} {base}"
+
+
+@contextlib.contextmanager
+def worktree(reference: str) -> Iterator[Path]:
+    """A checkout of ``reference`` in a temporary folder, to import mixft from, with this revision's benchmarks.
+
+    Raises:
+        ValueError: mixft does not run from a git checkout, or the checkout has no such revision.
+    """
+    here = checkout()
+    if here is None:
+        raise ValueError(f"{reference!r} needs a git checkout, and mixft does not run from one")
+    with tempfile.TemporaryDirectory(prefix="mixft-bench-") as folder:
+        there = Path(folder) / "mixft-base"
+        added = _git(here, "worktree", "add", "--detach", str(there), reference)
+        if added.returncode != 0:
+            raise ValueError(f"{reference!r} is no revision of {here}: {added.stderr.strip().splitlines()[-1]}")
+        try:
+            # As an installation lays them out; and cases that both sides know.
+            _link(there / "mixft" / "kernels", there / "kernels")
+            _link(there / "mixft" / "benchmarks", Path(__file__).parent)
+            yield there
+        finally:
+            _git(here, "worktree", "remove", "--force", str(there))
+
+
+class Worker:
+    """A process that runs the mixft of a folder: it prepares a case, then takes a sample of it when asked."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(folder), str(device), str(torch.get_num_threads())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.terminate()
+        self.process.wait()
+
+    def prepare(self, case: Case) -> tuple[str, str] | None:
+        """Make the case ready; the status and the reason where that failed."""
+        excuse = self._ask(case.name)
+        return None if excuse is None else (excuse[0], excuse[1])
+
+    def sample(self) -> float:
+        """Seconds of a call of the case that is ready."""
+        return self._ask("")
+
+    def _ask(self, question: str):
+        with contextlib.suppress(BrokenPipeError):  # it has ended: reading finds that too
+            self.process.stdin.write(f"{question}\n")
+            self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of a revision ended with exit code {self.process.wait()}")
+        return json.loads(answer)
+
+
+def compare(case: Case, workers: Sequence[Worker], base: str, effort: Effort, machine: Machine) -> list[Row]:
+    """A row of this revision and one of the base, whose ``speedup`` is the base's time over this one's."""
+    named = dict(zip((OURS, base), workers, strict=True))
+    excuses = {name: worker.prepare(case) for name, worker in named.items()}
+    samples = take_turns({name: named[name].sample for name, excuse in excuses.items() if excuse is None}, effort)
+    return [
+        timed_row(case, name, samples, machine) if excuse is None else case_row(case, name, *excuse)
+        for name, excuse in excuses.items()
+    ]
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+
+
+def _link(path: Path, target: Path) -> None:
+    if not path.exists():
+        path.symlink_to(target, target_is_directory=True)

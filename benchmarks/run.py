@@ -26,7 +26,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
     torch.manual_seed(0)
     if case.needs > available_bytes(device):
         reason = f"needs {case.needs / 1e9:.0f} GB of memory, {available_bytes(device) / 1e9:.0f} GB are free"
-        return [_row(case, name, "refused", reason) for name in case.providers]
+        return [case_row(case, name, "refused", reason) for name in case.providers]
     torch.compiler.reset()  # cases share their functions' code, and torch compiles only so many versions of one
     inputs = case.inputs(device)
     exact = case.exact(inputs)
@@ -41,17 +41,16 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
         else:
             excuses[name] = excuse
     runs = {name: call.run for name, call in calls.items()}
-    samples = interleaved(runs, device, effort) if runs else {}
-    floor = machine.floor_seconds(case.bytes, case.operations, case.rate)
+    samples = interleaved(runs, device, effort)
     rows = []
     for name in case.providers:
         if name in excuses:
-            rows.append(_row(case, name, *excuses[name]))
+            rows.append(case_row(case, name, *excuses[name]))
             continue
-        figures = _figures(name, samples, floor)
+        row = timed_row(case, name, samples, machine)
         if device.type == "cuda":
-            figures["host_seconds"] = host_seconds(runs[name], device, HOST_ROUNDS)
-        rows.append(_row(case, name, "timed", **figures))
+            row = replace(row, host_seconds=host_seconds(runs[name], device, HOST_ROUNDS))
+        rows.append(row)
     if not (case.memory and effort.memory):
         return rows
     del inputs, exact, calls, runs, call
@@ -87,23 +86,29 @@ def failed(rows: Sequence[Row]) -> bool:
     return any(row.status == "wrong" for row in rows)
 
 
-def _figures(name: str, samples: dict[str, list[float]], floor: float) -> dict[str, float | None]:
-    low, median, high = quartiles(samples[name])
-    ratio = ratios(samples[name], samples[OURS]) if OURS in samples else (None, None, None)
-    return {
-        "seconds": median,
-        "seconds_low": low,
-        "seconds_high": high,
-        "host_seconds": median,
-        "speedup": ratio[1],
-        "speedup_low": ratio[0],
-        "speedup_high": ratio[2],
-        "floor_seconds": floor,
-        "floor_fraction": floor / median,
-    }
+def timed_row(case: Case, provider: str, samples: dict[str, list[float]], machine: Machine) -> Row:
+    """The row of a provider from its samples, mixft's and the machine's ceilings."""
+    low, median, high = quartiles(samples[provider])
+    ratio = ratios(samples[provider], samples[OURS]) if OURS in samples else (None, None, None)
+    floor = machine.floor_seconds(case.bytes, case.operations, case.rate)
+    return case_row(
+        case,
+        provider,
+        "timed",
+        seconds=median,
+        seconds_low=low,
+        seconds_high=high,
+        host_seconds=median,
+        speedup=ratio[1],
+        speedup_low=ratio[0],
+        speedup_high=ratio[2],
+        floor_seconds=floor,
+        floor_fraction=floor / median,
+    )
 
 
-def _row(case: Case, provider: str, status: str, reason: str | None = None, **figures) -> Row:
+def case_row(case: Case, provider: str, status: str, reason: str | None = None, **figures: float | None) -> Row:
+    """A row with what is known of the case itself, and ``figures``."""
     return Row(
         case=case.name,
         family=case.family,

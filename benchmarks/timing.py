@@ -1,5 +1,6 @@
 """Interleaved timing: every provider of a case takes its turn in every round, in one process, from cold caches."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +15,6 @@ SAMPLE_SECONDS = 0.005
 MOST_REPEATS = 5
 # Written between calls, so that no call finds its data in a cache: larger than the last level of either device.
 FLUSH_BYTES = {"cpu": 2**26, "cuda": 2**28}
-FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Effort:
 
     Attributes:
         rounds: turns of every provider of a case.
-        seconds: after so long a case takes no more rounds, once it has five.
+        seconds: after so long a case takes no more rounds, once it has the fewest.
+        fewest_rounds: how many a case takes at least.
         compiles: whether ``torch.compile`` takes part, at some seconds a case.
         memory: whether memory is measured, at some seconds a provider.
         long: whether the cases that take longest take part.
@@ -31,30 +32,41 @@ class Effort:
 
     rounds: int
     seconds: float
+    fewest_rounds: int = 5
     compiles: bool = True
     memory: bool = True
     long: bool = True
 
 
 FULL = Effort(rounds=31, seconds=4.0)
-QUICK = Effort(rounds=7, seconds=0.5, compiles=False, memory=False, long=False)
+QUICK = Effort(rounds=7, seconds=0.5, fewest_rounds=3, compiles=False, memory=False, long=False)
 
 
 def interleaved(calls: dict[str, Call], device: torch.device, effort: Effort) -> dict[str, list[float]]:
     """Seconds a call of every round, by name; on a GPU the device's seconds."""
-    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock(device)
-    repeats = {name: _repeats(call, device) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    return take_turns({name: sampler(call, device) for name, call in calls.items()}, effort)
+
+
+def take_turns(samplers: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
+    """One sample of each in every round."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    names = list(samplers)
     started = time.perf_counter()
-    for turn in range(effort.rounds):
-        if turn >= FEWEST_ROUNDS and time.perf_counter() - started > effort.seconds:
+    for turn in range(effort.rounds if samplers else 0):
+        if turn >= effort.fewest_rounds and time.perf_counter() - started > effort.seconds:
             break
         # Another one goes first every round, so that no provider always follows the same neighbour.
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(clock(calls[name], repeats[name]))
+            samples[name].append(samplers[name]())
     return samples
+
+
+def sampler(call: Call, device: torch.device) -> Callable[[], float]:
+    """Takes one sample: the mean seconds of as many calls as fill the clock's grain."""
+    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock(device)
+    repeats = _repeats(call, device)
+    return lambda: clock(call, repeats)
 
 
 def host_seconds(call: Call, device: torch.device, rounds: int) -> float:
@@ -98,7 +110,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _cpu_clock(device: torch.device) -> Callable[[Call, int], float]:
-    flush = torch.zeros(FLUSH_BYTES["cpu"], dtype=torch.int8)
+    flush = _flush_buffer(device, FLUSH_BYTES["cpu"])
 
     def clock(call: Call, repeats: int) -> float:
         total = 0.0
@@ -115,7 +127,7 @@ def _cpu_clock(device: torch.device) -> Callable[[Call, int], float]:
 def _gpu_clock(device: torch.device) -> Callable[[Call, int], float]:
     """Device time between two events. The device first waits on itself for longer than the host needs to queue the
     call, so the time between two launches does not count as the device's."""
-    flush = torch.zeros(FLUSH_BYTES["cuda"], dtype=torch.int8, device=device)
+    flush = _flush_buffer(device, FLUSH_BYTES["cuda"])
     cycles_per_second = _sleep_rate(device)
 
     def clock(call: Call, repeats: int) -> float:
@@ -136,6 +148,12 @@ def _gpu_clock(device: torch.device) -> Callable[[Call, int], float]:
     return clock
 
 
+@functools.cache
+def _flush_buffer(device: torch.device, nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.int8, device=device)
+
+
+@functools.cache
 def _sleep_rate(device: torch.device, cycles: int = 10**6) -> float:
     """Cycles a second of ``torch.cuda._sleep``, whose clock differs between devices."""
     seconds = []

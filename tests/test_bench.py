@@ -13,7 +13,7 @@ from mixft.benchmarks.growth import slopes
 from mixft.benchmarks.machine import Machine, measure_machine
 from mixft.benchmarks.recording import Recording, Row, Sweep
 from mixft.benchmarks.run import failed, run_case
-from mixft.benchmarks.timing import Effort, interleaved
+from mixft.benchmarks.timing import Effort, take_turns
 
 CPU = torch.device("cpu")
 MACHINE = Machine(1e9, 5e8, {"fp32": 1e12, "fp16": 1e11, "int8": 4e12})
@@ -123,25 +123,24 @@ def test_the_floor_is_the_longer_of_traffic_and_arithmetic():
     assert MACHINE.floor_seconds(1, 8_000_000_000_000, "int8") == pytest.approx(2)
 
 
-def test_rounds_are_interleaved(monkeypatch):
+def test_rounds_are_interleaved():
     order, times = [], iter([1.0, 10.0, 20.0, 2.0, 9.0, 30.0])
-    monkeypatch.setattr(timing, "_repeats", lambda call, device: 1)
-    monkeypatch.setattr(timing, "_cpu_clock", lambda device: lambda call, repeats: (call(), next(times))[1])
-    samples = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, CPU, EFFORT)
+    samplers = {name: lambda name=name: (order.append(name), next(times))[1] for name in "ab"}
+    samples = take_turns(samplers, EFFORT)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert samples == {"a": [1.0, 2.0, 9.0], "b": [10.0, 20.0, 30.0]}
 
 
 def test_rounds_end_when_the_time_is_up():
-    samples = interleaved({"a": lambda: None}, CPU, Effort(rounds=1000, seconds=0.0))
-    assert len(samples["a"]) == timing.FEWEST_ROUNDS
+    samples = take_turns({"a": lambda: 1.0}, Effort(rounds=1000, seconds=0.0, fewest_rounds=5))
+    assert samples == {"a": [1.0] * 5}
 
 
 def test_the_caches_are_cleared_before_every_call_and_outside_of_its_time(monkeypatch):
     events = []
     monkeypatch.setattr(timing.time, "perf_counter", lambda: events.append("clock") or len(events))
     flush = type("Flush", (), {"add_": lambda self, value: events.append("flush")})()
-    monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: flush)
+    monkeypatch.setattr(timing, "_flush_buffer", lambda device, nbytes: flush)
     timing._cpu_clock(CPU)(lambda: events.append("call"), 2)
     assert events == ["flush", "clock", "call", "clock"] * 2
 
@@ -163,7 +162,7 @@ def test_a_gpu_is_kept_waiting_while_the_host_queues_the_call(monkeypatch):
             return 3.0
 
     flush = type("Flush", (), {"add_": lambda self, value: events.append("flush")})()
-    monkeypatch.setattr(timing.torch, "zeros", lambda *args, **options: flush)
+    monkeypatch.setattr(timing, "_flush_buffer", lambda device, nbytes: flush)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append(f"sleep {cycles}"))

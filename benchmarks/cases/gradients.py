@@ -61,7 +61,8 @@ def grad_stats(dtype: torch.dtype) -> Case:
         inputs=_gradients(dtype),
         exact=exact,
         providers={"mixft": each(mixft.ops.grad_stats), "torch": each(plain), "torch.compile": compiled(plain)},
-        bound=3e-5,
+        # FP32 sums of 11.7 million squares.
+        bound=1e-4,
         # torch's FP32 norm of the word embeddings on a CPU is that far off.
         own_bounds={"torch": 2e-3, "torch.compile": 2e-3},
         bytes=dtype.itemsize * elements(shapes.BERT),

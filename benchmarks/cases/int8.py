@@ -164,16 +164,19 @@ def _torchao(mode: str):
     return convert
 
 
-def _bitsandbytes(layer: nn.Linear) -> nn.Module:
+def bitsandbytes_layer(layer: nn.Linear) -> nn.Module:
     """LLM.int8() without outlier columns."""
     bitsandbytes = peer("bitsandbytes")
     columns, inner = layer.weight.shape
-    quantized = bitsandbytes.nn.Linear8bitLt(inner, columns, has_fp16_weights=False, threshold=0.0)
+    has_bias = layer.bias is not None
+    quantized = bitsandbytes.nn.Linear8bitLt(inner, columns, has_bias, has_fp16_weights=False, threshold=0.0)
     quantized.load_state_dict(layer.state_dict())
     return quantized.to(layer.weight.device)
 
 
-def _gemlite(processor: str):
+def gemlite_layer(processor: str):
+    """A function that makes a layer of its ``processor``."""
+
     def convert(layer: nn.Linear) -> nn.Module:
         helper = peer("gemlite", "helper")
         return getattr(helper, processor)(device=layer.weight.device, dtype=layer.weight.dtype).from_linear(layer)
@@ -185,12 +188,12 @@ SCHEMES = {
     "dynamic": {
         "torch.ao": _torch_dynamic,
         "torchao": _torchao("dynamic"),
-        "bitsandbytes": _bitsandbytes,
-        "gemlite": _gemlite("A8W8_int8_dynamic"),
+        "bitsandbytes": bitsandbytes_layer,
+        "gemlite": gemlite_layer("A8W8_int8_dynamic"),
     },
     "weight_only": {
         "torchao": _torchao("weight_only"),
-        "gemlite": _gemlite("A16W8_INT8"),
+        "gemlite": gemlite_layer("A16W8_INT8"),
     },
 }
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16

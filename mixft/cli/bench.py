@@ -1,13 +1,18 @@
 """``mixft bench``: the benchmark cases, each beside its peers and the floor of this machine, outputs checked first."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mixft.cli.errors import InputError
+
+WIDTH = 120  # of what is not a terminal
 
 
 def bench(
@@ -17,6 +22,7 @@ def bench(
     ] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the results to FILE.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the ratios, .png or .svg.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="REF", help="Time that git revision of mixft instead.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
 ) -> None:
     """Time mixft beside torch and other packages; exit code 1 when an output is wrong, which then gets no time."""
@@ -27,7 +33,7 @@ def bench(
 
     from mixft.benchmarks import machine, peers, registry, revision, timing
     from mixft.benchmarks.recording import Recording
-    from mixft.benchmarks.run import failed, run_case
+    from mixft.benchmarks.run import failed
     from mixft.cli import bench_table
     from mixft.cli.device import choose_device
     from mixft.cli.environment import environment
@@ -40,29 +46,28 @@ def bench(
     for option, file in (("--json", json), ("--plot", plot)):
         check_writable(option, file)
     console = Console(soft_wrap=True, highlight=False)
-    load = os.getloadavg()[0]
-    if load > os.cpu_count() / 2:
-        console.print(f"other work keeps this machine busy (load {load:.1f}): not figures to quote", style="yellow")
-    recording = Recording(
-        environment={**environment(where), "commit": revision.commit(), "peers": peers.installed()},
-        machine=machine.measure_machine(where, effort),
-        load_average=load,
-        rounds=effort.rounds,
-        quick=quick,
-    )
-    console.print(
-        f"{where}, torch {torch.__version__}, {torch.get_num_threads()} threads; medians of up to {effort.rounds} "
-        f"interleaved rounds from cold caches, ± half the distance between the quartiles\n"
-        f"{bench_table.ceilings(recording.machine)}\n"
-        "floor: the least time at these rates, as a share of the time taken\n"
-    )
-    width = max((len(case.name) for case in chosen), default=0)
-    console.print(bench_table.heading(width))
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    if not console.is_terminal:
+        console = Console(soft_wrap=True, highlight=False, width=WIDTH)
+    with contextlib.ExitStack() as stack:
+        measure = measurement(stack, base, where, effort)
+        load = os.getloadavg()[0]
+        if load > os.cpu_count() / 2:
+            console.print(f"other work keeps this machine busy (load {load:.1f}): not figures to quote", style="yellow")
+        recording = Recording(
+            environment={**environment(where), "commit": revision.commit(), "peers": peers.installed()},
+            machine=machine.measure_machine(where, effort),
+            load_average=load,
+            rounds=effort.rounds,
+            quick=quick,
+        )
+        console.print(bench_table.preface(recording))
+        width = max((len(case.name) for case in chosen), default=0)
+        console.print(bench_table.heading(width))
+        progress = stack.enter_context(Progress(console=console, transient=True, disable=not console.is_terminal))
         task = progress.add_task("", total=len(chosen))
         for case in chosen:
             progress.update(task, description=case.name)
-            rows = run_case(case, where, effort, recording.machine)
+            rows = measure(case, machine=recording.machine)
             recording.rows.extend(rows)
             console.print(bench_table.case_line(rows, width))
             progress.advance(task)
@@ -70,16 +75,37 @@ def bench(
                 recording.write(json)  # after every case: a run cut short leaves what it has
     console.print()
     console.print(bench_table.summary(recording.rows))
-    for lines in (bench_table.growth_lines, bench_table.reasons_if_slower, bench_table.left_out):
-        for line in lines(recording.rows):
-            console.print(line, markup=False)
-    if not effort.long and not cases and (left := sum(case.long for case in available)):
+    for line in bench_table.remarks(recording.rows, base):
+        console.print(line, markup=False)
+    if left := sum(case.long for case in available if case.name in names and case not in chosen):
         console.print(f"{left} cases that take longer: without --quick")
     if plot is not None:
         from mixft.benchmarks.plots import ratio_bars
 
         ratio_bars(recording.to_dict(), plot)
     raise typer.Exit(1 if failed(recording.rows) else 0)
+
+
+def measurement(stack: contextlib.ExitStack, base: str | None, device, effort) -> Callable:
+    """What makes the rows of a case: all of its providers, or with ``base`` mixft at this revision and at that one.
+
+    Args:
+        stack: ends the processes that two revisions run in.
+
+    Raises:
+        InputError: there is no such revision, or no checkout to have it from.
+    """
+    from mixft.benchmarks import revision
+    from mixft.benchmarks.run import run_case
+
+    if base is None:
+        return partial(run_case, device=device, effort=effort)
+    try:
+        folder = stack.enter_context(revision.worktree(base))
+    except ValueError as error:
+        raise InputError(f"--base {error}; a commit, tag or branch would do, in a git checkout of mixft") from error
+    workers = [stack.enter_context(revision.Worker(root, device)) for root in (revision.checkout(), folder)]
+    return partial(revision.compare, workers=workers, base=revision.named(base), effort=effort)
 
 
 def check_writable(option: str, file: Path | None) -> None:

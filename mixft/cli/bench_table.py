@@ -9,8 +9,8 @@ from rich.text import Text
 
 from mixft.benchmarks.case import OURS
 from mixft.benchmarks.growth import slopes
-from mixft.benchmarks.machine import Machine
-from mixft.benchmarks.recording import Row
+from mixft.benchmarks.recording import Recording, Row
+from mixft.benchmarks.revision import named
 
 # A ratio this close to 1 is called neither faster nor slower.
 SAME = 0.03
@@ -21,12 +21,16 @@ def heading(width: int) -> Text:
     return Text(f"{'case':<{width}}{'mixft ms':>10}{'of floor':>10}  time of the others / time of mixft", "bold")
 
 
-def ceilings(machine: Machine) -> str:
-    """The measured ceilings, in a line."""
+def preface(recording: Recording) -> str:
+    """Where and how the run was measured, and the ceilings of the machine."""
+    machine, environment = recording.machine, recording.environment
     rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in machine.matmul_operations_per_second.items())
     return (
+        f"{environment['device']} ({environment['device_name']}), torch {environment['torch']}, "
+        f"{environment['threads']} threads; medians of up to {recording.rounds} interleaved rounds from cold caches\n"
         f"copy {machine.copy_bytes_per_second / 1e9:.1f} GB/s, read {machine.read_bytes_per_second / 1e9:.1f} GB/s, "
-        f"torch's matmul in T operations/s: {rates}"
+        f"torch's matmul in T operations/s: {rates}\n"
+        "of floor: the least time at these rates over the time taken; ±: half the distance between the quartiles\n"
     )
 
 
@@ -63,6 +67,12 @@ def summary(rows: Sequence[Row]) -> Table:
     return table
 
 
+def remarks(rows: Sequence[Row], base: str | None) -> list[str]:
+    """What the ratios do not say: growth, reasons, who was left out, and with ``base`` what moved."""
+    moves = [] if base is None else moved(rows, named(base))
+    return [*growth_lines(rows), *moves, *reasons_if_slower(rows), *left_out(rows)]
+
+
 def growth_lines(rows: Sequence[Row]) -> list[str]:
     """For every series, the power of its variable that each provider's time grows with."""
     lines = []
@@ -70,6 +80,17 @@ def growth_lines(rows: Sequence[Row]) -> list[str]:
         powers = ", ".join(f"{provider} {slope:.2f}" for provider, slope in fitted.items())
         lines.append(f"{name}: time grows as {variable} to the power of: {powers}")
     return lines
+
+
+def moved(rows: Sequence[Row], base: str) -> list[str]:
+    """Where this revision differs from ``base`` in both quartiles of the ratio."""
+    timed = [row for row in rows if row.provider == base and row.speedup is not None]
+    faster = [row.case for row in timed if row.speedup_low > 1 + SAME]
+    slower = [row.case for row in timed if row.speedup_high < 1 - SAME]
+    return [
+        f"{word} than {base} in {len(cases)} of {len(timed)} cases{': ' if cases else ''}{', '.join(cases)}"
+        for word, cases in (("faster", faster), ("slower", slower))
+    ]
 
 
 def left_out(rows: Sequence[Row]) -> list[str]:

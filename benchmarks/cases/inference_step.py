@@ -1,0 +1,95 @@
+"""A whole inference step: one forward pass of whole models, in int8 by mixft and others, and in floating point."""
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+import mixft
+from mixft.benchmarks.case import Call, Case, Provider, Refused
+from mixft.benchmarks.peers import peer
+
+from .int8 import bitsandbytes_layer, gemlite_layer
+from .models import BERT_BASE, BERT_SMALL, LLAMA, LLAMA_SMALL, Inputs, Shape, memory_held, one_token, replace_linear
+
+
+def inference_step(shape: Shape, mode: str = "dynamic", **options) -> Case:
+    """``quantize_(model, mode)`` against the model in FP32 on a CPU and FP16 on a GPU, AMP and other int8 schemes."""
+    suffix = "" if shape.length > 1 else "-decode"
+    return Case(
+        f"inference_step/{shape.kind}-{shape.layers}-layers-{mode}{suffix}",
+        inputs=shape.inputs(labels=False),
+        exact=lambda inputs: [copy.deepcopy(inputs[0]).double()(**inputs[1]).logits.detach()],
+        providers={"mixft": _forward(lambda model: _mixft(model, mode)), **PEERS},
+        bound=0.1,
+        # One scale for a whole activation.
+        own_bounds={"torch.ao": 0.2},
+        bytes=shape.linear_parameters,
+        operations=shape.operations,
+        rate="int8",
+        tokens=shape.tokens,
+        devices=shape.devices,
+        memory=True,
+        **options,
+    )
+
+
+def _forward(convert, autocast: torch.dtype | None = None) -> Provider:
+    def prepare(inputs: Inputs) -> Call:
+        model, batch = inputs
+        model = copy.deepcopy(model).requires_grad_(False)
+        on_gpu = next(model.parameters()).is_cuda
+        model = convert(model.half() if on_gpu else model)
+
+        @torch.inference_mode()
+        def run() -> list[Tensor]:
+            with torch.autocast(batch["input_ids"].device.type, autocast, enabled=autocast is not None):
+                return [model(**batch).logits]
+
+        return Call(run, held=lambda: memory_held(model))
+
+    return prepare
+
+
+def _mixft(model: nn.Module, mode: str) -> nn.Module:
+    mixft.quantize_(model, mode)
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile(dynamic=False)
+    return model
+
+
+def _torch_dynamic(model: nn.Module) -> nn.Module:
+    if next(model.parameters()).is_cuda:
+        raise Refused("torch.ao's quantized layers are for a CPU")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and what CPU users have
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+
+
+def _torchao(model: nn.Module) -> nn.Module:
+    quantization = peer("torchao", "quantization")
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    return _compiled(model)
+
+
+PEERS = {
+    "torch": _forward(lambda model: model),
+    "torch AMP": _forward(lambda model: model, torch.bfloat16),
+    "torch.compile": _forward(_compiled),
+    "torch.ao": _forward(_torch_dynamic),
+    "torchao+compile": _forward(_torchao),
+    "bitsandbytes": _forward(lambda model: replace_linear(model, bitsandbytes_layer)),
+    "gemlite": _forward(lambda model: replace_linear(model, gemlite_layer("A8W8_int8_dynamic"))),
+}
+CASES = (
+    inference_step(BERT_SMALL),
+    inference_step(LLAMA_SMALL),
+    inference_step(one_token(LLAMA_SMALL)),
+    inference_step(BERT_BASE),
+    inference_step(LLAMA),
+    inference_step(one_token(LLAMA), "weight_only"),
+)

@@ -1,0 +1,163 @@
+"""A whole training step: forward, backward, clipping and optimizer, of whole models, in mixft's recipes and others'."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import mixft
+from mixft.benchmarks.case import Call, Case, Provider
+from mixft.benchmarks.peers import peer
+
+from .models import BERT_BASE, BERT_SMALL, LLAMA, LLAMA_SMALL, Inputs, Shape, memory_held, replace_linear
+from .optimizer_peers import state_bytes
+
+OPTIONS = {"lr": 1e-3, "weight_decay": 0.01}
+MAX_NORM = 1.0
+# The losses of so many steps are compared: the later ones show what backward and optimizer did.
+CHECKED_STEPS = 3
+
+
+@dataclass
+class Recipe:
+    """A model and what trains it.
+
+    Attributes:
+        model: converted for the recipe.
+        optimizer: over its parameters.
+        autocast: dtype of the forward pass; None for none.
+        scaler: of the loss; None for none.
+        clips: whether the optimizer clips inside its step.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+    clips: bool = False
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        """One step; the loss before it."""
+        device = batch["input_ids"].device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            loss = self.model(**batch).loss
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        if not self.clips:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def training_step(shape: Shape, precision: str, **options) -> Case:
+    """mixft's recipe ``precision``, "int8" or "fp16", against plain torch, torch's AMP and other packages."""
+    recipes = {"mixft": {"int8": _int8, "fp16": _fp16}[precision], **PEERS}
+    if shape.kind == "llama":
+        recipes["liger-kernel"] = _liger
+    return Case(
+        f"training_step/{shape.kind}-{shape.layers}-layers-{precision}",
+        inputs=shape.inputs(labels=True),
+        exact=lambda inputs: _provider(_plain)((copy.deepcopy(inputs[0]).double(), inputs[1])).checked_result(),
+        providers={name: _provider(recipe) for name, recipe in recipes.items()},
+        # Of the loss. Two updates lower it by more than that.
+        bound=0.05,
+        # Every weight read in the forward and in the backward, and the optimizer's step.
+        bytes=shape.parameters * (2 * 4 + 32),
+        operations=3 * shape.operations,
+        rate=precision,
+        tokens=shape.tokens,
+        devices=shape.devices,
+        memory=True,
+        **options,
+    )
+
+
+def _provider(recipe: Callable[[nn.Module], Recipe]) -> Provider:
+    def prepare(inputs: Inputs) -> Call:
+        model, batch = inputs
+        trainer = recipe(copy.deepcopy(model).train())
+        return Call(
+            lambda: trainer.step(batch),
+            result=lambda first: [torch.stack([first, *(trainer.step(batch) for _ in range(CHECKED_STEPS - 1))])],
+            held=lambda: memory_held(trainer.model) | state_bytes(trainer.optimizer),
+        )
+
+    return prepare
+
+
+def _plain(model: nn.Module) -> Recipe:
+    return Recipe(model, torch.optim.AdamW(model.parameters(), fused=True, **OPTIONS))
+
+
+def _amp(model: nn.Module, make=torch.optim.AdamW, **options) -> Recipe:
+    """Autocast to FP16 under a scaler on a GPU, to BF16 on a CPU."""
+    on_gpu = next(model.parameters()).is_cuda
+    options = options or ({"fused": True} if make is torch.optim.AdamW else {})
+    return Recipe(
+        model,
+        make(model.parameters(), **OPTIONS, **options),
+        autocast=torch.float16 if on_gpu else torch.bfloat16,
+        scaler=torch.amp.GradScaler("cuda") if on_gpu else None,
+    )
+
+
+def _compiled_amp(model: nn.Module) -> Recipe:
+    model.compile(dynamic=False)
+    return _amp(model)
+
+
+def _bitsandbytes(model: nn.Module) -> Recipe:
+    return _amp(model, peer("bitsandbytes", "optim").AdamW8bit)
+
+
+def _torchao(model: nn.Module) -> Recipe:
+    training = peer("torchao", "prototype.quantized_training")
+    peer("torchao", "quantization").quantize_(model, training.Int8MixedPrecisionTrainingConfig())
+    model.compile(dynamic=False)
+    return Recipe(model, torch.optim.AdamW(model.parameters(), **OPTIONS), autocast=torch.bfloat16)
+
+
+def _liger(model: nn.Module) -> Recipe:
+    peer("liger-kernel", "transformers.monkey_patch")._apply_liger_kernel_to_instance(model=model)
+    return _amp(model)
+
+
+def _int8(model: nn.Module) -> Recipe:
+    on_gpu = next(model.parameters()).is_cuda
+    mixft.quantize_(model, mode="train")
+    optimizer = mixft.optim.AdamW(model.parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
+    return Recipe(model, optimizer, autocast=torch.bfloat16 if on_gpu else None, clips=True)
+
+
+def _fp16(model: nn.Module) -> Recipe:
+    device = next(model.parameters()).device.type
+    model = replace_linear(model.half(), mixft.nn.Linear.from_linear, head=True)
+    optimizer = mixft.optim.AdamW(model.parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
+    return Recipe(model, optimizer, scaler=mixft.amp.LossScaler(2.0**10, device=device), clips=True)
+
+
+PEERS = {
+    "torch": _plain,
+    "torch AMP": _amp,
+    "torch.compile": _compiled_amp,
+    "bitsandbytes": _bitsandbytes,
+    "torchao+compile": _torchao,
+}
+
+THROUGH_FP32 = "a CPU multiplies FP16 through FP32, and BF16, where it has the instructions, two to four times faster"
+
+CASES = (
+    training_step(BERT_SMALL, "int8"),
+    training_step(LLAMA_SMALL, "int8"),
+    training_step(BERT_SMALL, "fp16", reason_if_slower=THROUGH_FP32),
+    training_step(LLAMA_SMALL, "fp16", reason_if_slower=THROUGH_FP32),
+    *(training_step(shape, precision) for shape in (BERT_BASE, LLAMA) for precision in ("int8", "fp16")),
+)

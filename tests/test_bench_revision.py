@@ -1,0 +1,93 @@
+"""``mixft bench --base``: two revisions side by side, on a repository of the test's own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixft.benchmarks import revision
+from mixft.cli import main
+
+ROOT = Path(__file__).parent.parent
+COMMAND = (
+    "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; from mixft.cli import main; sys.exit(main())"
+)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=Test", "-c", "user.email=test@example.org")
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A copy of mixft whose first commit, "slow", sleeps in every dequantization, and whose last does not."""
+    folder = tmp_path / "repository"
+    leave = shutil.ignore_patterns("__pycache__", "kernels", "benchmarks")
+    shutil.copytree(ROOT / "mixft", folder / "mixft", ignore=leave)
+    for part in ("kernels", "benchmarks"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    routine = folder / "mixft" / "cpu" / "quantize.py"
+    sound = routine.read_text()
+    head = "def dequantize("
+    assert head in sound
+    start = sound.index(":\n", sound.index("->", sound.index(head))) + 2
+    routine.write_text(sound[:start] + "    import time; time.sleep(0.05)\n" + sound[start:])
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "slow")
+    git(folder, "tag", "slow")
+    routine.write_text(sound)
+    git(folder, "commit", "-qam", "quick")
+    for part in ("kernels", "benchmarks"):
+        (folder / "mixft" / part).symlink_to(folder / part)
+    return folder
+
+
+def test_the_base_is_another_mixft_than_this_one(repository, tmp_path):
+    file = tmp_path / "results.json"
+    arguments = ["bench", "dequantize/512x4096-fp32", "--quick", "--device", "cpu", "--base", "slow", "--json", file]
+    run = subprocess.run(
+        [sys.executable, "-c", COMMAND, repository, *arguments],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "faster than mixft slow in 1 of 1 cases: dequantize/512x4096-fp32" in run.stdout
+    ours, base = json.loads(file.read_text())["rows"]
+    assert (ours["provider"], base["provider"]) == ("mixft", "mixft slow")
+    assert base["seconds"] > 0.05
+    assert base["speedup"] > 1.5
+    worktrees = subprocess.run(["git", "worktree", "list"], cwd=repository, capture_output=True, text=True).stdout
+    assert worktrees.count("\n") == 1
+
+
+def test_a_base_that_there_is_not_is_refused(repository, monkeypatch, capsys):
+    monkeypatch.setattr(revision, "checkout", lambda: repository)
+    assert main(["bench", "dequantize", "--base", "nosuch"]) == 2
+    assert "--base 'nosuch' is no revision of" in capsys.readouterr().err
+    monkeypatch.setattr(revision, "checkout", lambda: None)
+    assert main(["bench", "dequantize", "--base", "nosuch"]) == 2
+    assert "--base 'nosuch' needs a git checkout, and mixft does not run from one" in capsys.readouterr().err
+
+
+def test_the_commit_says_where_files_differ(repository, monkeypatch):
+    monkeypatch.setattr(revision, "checkout", lambda: repository)
+    clean = revision.commit()
+    assert len(clean) == 12
+    (repository / "mixft" / "__init__.py").write_text("")
+    assert revision.commit() == f"{clean}-dirty"
+
+
+def test_a_process_that_ends_is_an_error_and_not_a_wait(tmp_path):
+    with revision.Worker(tmp_path, torch.device("cpu")) as worker:
+        worker.process.kill()
+        with pytest.raises(RuntimeError, match="exit code -9"):
+            worker.sample()
