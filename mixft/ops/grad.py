@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .layout import all_contiguous, is_dense
 from .registration import define_op, without_dispatch
-from .validation import FLOATS
+from .validation import FLOATS, check_scalar
 
 
 @define_op("grad", mutates_args=("grads", "found_inf"))
@@ -76,17 +76,6 @@ def grad_stats(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if not all_contiguous(grads):
         grads = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
     return without_dispatch(gradient_statistics, grads[0])(grads)
-
-
-def check_scalar(name: str, value: Tensor, device: torch.device) -> None:
-    """Raise unless ``value`` is a one-element FP32 tensor on ``device``."""
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} is {given}; it must be a one-element torch.float32 tensor")
-    if value.numel() != 1 or value.device != device:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} on {value.device}; it must hold one element on {device}"
-        )
 
 
 def _checked_gradients(grads: Sequence[Tensor]) -> list[Tensor]:

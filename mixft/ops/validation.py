@@ -35,5 +35,16 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(f"all tensors must be on one device; got {listing}")
 
 
+def check_scalar(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise unless ``value`` is a one-element FP32 tensor on ``device``."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        given = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {given}; it must be a one-element torch.float32 tensor")
+    if value.numel() != 1 or value.device != device:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} on {value.device}; it must hold one element on {device}"
+        )
+
+
 def _either(dtypes) -> str:
     return " or ".join(str(dtype) for dtype in dtypes)

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from mixft.ops.adamw import advance_
+from mixft.ops.adamw import adamw_step_
+from mixft.ops.optimizer_step import advance_
 
 from .base import Members, MixedPrecisionOptimizer, Scalars
 
@@ -95,17 +96,17 @@ class AdamW(MixedPrecisionOptimizer):
     def update(self, group: dict[str, Any], members: Members, lr: Tensor, scalars: Scalars) -> None:
         states = members.states
         beta1, beta2 = group["betas"]
-        lists = {
+        tensors = {
             "params": members.params,
             "grads": members.grads,
             "masters": [state["master"] for state in states] if members.has_master else [],
             "exp_avgs": [state["exp_avg"] for state in states],
             "exp_avg_sqs": [state["exp_avg_sq"] for state in states],
             "max_exp_avg_sqs": [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            "exp_avg_scales": [],
+            "exp_avg_sq_scales": [],
+            "max_exp_avg_sq_scales": [],
+            "steps": [state["step"] for state in states],
         }
-        rule = (beta1, beta2, group["eps"], group["weight_decay"], group["maximize"])
-        advance_(
-            lists,
-            [state["step"] for state in states],
-            (lr, scalars.inv_scale, scalars.clip_coef, scalars.found_inf, *rule),
-        )
+        rule = (beta1, beta2, group["eps"], group["weight_decay"], True, group["maximize"], False)
+        advance_(adamw_step_, tensors, (lr, scalars.inv_scale, scalars.clip_coef, scalars.found_inf, *rule))

@@ -1,0 +1,475 @@
+"""The optimizer step over many tensors in one launch, whatever the rule: unscale, clip, update, store.
+
+Read per element: the gradient, the weight (from its FP32 master, from the 16-bit parameter and its remainder, or from
+the parameter alone) and the state; written: parameter, master or remainder, state. The rules are in
+``update_rule.py``, the narrow formats in ``optimizer_state.py``. Arithmetic is FP32.
+
+Nothing is written when ``found_inf`` is not zero. ``params`` and ``grads`` are FP16, BF16 or FP32; each step count,
+``lr``, ``inv_scale``, ``clip_coef`` and ``found_inf`` one-element FP32 tensors on the device. All tensors of one
+parameter keep their elements in storage without gaps and in the same order.
+"""
+
+import functools
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .architecture import Architecture, architecture_of
+from .configuration import configuration
+from .multi_tensor import (
+    TRITON_NAMES,
+    TRITON_TYPES,
+    MultiTensorConfig,
+    addresses,
+    programs_for,
+    table_for,
+    tensor_pointer,
+)
+from .optimizer_state import (
+    FIRST_MOMENT,
+    GROUP_SIZE,
+    PARAMETER,
+    SECOND_MOMENT,
+    join_weight,
+    load,
+    load_state,
+    phase,
+    round_stochastically,
+    split_weight,
+    store_state,
+)
+from .update_rule import adam_rule, lion_rule, one_minus_power, sgd_rule
+from .variant import Variant
+
+# Table columns; zero where the launch has no such tensor. FIRST and SECOND are the moments, MAXIMUM is AMSGrad's.
+SIZE, STEP, PARAM, GRAD, MASTERS, FIRST, SECOND, MAXIMUM = (tl.constexpr(i) for i in range(8))
+FIRST_SCALE, SECOND_SCALE, MAXIMUM_SCALE = (tl.constexpr(i) for i in range(8, 11))
+COLUMNS = tl.constexpr(11)
+STATE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "code", torch.uint8: "code"}
+MASTER_FORMATS = {torch.float32: "fp32", torch.int16: "split"}
+
+
+HYPERPARAMETERS = (
+    "log_beta1",
+    "log_beta2",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "eps",
+    "momentum",
+    "one_minus_dampening",
+    "weight_decay",
+)
+
+
+@triton.jit
+def state_pointers(
+    row,
+    COLUMN: tl.constexpr,
+    SCALE_COLUMN: tl.constexpr,
+    start,
+    STATE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Where a chunk's state begins, and where its scales do."""
+    CODE: tl.constexpr = tl.int8 if SIGNED else tl.uint8
+    TYPE: tl.constexpr = CODE if STATE == "code" else (tl.bfloat16 if STATE == "bf16" else tl.float32)
+    scale = tensor_pointer(row, SCALE_COLUMN, tl.uint8, ALIGNED) + start // GROUP_SIZE
+    return tensor_pointer(row, COLUMN, TYPE, ALIGNED) + start, scale
+
+
+@triton.jit
+def update_chunk(
+    row,
+    start,
+    left,
+    step,
+    factor,
+    rate,
+    log_beta1,
+    log_beta2,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    RULE: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STATE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    HAS_BITS: tl.constexpr = MASTER == "split" and tl.bfloat16 == PARAM_TYPE
+    param = tensor_pointer(row, PARAM, tl.int16 if HAS_BITS else PARAM_TYPE, ALIGNED) + start
+    grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
+    if MASTER != "none":
+        master = tensor_pointer(row, MASTERS, tl.float32 if MASTER == "fp32" else tl.int16, ALIGNED) + start
+    if STATE != "none":
+        first, first_scale = state_pointers(row, FIRST, FIRST_SCALE, start, STATE, True, ALIGNED)
+    if RULE == "adam":
+        second, second_scale = state_pointers(row, SECOND, SECOND_SCALE, start, STATE, False, ALIGNED)
+        if AMSGRAD:
+            maximum, maximum_scale = state_pointers(row, MAXIMUM, MAXIMUM_SCALE, start, STATE, False, ALIGNED)
+        step_size = rate / one_minus_power(log_beta1, step)
+        bias2_sqrt = tl.sqrt(one_minus_power(log_beta2, step))
+    decay = 1.0 - rate * weight_decay
+    is_first = step == 1.0
+    count = step.to(tl.int32).to(tl.uint32)
+    lanes = tl.arange(0, BLOCK)
+    groups = tl.arange(0, BLOCK // GROUP_SIZE)
+
+    for offset in range(0, left if MASKED else CHUNK, BLOCK):
+        at = offset + lanes
+        group = offset // GROUP_SIZE + groups
+        mask = None
+        group_mask = None
+        if MASKED:
+            mask = at < left
+            group_mask = group * GROUP_SIZE < left
+        begin = phase(start.to(tl.uint32) + at.to(tl.uint32))
+        g = load(grad + at, mask).to(tl.float32) * factor
+        if MASTER == "split":
+            p = join_weight(load(param + at, mask), load(master + at, mask), PARAM_TYPE)
+        elif MASTER == "fp32":
+            p = load(master + at, mask)
+        else:
+            p = load(param + at, mask).to(tl.float32)
+        m = tl.zeros_like(g)
+        if STATE != "none":
+            m = load_state(first + at, first_scale + group, mask, group_mask, STATE, True)
+        if RULE == "adam":
+            v = load_state(second + at, second_scale + group, mask, group_mask, STATE, False)
+            v_max = tl.zeros_like(v)
+            if AMSGRAD:
+                v_max = load_state(maximum + at, maximum_scale + group, mask, group_mask, STATE, False)
+            p, m, v, v_max = adam_rule(
+                p,
+                g,
+                m,
+                v,
+                v_max,
+                decay,
+                step_size,
+                bias2_sqrt,
+                eps,
+                weight_decay,
+                one_minus_beta1,
+                beta2,
+                one_minus_beta2,
+                DECOUPLED,
+            )
+            bits = begin + count * SECOND_MOMENT
+            store_state(second + at, second_scale + group, mask, group_mask, v, bits, STATE, False)
+            if AMSGRAD:
+                store_state(maximum + at, maximum_scale + group, mask, group_mask, v_max, bits, STATE, False)
+        elif RULE == "sgd":
+            p, m = sgd_rule(
+                p, g, m, rate, is_first, weight_decay, momentum, one_minus_dampening, STATE != "none", NESTEROV
+            )
+        else:
+            p, m = lion_rule(p, g, m, rate, decay, one_minus_beta1, one_minus_beta2)
+        if STATE != "none":
+            bits = begin + count * FIRST_MOMENT
+            store_state(first + at, first_scale + group, mask, group_mask, m, bits, STATE, True)
+        if MASTER == "split":
+            upper, remainder = split_weight(p, PARAM_TYPE)
+            tl.store(param + at, upper, mask=mask)
+            tl.store(master + at, remainder, mask=mask)
+        else:
+            if MASTER == "fp32":
+                tl.store(master + at, p, mask=mask)
+            if STOCHASTIC and tl.float32 != PARAM_TYPE:
+                tl.store(param + at, round_stochastically(p, begin + count * PARAMETER, PARAM_TYPE), mask=mask)
+            else:
+                tl.store(param + at, p.to(PARAM_TYPE), mask=mask)
+
+
+@triton.jit
+def advance_step(table, program_tensor, tickets, CHUNK: tl.constexpr):
+    """Add one to the step of this program's tensor, if this program is the last of that tensor's to finish."""
+    # Read again rather than kept: registers held through the loop above would spill.
+    tensor = tl.load(program_tensor + tl.program_id(0)).to(tl.int64)
+    row = table + tensor * COLUMNS
+    chunks = tl.maximum((tl.load(row + SIZE) + CHUNK - 1) // CHUNK, 1)
+    # Every thread has read the step before its program takes a ticket, so the taker of the last one may write it.
+    tl.debug_barrier()
+    if tl.atomic_add(tickets + tensor, 1) == chunks - 1:
+        step = tensor_pointer(row, STEP, tl.float32, False)
+        tl.store(step, tl.load(step) + 1.0)
+        tl.store(tickets + tensor, 0)
+
+
+@triton.jit
+def optimizer_step_kernel(
+    table,
+    program_tensor,
+    program_chunk,
+    tickets,
+    lr,
+    inv_scale,
+    clip_coef,
+    found_inf,
+    log_beta1,
+    log_beta2,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    RULE: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STATE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    overflow = 0.0
+    if found_inf is not None:
+        overflow = tl.load(found_inf)
+    if overflow != 0.0:
+        return
+    program = tl.program_id(0)
+    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
+    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
+    left = tl.load(row + SIZE) - start
+    step = tl.load(tensor_pointer(row, STEP, tl.float32, False)) + 1.0
+    rate = tl.load(lr)
+    factor = -1.0 if MAXIMIZE else 1.0
+    if inv_scale is not None:
+        factor *= tl.load(inv_scale)
+    if clip_coef is not None:
+        factor *= tl.load(clip_coef)
+
+    # Full chunks go without a mask: a mask that the compiler cannot see through makes every access scalar.
+    if left >= CHUNK:
+        update_chunk(
+            row,
+            start,
+            left.to(tl.int32),
+            step,
+            factor,
+            rate,
+            log_beta1,
+            log_beta2,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            eps,
+            momentum,
+            one_minus_dampening,
+            weight_decay,
+            RULE,
+            PARAM_TYPE,
+            GRAD_TYPE,
+            MASTER,
+            STATE,
+            AMSGRAD,
+            DECOUPLED,
+            NESTEROV,
+            STOCHASTIC,
+            ALIGNED,
+            MASKED=False,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+        )
+    else:
+        update_chunk(
+            row,
+            start,
+            left.to(tl.int32),
+            step,
+            factor,
+            rate,
+            log_beta1,
+            log_beta2,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            eps,
+            momentum,
+            one_minus_dampening,
+            weight_decay,
+            RULE,
+            PARAM_TYPE,
+            GRAD_TYPE,
+            MASTER,
+            STATE,
+            AMSGRAD,
+            DECOUPLED,
+            NESTEROV,
+            STOCHASTIC,
+            ALIGNED,
+            MASKED=True,
+            CHUNK=CHUNK,
+            BLOCK=BLOCK,
+        )
+    advance_step(table, program_tensor, tickets, CHUNK)
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """What a rule passes to the kernel: compile-time choices, and hyperparameters, None for those it does not have."""
+
+    rule: str
+    maximize: bool
+    weight_decay: float
+    decoupled: bool = False
+    nesterov: bool = False
+    log_beta1: float | None = None
+    log_beta2: float | None = None
+    one_minus_beta1: float | None = None
+    beta2: float | None = None
+    one_minus_beta2: float | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    one_minus_dampening: float | None = None
+
+
+def launch_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    masters: list[Tensor],
+    states: list[list[Tensor]],
+    scales: list[list[Tensor]],
+    steps: list[Tensor],
+    lr: Tensor,
+    inv_scale: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    stochastic_rounding: bool,
+    rule: UpdateRule,
+) -> None:
+    """Launch the kernel once for each (parameter dtype, gradient dtype, alignment); empty lists mean "none".
+
+    Args:
+        states: first moments, second moments and AMSGrad's maxima, as many as the rule has.
+        scales: the scales of each.
+    """
+    device = params[0].device
+    absent = [0] * len(params)
+    tensors = [params, grads, masters, *states, *[[]] * (3 - len(states)), *scales]
+    columns = [addresses(listed) if listed else absent for listed in tensors]
+    columns += [absent] * (COLUMNS.value - 2 - len(columns))
+    unaligned = functools.reduce(lambda a, b: list(map(operator.or_, a, b)), columns)
+    rows = zip(map(Tensor.numel, params), addresses(steps), *columns, strict=True)
+    groups = defaultdict(list)
+    for param, grad, bits, row in zip(params, grads, unaligned, rows, strict=True):
+        groups[param.dtype, grad.dtype, bits % 16 == 0].append(row)
+
+    hyperparameters = [getattr(rule, name) for name in HYPERPARAMETERS]
+    with torch.cuda.device_of(params[0]):
+        config = _config(architecture_of(device))
+        for (param_dtype, grad_dtype, is_aligned), members in groups.items():
+            columns = list(zip(*members, strict=True))
+            programs = programs_for(columns[SIZE.value], config.chunk, device)
+            optimizer_step_kernel[(programs.count,)](
+                table_for(columns, device),
+                programs.tensor,
+                programs.chunk,
+                programs.tickets,
+                lr,
+                inv_scale,
+                clip_coef,
+                found_inf,
+                *hyperparameters,
+                RULE=rule.rule,
+                PARAM_TYPE=TRITON_TYPES[param_dtype],
+                GRAD_TYPE=TRITON_TYPES[grad_dtype],
+                MASTER=MASTER_FORMATS[masters[0].dtype] if masters else "none",
+                STATE=STATE_FORMATS[states[0][0].dtype] if states and states[0] else "none",
+                AMSGRAD=len(states) == 3 and bool(states[2]),
+                DECOUPLED=rule.decoupled,
+                NESTEROV=rule.nesterov,
+                MAXIMIZE=rule.maximize,
+                STOCHASTIC=stochastic_rounding,
+                ALIGNED=is_aligned,
+                CHUNK=config.chunk,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+                num_stages=1,
+            )
+
+
+def step_variant(
+    arch: Architecture,
+    rule: UpdateRule,
+    param: torch.dtype,
+    grad: torch.dtype,
+    *,
+    master: str = "none",
+    state: str = "fp32",
+    amsgrad: bool = False,
+    scaled: bool = True,
+    stochastic: bool = False,
+    aligned: bool = True,
+) -> Variant:
+    """The variant of one launch; ``scaled`` is whether it has ``inv_scale``, ``clip_coef`` and ``found_inf``."""
+    config = _config(arch)
+    flags = {
+        "decoupled": rule.decoupled,
+        "nesterov": rule.nesterov,
+        "amsgrad": amsgrad,
+        "maximize": rule.maximize,
+        "stochastic": stochastic,
+        "unscaled": not scaled,
+        "unaligned": not aligned,
+    }
+    types = [TRITON_NAMES[param], TRITON_NAMES[grad], f"{master} master", f"{state} state"]
+    scalars = ("inv_scale", "clip_coef", "found_inf")
+    pointers = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32", "tickets": "*i32", "lr": "*fp32"}
+    pointers |= dict.fromkeys(scalars, "*fp32") if scaled else {}
+    hyperparameters = {name: getattr(rule, name) for name in HYPERPARAMETERS}
+    return Variant(
+        name=f"{rule.rule}[{','.join(types + [name for name, is_set in flags.items() if is_set])}]",
+        function=optimizer_step_kernel,
+        signature=pointers | {name: "fp32" for name, value in hyperparameters.items() if value is not None},
+        constexprs={name: None for name, value in hyperparameters.items() if value is None}
+        | ({} if scaled else dict.fromkeys(scalars))
+        | {
+            "RULE": rule.rule,
+            "PARAM_TYPE": TRITON_TYPES[param],
+            "GRAD_TYPE": TRITON_TYPES[grad],
+            "MASTER": master,
+            "STATE": state,
+            "AMSGRAD": amsgrad,
+            "DECOUPLED": rule.decoupled,
+            "NESTEROV": rule.nesterov,
+            "MAXIMIZE": rule.maximize,
+            "STOCHASTIC": stochastic,
+            "ALIGNED": aligned,
+            "CHUNK": config.chunk,
+            "BLOCK": config.block,
+        },
+        divisible_by_16=tuple(pointers),
+        num_warps=config.num_warps,
+        wide_loads=aligned,
+    )
+
+
+def _config(arch: Architecture) -> MultiTensorConfig:
+    return configuration("adamw", MultiTensorConfig, arch, "all")

@@ -1,0 +1,52 @@
+"""Lion on the CPU, by torch's operators over lists of tensors."""
+
+import torch
+from torch import Tensor
+
+from .optimizer_step import optimizer_step_
+
+
+def lion_step_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    masters: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_scales: list[Tensor],
+    steps: list[Tensor],
+    lr: Tensor,
+    inv_scale: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    stochastic_rounding: bool,
+) -> None:
+    rate = lr.item()
+
+    def update(
+        weights: list[Tensor], gradients: list[Tensor], moments: list[list[Tensor]], counts: list[Tensor]
+    ) -> None:
+        (averages,) = moments
+        if maximize:
+            gradients = torch._foreach_neg(gradients)
+        directions = torch._foreach_lerp(averages, gradients, 1 - beta1)
+        torch._foreach_sign_(directions)
+        torch._foreach_mul_(weights, 1 - rate * weight_decay)
+        torch._foreach_add_(weights, directions, alpha=-rate)
+        torch._foreach_lerp_(averages, gradients, 1 - beta2)
+
+    optimizer_step_(
+        params,
+        grads,
+        masters,
+        [exp_avgs],
+        [exp_avg_scales],
+        steps,
+        inv_scale,
+        clip_coef,
+        found_inf,
+        stochastic_rounding,
+        update,
+    )
