@@ -81,7 +81,8 @@ def join_weight(param, remainder, TYPE: tl.constexpr):
     """The FP32 weight of a parameter and its remainder; a BF16 parameter comes as int16 bits."""
     if tl.bfloat16 == TYPE:
         return ((param.to(tl.int32) << 16) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
-    return param.to(tl.float32) + remainder.to(tl.float32) * power_of_two(_half_exponent(param) - 25)
+    else:
+        return param.to(tl.float32) + remainder.to(tl.float32) * power_of_two(_half_exponent(param) - 25)
 
 
 @triton.jit
@@ -92,11 +93,12 @@ def split_weight(weight, TYPE: tl.constexpr):
         is_nan = weight != weight
         upper = tl.where(is_nan, 0x7FC0, (bits + 0x8000) >> 16)
         return upper.to(tl.int16), tl.where(is_nan, 0, bits).to(tl.int16)
-    param = weight.to(tl.float16)
-    units = (weight - param.to(tl.float32)) * power_of_two(25 - _half_exponent(param))
-    # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. An overflow has nothing left over.
-    whole = (units + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    return param, tl.where(tl.abs(units) <= 16384.0, whole, 0).to(tl.int16)
+    else:
+        param = weight.to(tl.float16)
+        units = (weight - param.to(tl.float32)) * power_of_two(25 - _half_exponent(param))
+        # Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. An overflow has nothing left over.
+        whole = (units + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+        return param, tl.where(tl.abs(units) <= 16384.0, whole, 0).to(tl.int16)
 
 
 @triton.jit
@@ -151,7 +153,8 @@ def load_state(pointer, scale, mask, group_mask, FORMAT: tl.constexpr, SIGNED: t
     stored = load(pointer, mask)
     if FORMAT == "code":
         return decode(stored.to(tl.int32), load(scale, group_mask).to(tl.int32), SIGNED)
-    return stored.to(tl.float32)
+    else:
+        return stored.to(tl.float32)
 
 
 @triton.jit
@@ -170,7 +173,8 @@ def store_state(pointer, scale, mask, group_mask, value, bits, FORMAT: tl.conste
 def load(pointer, mask):
     if mask is None:
         return tl.load(pointer)
-    return tl.load(pointer, mask=mask, other=0)
+    else:
+        return tl.load(pointer, mask=mask, other=0)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ from .optimizer_state import (
     store_state,
 )
 from .update_rule import adam_rule, lion_rule, one_minus_power, sgd_rule
-from .variant import Variant
+from .variant import Elementwise, Variant
 
 # Table columns; zero where the launch has no such tensor. FIRST and SECOND are the moments, MAXIMUM is AMSGrad's.
 SIZE, STEP, PARAM, GRAD, MASTERS, FIRST, SECOND, MAXIMUM = (tl.constexpr(i) for i in range(8))
@@ -382,8 +382,9 @@ def launch_step(
         groups[param.dtype, grad.dtype, bits % 16 == 0].append(row)
 
     hyperparameters = [getattr(rule, name) for name in HYPERPARAMETERS]
+    state = STATE_FORMATS[states[0][0].dtype] if states[0] else "none"
     with torch.cuda.device_of(params[0]):
-        config = _config(architecture_of(device))
+        config = _config(architecture_of(device), state)
         for (param_dtype, grad_dtype, is_aligned), members in groups.items():
             columns = list(zip(*members, strict=True))
             programs = programs_for(columns[SIZE.value], config.chunk, device)
@@ -401,7 +402,7 @@ def launch_step(
                 PARAM_TYPE=TRITON_TYPES[param_dtype],
                 GRAD_TYPE=TRITON_TYPES[grad_dtype],
                 MASTER=MASTER_FORMATS[masters[0].dtype] if masters else "none",
-                STATE=STATE_FORMATS[states[0][0].dtype] if states and states[0] else "none",
+                STATE=state,
                 AMSGRAD=len(states) == 3 and bool(states[2]),
                 DECOUPLED=rule.decoupled,
                 NESTEROV=rule.nesterov,
@@ -429,7 +430,8 @@ def step_variant(
     aligned: bool = True,
 ) -> Variant:
     """The variant of one launch; ``scaled`` is whether it has ``inv_scale``, ``clip_coef`` and ``found_inf``."""
-    config = _config(arch)
+    config = _config(arch, state)
+    moments = 2 + amsgrad if rule.rule == "adam" else 1
     flags = {
         "decoupled": rule.decoupled,
         "nesterov": rule.nesterov,
@@ -468,8 +470,18 @@ def step_variant(
         divisible_by_16=tuple(pointers),
         num_warps=config.num_warps,
         wide_loads=aligned,
+        work=Elementwise(config.block, _floor_bytes(param, grad, master, state, moments)),
     )
 
 
-def _config(arch: Architecture) -> MultiTensorConfig:
-    return configuration("adamw", MultiTensorConfig, arch, "all")
+def _config(arch: Architecture, state: str) -> MultiTensorConfig:
+    bucket = "narrow state" if state in ("bf16", "code") else "fp32 state"
+    return configuration("optimizer_step", MultiTensorConfig, arch, bucket)
+
+
+def _floor_bytes(param: torch.dtype, grad: torch.dtype, master: str, state: str, moments: int) -> float:
+    """Bytes an element: the gradient read, everything else read and written."""
+    # With a master the parameter is only written, with a remainder it is half of the master.
+    weights = {"none": 2 * param.itemsize, "fp32": param.itemsize + 8, "split": 2 * param.itemsize + 4}[master]
+    each = {"none": 0.0, "fp32": 4.0, "bf16": 2.0, "code": 1 + 1 / GROUP_SIZE.value}[state]
+    return grad.itemsize + weights + 2 * moments * each

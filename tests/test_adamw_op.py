@@ -248,5 +248,8 @@ def test_refusals(name, value, error, message):
 
 def test_opcheck(device):
     tensors = problem(device, [3, 17], torch.float16, amsgrad=True)
-    scalars = (scalar(0.1, device), scalar(0.5, device), None, scalar(0.0, device), 0.9, 0.999, 1e-8, 0.01, False)
-    torch.library.opcheck(torch.ops.mixft.adamw_step_.default, (*tensors.values(), *scalars))
+    steps = tensors.pop("steps")
+    scalars = (scalar(0.1, device), scalar(0.5, device), None, scalar(0.0, device))
+    rule = (0.9, 0.999, 1e-8, 0.01, True, False, False)
+    arguments = (*tensors.values(), [], [], [], steps, *scalars, *rule)
+    torch.library.opcheck(torch.ops.mixft.adamw_step_.default, arguments)

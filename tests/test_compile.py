@@ -17,7 +17,7 @@ pytestmark = [
 MODULES = sorted(kernel_modules())
 # Bytes an element beyond the floor and its twentieth.
 EXCESS = {"quantize_resident[fp16,row 4096,factor]": 4}  # every row reads the factors again, from a cache
-SHIPPED = {"adamw", "grad", "int8_matmul", "matmul", "quantize"}
+SHIPPED = {"adamw", "grad", "int8_matmul", "lion", "matmul", "optimizer_state", "quantize", "sgd"}
 
 
 def outcomes_of(modules: list[str]) -> list[Outcome]:
