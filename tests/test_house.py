@@ -24,7 +24,7 @@ PARTS = {
     "mixft.optim": ({"mixft.optim", "mixft.ops"}, {"torch"}),
     "mixft.amp": ({"mixft.amp", "mixft.ops"}, {"torch"}),
     "mixft.losses": ({"mixft.losses", "mixft.ops"}, {"torch"}),
-    "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest", "transformers"}),
+    "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest", "transformers", "matplotlib"}),
     "mixft.cli": ({"mixft"}, {"torch", "triton", "typer", "rich", "matplotlib", "transformers", "safetensors"}),
     "mixft": (set(), set()),
 }

@@ -1,0 +1,160 @@
+"""Markdown tables of a recording, for the README and docs/benchmarks.md."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .case import OURS
+
+NOT_MEASURED = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A figure to reach, and the rows that show it.
+
+    Attributes:
+        work: what is measured.
+        device: "cuda" or "cpu".
+        aim: the figure, in words.
+        cases: patterns of case names.
+        peer: the provider whose time over mixft's is meant; None for the share of the floor.
+    """
+
+    work: str
+    device: str
+    aim: str
+    cases: tuple[str, ...]
+    peer: str | None = "torch"
+
+
+AIMS = (
+    Aim("FP16 linear layer", "cuda", "≥ 0.97x torch", ("linear/*-fp16",)),
+    Aim("FP16 linear layer with GELU", "cuda", "≥ 1.10x torch", ("linear/*-fp16-gelu",)),
+    Aim("int8 linear layer, dynamic", "cuda", "≥ 1.35x torch in 16 bits", ("int8_linear/*",)),
+    Aim("int8 linear layer, dynamic", "cuda", "≥ 1.2x torchao", ("int8_linear/*",), "torchao"),
+    Aim("int8 linear layer, dynamic", "cuda", "≥ 1.5x bitsandbytes", ("int8_linear/*",), "bitsandbytes"),
+    Aim("int8 product with scales", "cuda", "≥ 1.4x `torch._int_mm` and scales", ("int8_matmul/*",)),
+    Aim("int8 weights, 1 to 16 rows", "cuda", "≥ 1.8x torch in 16 bits", ("int8_decode/*",)),
+    Aim("int8 weights, 1 to 16 rows", "cuda", "≥ 85% of the floor", ("int8_decode/*",), None),
+    Aim("gradient norm and overflow check", "cuda", "≥ 4x torch", ("grad_stats/*",)),
+    Aim("gradient norm and overflow check", "cuda", "≥ 90% of the floor", ("grad_stats/*",), None),
+    Aim("AdamW step, FP32", "cuda", "≥ 1.0x torch fused", ("optimizer_step/adamw-fp32",), "torch fused"),
+    Aim("AdamW step, split masters, int8 states", "cuda", "≥ 2x torch fused", ("*split*int8*",), "torch fused"),
+    Aim("quantize", "cuda", "≥ 90% of the floor", ("quantize/*",), None),
+    Aim("quantize", "cuda", "≥ 1.0x bitsandbytes", ("quantize/*",), "bitsandbytes"),
+    Aim("int8 training of a linear layer", "cuda", "≥ 1.5x torch in 16 bits", ("int8_training/*",)),
+    Aim("distillation loss", "cuda", "≥ 1.54x Liger", ("*distillation*",), "liger-kernel"),
+    Aim("int8 linear layer, 128 rows and more", "cpu", "≥ 3.5x FP32", ("int8_linear/[125][0-9][0-9]*x*-fp32",)),
+    Aim("FP16 linear layer", "cpu", "≥ 4x torch", ("linear/*-fp16",)),
+    Aim("AdamW step, FP32", "cpu", "≥ 1.0x torch fused", ("optimizer_step/adamw-fp32",), "torch fused"),
+)
+
+
+def machine(recording: dict) -> str:
+    """Where, when and with what a recording was made, and the ceilings measured in it, as a sentence or two."""
+    environment, ceilings = recording["environment"], recording["machine"]
+    on_cpu = environment["device"] == "cpu"
+    device = f"{environment['device_name']}" + (f", {environment['threads']} threads" if on_cpu else "")
+    rates = ", ".join(
+        f"{name} {rate / 1e12:,.3g}" for name, rate in ceilings["matmul_operations_per_second"].items() if rate
+    )
+    return (
+        f"{device}, torch {environment['torch']}, Triton {environment['triton']}, {environment['date'][:10]}, commit "
+        f"{str(environment['commit'])[:12]}. Measured in the same run: copy "
+        f"{ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read {ceilings['read_bytes_per_second'] / 1e9:,.0f} "
+        f"GB/s, torch's matmul in T operations/s: {rates}."
+    )
+
+
+def summary(recording: dict) -> str:
+    """A row a family: how many cases, mixft's share of the floor, and each peer's time over mixft's.
+
+    Means are geometric; in brackets the least and the largest of the family's cases.
+    """
+    families = dict.fromkeys(row["family"] for row in recording["rows"])
+    lines = ["| work | cases | of the floor | time of the others / time of mixft |", "|---|---|---|---|"]
+    for family in families:
+        rows = [row for row in recording["rows"] if row["family"] == family]
+        ours = [row for row in rows if row["provider"] == OURS]
+        floors = [row["floor_fraction"] for row in ours if row["floor_fraction"]]
+        floor = f"{statistics.geometric_mean(floors):.0%}" if floors else "no time"
+        peers = [_spread(name, rows) for name in dict.fromkeys(row["provider"] for row in rows) if name != OURS]
+        lines.append(f"| {family} | {len(ours)} | {floor} | {', '.join(filter(None, peers)) or 'no peer timed'} |")
+    return "\n".join(lines)
+
+
+def family_table(recording: dict, family: str) -> str:
+    """A row a case: mixft's median time, its share of the floor, and what each peer does beside it."""
+    rows = [row for row in recording["rows"] if row["family"] == family]
+    peers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != OURS]
+    lines = [
+        f"| {' | '.join(['case', 'mixft ms', 'of the floor', *peers])} |",
+        "|" + "---|" * (3 + len(peers)),
+    ]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = {row["provider"]: row for row in rows if row["case"] == case}
+        ours = found[OURS]
+        timed = ours["status"] == "timed"
+        cells = [case, f"{ours['seconds'] * 1e3:,.3f}", f"{ours['floor_fraction']:.0%}"] if timed else [case, "", ""]
+        cells[1] = cells[1] or ours["status"]
+        lines.append(f"| {' | '.join([*cells, *(_beside(found.get(peer)) for peer in peers)])} |")
+    return "\n".join(lines)
+
+
+def without_times(recording: dict) -> str:
+    """A line for each provider and reason that left a row without a time."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in recording["rows"]:
+        if row["status"] != "timed":
+            reason = " ".join((row["reason"] or "no reason given").replace("|", "/").split())
+            reasons.setdefault((row["provider"], row["status"], reason), []).append(row["case"])
+    return "\n".join(
+        f"- {provider}, {status}, {len(cases)} case{'s' * (len(cases) > 1)}: {reason}"
+        for (provider, status, reason), cases in reasons.items()
+    )
+
+
+def aims(recordings: Iterable[dict]) -> str:
+    """Every figure of ``AIMS`` beside what the recordings show; without a row that shows it, it is not measured yet."""
+    by_device = {recording["environment"]["device"].split(":")[0]: recording for recording in recordings}
+    lines = ["| work | on | aim | measured |", "|---|---|---|---|"]
+    for aim in AIMS:
+        measured = _measured(aim, by_device[aim.device]["rows"]) if aim.device in by_device else None
+        place = {"cuda": "H100", "cpu": "CPU"}[aim.device]
+        lines.append(f"| {aim.work} | {place} | {aim.aim} | {measured or NOT_MEASURED} |")
+    return "\n".join(lines)
+
+
+def _measured(aim: Aim, rows: list[dict]) -> str | None:
+    key, provider = ("speedup", aim.peer) if aim.peer else ("floor_fraction", OURS)
+    found = [
+        row[key]
+        for row in rows
+        if row["provider"] == provider and row[key] and any(fnmatchcase(row["case"], name) for name in aim.cases)
+    ]
+    if not found:
+        return None
+    middle, count = statistics.geometric_mean(found), f"{len(found)} case{'s' * (len(found) > 1)}"
+    if aim.peer is None:
+        return f"{middle:.0%} ({min(found):.0%} to {max(found):.0%}, {count})"
+    return f"{middle:.2f}x ({min(found):.2f} to {max(found):.2f}, {count})"
+
+
+def _spread(provider: str, rows: list[dict]) -> str | None:
+    ratios = [row["speedup"] for row in rows if row["provider"] == provider and row["speedup"]]
+    if not ratios:
+        return None
+    middle = f"{provider} **{statistics.geometric_mean(ratios):.2f}x**"
+    return middle if len(ratios) == 1 else f"{middle} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def _beside(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "timed":
+        return {"wrong": "wrong output"}.get(row["status"], row["status"])
+    if row["speedup"] is None:
+        return f"{row['seconds'] * 1e3:,.3f} ms"
+    return f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"

@@ -1,0 +1,169 @@
+"""The documents' tables and plots are what the recordings say; where nothing is recorded, that is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+from recordings import example, pair, recording, row, without_time
+
+from mixft.benchmarks import finetune_tables, publish, tables
+from mixft.benchmarks.publish import Results, drift, load, render, write
+
+ROOT = Path(__file__).parent.parent
+RUN = {
+    "steps": 2,
+    "peak_memory_bytes": 3 * 2**20,
+    "optimizer_bytes": 2**20,
+    "eval_accuracy_int8": None,
+    "overflow_steps": 1,
+    "losses": [0.7, 0.6],
+}
+
+
+def report(seeds: list[int]) -> dict:
+    runs = [
+        RUN
+        | {"precision": precision, "seed": seed, "seconds_per_step_median": seconds, "eval_accuracy": 0.8 + seed / 100}
+        for seed in seeds
+        for precision, seconds in (("fp32", 0.4), ("int8", 0.16))
+    ]
+    task = {"model": "/home/me/models/bert", "train": "/home/me/reviews.csv", "eval": None, "seeds": seeds}
+    return {
+        "environment": example()["environment"],
+        "task": task | {"precisions": ["fp32", "int8"]},
+        "runs": runs,
+    }
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with documents and no results."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "results").mkdir()
+    for name in publish.DOCUMENTS:
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    return tmp_path
+
+
+def test_the_documents_and_the_plots_are_what_the_results_say():
+    assert not drift(ROOT, load(ROOT / "benchmarks" / "results")), "make tables brings them up to date"
+
+
+def test_a_changed_figure_is_drift_until_written_again(checkout):
+    results = Results({"cpu": example()}, {})
+    write(checkout, results)
+    assert not drift(checkout, results)
+    results.recordings["cpu"]["rows"][1]["speedup"] = 9.87
+    found = drift(checkout, results)
+    assert "docs/benchmarks.md is not what the results say" in found
+    assert "docs/plots/cpu-quant_linear.png does not show the recording" in found
+    write(checkout, results)
+    assert not drift(checkout, results)
+    assert "9.87x" in (checkout / "docs/benchmarks.md").read_text()
+
+
+def test_an_edit_by_hand_and_a_stray_plot_are_drift(checkout):
+    results = Results({"cpu": example()}, {})
+    write(checkout, results)
+    readme = checkout / "README.md"
+    readme.write_text(readme.read_text().replace("| adamw | 3 |", "| adamw | 4 |"))
+    (checkout / "docs/plots/cuda-roofline.png").write_bytes(b"")
+    assert drift(checkout, results) == [
+        "README.md is not what the results say",
+        "docs/plots/cuda-roofline.png is of no recording",
+    ]
+    write(checkout, results)
+    assert not drift(checkout, results)
+
+
+def test_what_is_not_recorded_is_said(checkout):
+    write(checkout, Results())
+    assert not drift(checkout, Results())
+    assert "On a GPU: not measured yet, so nothing is claimed." in (checkout / "README.md").read_text()
+    page = (checkout / "docs/benchmarks.md").read_text()
+    assert page.count("| not measured yet |") == len(tables.AIMS)
+    assert "`make gpu` records it" in page
+    assert not (checkout / "docs/plots").exists()
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match="no generated part 'sped'; there are demo,"):
+        render("<!-- generated: sped -->\n<!-- end -->", Results())
+
+
+def test_results_of_every_kind_are_read_and_the_newest_counts(tmp_path):
+    on_gpu = recording([row("a/1")], device="cuda:0")
+    later = recording([row("b/1")], date="2027-01-01T00:00:00+00:00")
+    files = {
+        "a": example(),
+        "b": later,
+        "c": {"stages": [], "recording": on_gpu},
+        "d": {"stages": [], "recording": None},
+        "e": report([1]),
+        "f": report([1, 2]),
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    results = load(tmp_path)
+    assert results.recordings == {"cpu": later, "cuda": on_gpu}
+    assert results.reports == {"one": report([1]), "several": report([1, 2])}
+
+
+@pytest.mark.parametrize("content", [{"format": 2}, {"results": []}])
+def test_another_format_is_refused_by_name(tmp_path, content):
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"old\.json has format"):
+        load(tmp_path)
+
+
+def test_a_family_table_says_ratio_or_reason():
+    rows = [*pair("a/1", {"torch": 2.0}), *pair("a/2", {"torch": 4.0}), without_time("a/2", "torchao", "wrong", "e")]
+    assert tables.family_table(recording(rows), "a").splitlines()[2:] == [
+        "| a/1 | 1.000 | 20% | 2.00x (1.92 to 2.10) |  |",
+        "| a/2 | 1.000 | 20% | 4.00x (3.84 to 4.20) | wrong output |",
+    ]
+
+
+def test_a_summary_has_geometric_means():
+    rows = [*pair("a/1", {"torch": 2.0}), *pair("a/2", {"torch": 8.0}), without_time("b/1", "mixft", "wrong", "e")]
+    assert tables.summary(recording(rows)).splitlines()[2:] == [
+        "| a | 2 | 20% | torch **4.00x** (2.00 to 8.00) |",
+        "| b | 1 | no time | no peer timed |",
+    ]
+
+
+def test_reasons_are_counted_once_each():
+    rows = [without_time(f"a/{index}", "torchao", "refused", "odd | shape\nhere") for index in range(2)]
+    assert tables.without_times(recording(rows)) == "- torchao, refused, 2 cases: odd / shape here"
+
+
+def test_an_aim_shows_its_own_rows():
+    rows = pair("linear/512x768-fp16", {"torch": 2.0}) + pair("linear/512x768-bf16", {"torch": 9.0})
+    table = tables.aims([recording(rows, device="cuda")])
+    assert "| FP16 linear layer | H100 | ≥ 0.97x torch | 2.00x (2.00 to 2.00, 1 case) |" in table
+    assert table.count("not measured yet") == len(tables.AIMS) - 1
+
+
+def test_tables_of_a_fine_tuning_report():
+    assert finetune_tables.detailed(report([1])).splitlines()[2:] == [
+        "| fp32: plain torch | 400.0 | 1.00x | 3.0 | 1.0 | 81.0% | none | 1 |",
+        "| int8: int8 forward and backward | 160.0 | 2.50x | 3.0 | 1.0 | 81.0% | none | 1 |",
+    ]
+    assert "| 160.0 | 2.50x | 81.5 ± 0.7% |" in finetune_tables.brief(report([1, 2]))
+
+
+def test_a_kept_report_names_no_folder_of_the_machine(tmp_path):
+    source = tmp_path / "report.json"
+    source.write_text(json.dumps(report([1, 2])))
+    kept = finetune_tables.keep(source, tmp_path)
+    assert kept.name == "finetune-reviews-fp32-int8-2-seeds.json"
+    text = kept.read_text()
+    assert "/home" not in text
+    assert "losses" not in text
+    assert finetune_tables.brief(json.loads(text)) == finetune_tables.brief(report([1, 2]))
+
+
+def test_a_report_without_runs_is_refused(tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="no runs"):
+        finetune_tables.keep(tmp_path / "report.json", tmp_path)
