@@ -36,7 +36,7 @@ def peer(name: str, submodule: str = "") -> ModuleType:
     if importlib.util.find_spec(module) is None:
         raise Missing(f"{name} is not installed")
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return importlib.import_module(f"{module}.{submodule}" if submodule else module)
     except (AssertionError, AttributeError, ImportError, OSError, RuntimeError) as failure:
         reason = next(iter(str(failure).splitlines()), type(failure).__name__)
@@ -45,15 +45,11 @@ def peer(name: str, submodule: str = "") -> ModuleType:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What packages print and warn while they are imported is about themselves."""
+    """What packages log and warn while they are imported or compile is about themselves."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with (
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

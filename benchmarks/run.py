@@ -10,6 +10,7 @@ from torch import Tensor
 from .case import OURS, Call, Case, Missing, Provider, Refused, complaint
 from .machine import Machine
 from .memory import available_bytes, measure_memory
+from .peers import quiet
 from .recording import Row
 from .timing import Effort, host_seconds, interleaved, quartiles, ratios
 
@@ -65,13 +66,19 @@ def checked(
 ) -> tuple[Call | None, tuple[str, str] | None]:
     """A provider's call after its first result has passed the check, or the status and the reason why there is none."""
     try:
-        call = prepare(inputs)
-        wrong = complaint(call.checked_result(), exact, bound)
+        with quiet():
+            call = prepare(inputs)
+            wrong = complaint(call.checked_result(), exact, bound)
     except Missing as missing:
         return None, ("missing", str(missing))
     except (Refused, *FAILURES) as failure:
         return None, ("refused", first_line(failure))
     return (call, None) if wrong is None else (None, ("wrong", wrong))
+
+
+def _has_memory(row: Row) -> bool:
+    # In a fresh process a compiler's own memory would count, and it would run again.
+    return row.status == "timed" and not row.provider.endswith(COMPILED)
 
 
 def first_line(failure: BaseException) -> str:

@@ -76,6 +76,9 @@ def optimizer_step(
         "mixft": ours(optimizer, clip, **chosen),
         **_peers(optimizer, dtype, master_weights, state_dtype, clip),
     }
+    if sizes is None and optimizer in TORCH and name == f"{optimizer}-fp32":
+        # Once an optimizer: it compiles for a minute.
+        providers["torch.compile"] = compiled_step(torch_optimizer(optimizer, foreach=True))
     count = elements(sizes or shapes.BERT)
     return Case(
         options.pop("name", f"optimizer_step/{name}"),
@@ -128,8 +131,6 @@ def _peers(
             peers |= {"by hand, fused": by_hand(fused, clip), "by hand, foreach": by_hand(foreach, clip)}
     if clip:
         return peers
-    if optimizer in TORCH and wide and state_dtype == torch.float32:
-        peers["torch.compile"] = compiled_step(foreach)
     if state_dtype in (torch.float32, torch.int8):
         bits = 8 if state_dtype == torch.int8 else 32
         peers["bitsandbytes"] = plain(bitsandbytes(optimizer, bits))

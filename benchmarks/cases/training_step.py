@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import mixft
-from mixft.benchmarks.case import Call, Case, Provider
+from mixft.benchmarks.case import Call, Case, Provider, Refused
 from mixft.benchmarks.peers import peer
 
 from .models import BERT_BASE, BERT_SMALL, LLAMA, LLAMA_SMALL, Inputs, Shape, memory_held, replace_linear
@@ -126,7 +126,11 @@ def _torchao(model: nn.Module) -> Recipe:
 
 
 def _liger(model: nn.Module) -> Recipe:
-    peer("liger-kernel", "transformers.monkey_patch")._apply_liger_kernel_to_instance(model=model)
+    patch = peer("liger-kernel", "transformers.monkey_patch")
+    if not next(model.parameters()).is_cuda:
+        raise Refused("its kernels are for GPUs")
+    # Without its rotary embedding, which would replace that of every other provider's model too.
+    patch._apply_liger_kernel_to_instance(model=model, rope=False)
     return _amp(model)
 
 
