@@ -36,7 +36,8 @@ def measure_memory(case: Case, provider: str, device: torch.device) -> dict[str,
 def available_bytes(device: torch.device) -> int:
     """Memory that is free on the device now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))

@@ -64,9 +64,15 @@ def take_turns(samplers: dict[str, Callable[[], float]], effort: Effort) -> dict
 
 def sampler(call: Call, device: torch.device) -> Callable[[], float]:
     """Takes one sample: the mean seconds of as many calls as fill the clock's grain."""
-    clock = _gpu_clock(device) if device.type == "cuda" else _cpu_clock(device)
-    repeats = _repeats(call, device)
-    return lambda: clock(call, repeats)
+    clock = _gpu_clock(call, device) if device.type == "cuda" else _cpu_clock(call)
+    call()
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    repeats = round(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7))
+    repeats = max(1, min(MOST_REPEATS, repeats))
+    return lambda: statistics.fmean(clock() for _ in range(repeats))
 
 
 def host_seconds(call: Call, device: torch.device, rounds: int) -> float:
@@ -94,63 +100,47 @@ def ratios(numerators: list[float], denominators: list[float]) -> tuple[float, f
     return quartiles([above / below for above, below in zip(numerators, denominators, strict=True)])
 
 
-def _repeats(call: Call, device: torch.device) -> int:
-    call()
-    _wait(device)
-    start = time.perf_counter()
-    call()
-    _wait(device)
-    wanted = SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)
-    return max(1, min(MOST_REPEATS, round(wanted)))
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _cpu_clock(device: torch.device) -> Callable[[Call, int], float]:
-    flush = _flush_buffer(device, FLUSH_BYTES["cpu"])
+def _cpu_clock(call: Call) -> Callable[[], float]:
+    flush = _flush_buffer(torch.device("cpu"))
 
-    def clock(call: Call, repeats: int) -> float:
-        total = 0.0
-        for _ in range(repeats):
-            flush.add_(1)
-            start = time.perf_counter()
-            call()
-            total += time.perf_counter() - start
-        return total / repeats
+    def clock() -> float:
+        flush.add_(1)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
     return clock
 
 
-def _gpu_clock(device: torch.device) -> Callable[[Call, int], float]:
+def _gpu_clock(call: Call, device: torch.device) -> Callable[[], float]:
     """Device time between two events. The device first waits on itself for longer than the host needs to queue the
     call, so the time between two launches does not count as the device's."""
-    flush = _flush_buffer(device, FLUSH_BYTES["cuda"])
-    cycles_per_second = _sleep_rate(device)
+    flush = _flush_buffer(device)
+    call()
+    cycles = int(2 * host_seconds(call, device, 3) * _sleep_rate(device))
 
-    def clock(call: Call, repeats: int) -> float:
-        queueing = host_seconds(call, device, 3)
-        total = 0.0
-        for _ in range(repeats):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            stream = torch.cuda.current_stream(device)
-            flush.add_(1)
-            torch.cuda._sleep(int(2 * queueing * cycles_per_second))
-            start.record(stream)
-            call()
-            stop.record(stream)
-            stop.synchronize()
-            total += start.elapsed_time(stop) / 1e3
-        return total / repeats
+    def clock() -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(device)
+        flush.add_(1)
+        torch.cuda._sleep(cycles)
+        start.record(stream)
+        call()
+        stop.record(stream)
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
 
     return clock
 
 
 @functools.cache
-def _flush_buffer(device: torch.device, nbytes: int) -> torch.Tensor:
-    return torch.zeros(nbytes, dtype=torch.int8, device=device)
+def _flush_buffer(device: torch.device) -> torch.Tensor:
+    return torch.zeros(FLUSH_BYTES[device.type], dtype=torch.int8, device=device)
 
 
 @functools.cache

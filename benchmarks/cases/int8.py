@@ -199,19 +199,20 @@ SCHEMES = {
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 CPU, GPU = {"devices": ("cpu",)}, {"devices": ("cuda",)}
 WIDENS = "a CPU has no product of float and int8 in torch, so the weight is widened at every call; use mode='dynamic'"
+PACKED = "torch.ao packs weights ahead and gives all rows of the input one scale; a row of 384 is mostly calls"
 
 CASES = (
     int8_matmul(512, 768, 3072, SINGLE, **CPU),
     int8_matmul(128, 768, 3072, HALF, **CPU),
     int8_matmul(4096, 4096, 4096, HALF, **GPU),
     int8_matmul(8192, 4096, 14336, BRAIN, **GPU),
-    *(int8_linear(rows, 384, 1536, SINGLE, **CPU) for rows in (1, 16, 128, 512)),
+    *(int8_linear(rows, 384, 1536, SINGLE, **CPU, reason_if_slower=PACKED) for rows in (1, 16, 128, 512)),
     *(
-        int8_linear(rows, 768, 3072, SINGLE, **CPU, sweep=Sweep("int8_linear", "rows", rows))
+        int8_linear(rows, 768, 3072, SINGLE, **CPU, reason_if_slower=PACKED, sweep=Sweep("int8_linear", "rows", rows))
         for rows in (1, 4, 16, 64, 128, 256, 512)
     ),
-    *(int8_linear(rows, 4096, 4096, SINGLE, **CPU) for rows in (1, 16, 128)),
-    int8_linear(512, 4096, 4096, SINGLE, **CPU, long=True),
+    *(int8_linear(rows, 4096, 4096, SINGLE, **CPU, reason_if_slower=PACKED) for rows in (1, 16, 128)),
+    int8_linear(512, 4096, 4096, SINGLE, **CPU, reason_if_slower=PACKED, long=True),
     *(
         int8_linear(rows, 4096, 4096, HALF, **GPU, sweep=Sweep("int8_linear", "rows", rows))
         for rows in (16, 64, 256, 1024, 4096, 8192)

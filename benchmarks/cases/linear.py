@@ -101,14 +101,15 @@ def _named(rows: int, inner: int, columns: int, dtype: torch.dtype, activation: 
 
 HALF, BRAIN = torch.float16, torch.bfloat16
 CPU, GPU = {"devices": ("cpu",)}, {"devices": ("cuda",)}
+ROUNDED_ONCE = "torch rounds to BF16 before the activation; mixft after it, which takes a CPU an FP32 product"
 
 CASES = (
     linear(1024, 384, 1536, HALF, **CPU),
     *(linear(512, 768, 3072, HALF, activation, **CPU) for activation in ACTIVATIONS),
     linear(512, 768, 3072, BRAIN, **CPU),
-    linear(512, 768, 3072, BRAIN, "gelu", **CPU),
+    linear(512, 768, 3072, BRAIN, "gelu", **CPU, reason_if_slower=ROUNDED_ONCE),
     *(training(256, 384, 1536, HALF, activation, **CPU) for activation in ACTIVATIONS),
-    training(256, 768, 3072, BRAIN, "gelu", **CPU),
+    training(256, 768, 3072, BRAIN, "gelu", **CPU, reason_if_slower=ROUNDED_ONCE),
     *(linear(8192, 4096, 4096, HALF, activation, **GPU) for activation in ACTIVATIONS),
     *(linear(rows, 4096, 14336, BRAIN, "silu", **GPU) for rows in (16, 512, 4096)),
     *(training(8192, 4096, 4096, HALF, activation, **GPU) for activation in ACTIVATIONS),

@@ -39,6 +39,8 @@ def bench(
     from mixft.cli.environment import environment
 
     where = torch.device(choose_device(device))
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)
     effort = timing.QUICK if quick else timing.FULL
     available = registry.cases_for(where)
     names = select([case.name for case in available], cases or ["*"])
