@@ -126,9 +126,9 @@ def quantize_resident(
     values_stride_batch, values_stride_n, values_stride_kept,
     SYMMETRIC: tl.constexpr, PROPAGATE: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    batch = program // blocks_kept
-    k = (program % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    program = tl.program_id(0)
+    batch = (program // blocks_kept).to(tl.int64)
+    k = (program % blocks_kept).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
     j = tl.arange(0, BLOCK_N)
     mask = (k < kept)[:, None] & (j < n)[None, :]
     group = batch * kept + k
@@ -152,10 +152,10 @@ def partial_ranges(
     x_stride_batch, x_stride_n, x_stride_kept,
     SYMMETRIC: tl.constexpr, PROPAGATE: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    split = program % splits
-    batch = program // splits // blocks_kept
-    k = (program // splits % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    program = tl.program_id(0)
+    split = (program % splits).to(tl.int64)
+    batch = (program // splits // blocks_kept).to(tl.int64)
+    k = (program // splits % blocks_kept).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
     low = tl.zeros([BLOCK_KEPT], tl.float32)
     high = tl.zeros([BLOCK_KEPT], tl.float32)
     for first in range(0, span, BLOCK_N):
@@ -182,10 +182,10 @@ def quantize_split(
     values_stride_batch, values_stride_n, values_stride_kept,
     SYMMETRIC: tl.constexpr, BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    split = program % splits
-    batch = program // splits // blocks_kept
-    k = (program // splits % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    program = tl.program_id(0)
+    split = (program % splits).to(tl.int64)
+    batch = (program // splits // blocks_kept).to(tl.int64)
+    k = (program // splits % blocks_kept).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
     group = batch * kept + k
 
     s = tl.arange(0, BLOCK_SPLITS)
@@ -219,10 +219,10 @@ def dequantize_tile(
     out_stride_batch, out_stride_n, out_stride_kept,
     BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    batch = program // blocks_n // blocks_kept
-    k = (program // blocks_n % blocks_kept) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
-    j = (program % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(0)
+    batch = (program // blocks_n // blocks_kept).to(tl.int64)
+    k = (program // blocks_n % blocks_kept).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
+    j = (program % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (k < kept)[:, None] & (j < n)[None, :]
     source = values_ptr + batch * values_stride_batch + k[:, None] * values_stride_kept + j[None, :] * values_stride_n
     y = tl.load(source, mask=mask, other=0).to(tl.float32)
@@ -237,6 +237,15 @@ def dequantize_tile(
 def batch_n_kept(tensor: Tensor, inner: int) -> Tensor:
     """[outer, n, inner] as [batch, n, kept]: with one inner element it is the outer dimension that tiles run along."""
     return tensor if inner > 1 else tensor.transpose(0, 2)
+
+
+def strides(tensor: Tensor) -> list[int]:
+    """Strides of [batch, n, kept], 0 where there is one batch or one kept.
+
+    torch's own stride of such a dimension is often 1, which 16 does not divide: for an offset that might be odd the
+    compiler would make every access scalar.
+    """
+    return [0 if i != 1 and size == 1 else tensor.stride(i) for i, size in enumerate(tensor.shape)]
 
 
 def tile(x: Tensor, config: QuantizeConfig) -> tuple[int, int, bool]:
@@ -295,7 +304,7 @@ def quantize(
         if resident:
             quantize_resident[(batch * blocks_kept,)](
                 source, factor, target, scale, zero_point_pointer, seed, n, kept, blocks_kept,
-                *source.stride(), *target.stride(), PROPAGATE=propagate, **constants,
+                *strides(source), *strides(target), PROPAGATE=propagate, **constants,
             )  # fmt: skip
             return values, scale, zero_point
         most = 1024 if block_kept == 1 else 64
@@ -306,12 +315,12 @@ def quantize(
         low = None if symmetric else torch.empty_like(high)
         grid = (batch * blocks_kept * splits,)
         partial_ranges[grid](
-            source, factor, low, high, n, kept, blocks_kept, splits, span, *source.stride(),
+            source, factor, low, high, n, kept, blocks_kept, splits, span, *strides(source),
             PROPAGATE=propagate, **constants,
         )  # fmt: skip
         quantize_split[grid](
             source, factor, target, scale, zero_point_pointer, low, high, seed, n, kept, blocks_kept, splits, span,
-            *source.stride(), *target.stride(), BLOCK_SPLITS=triton.next_power_of_2(splits), **constants,
+            *strides(source), *strides(target), BLOCK_SPLITS=triton.next_power_of_2(splits), **constants,
         )  # fmt: skip
     return values, scale, zero_point
 
@@ -339,7 +348,7 @@ def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: 
     blocks_kept, blocks_n = triton.cdiv(kept, block_kept), triton.cdiv(n, block_n)
     with torch.cuda.device_of(values):
         dequantize_tile[(batch * blocks_kept * blocks_n,)](
-            source, scale, zero_point, target, n, kept, blocks_kept, blocks_n, *source.stride(), *target.stride(),
+            source, scale, zero_point, target, n, kept, blocks_kept, blocks_n, *strides(source), *strides(target),
             BLOCK_KEPT=block_kept, BLOCK_N=block_n, num_warps=warps(block_kept, block_n, config, arch),
             num_stages=1,
         )  # fmt: skip

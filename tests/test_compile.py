@@ -17,6 +17,9 @@ pytestmark = [
 MODULES = sorted(kernel_modules())
 # Bytes an element beyond the floor and its twentieth.
 EXCESS = {"quantize_resident[fp16,row 4096,factor]": 4}  # every row reads the factors again, from a cache
+LAUNCHED_ON = ("sm_86", "sm_90", "gfx942")
+# A value put aside once in a kernel without a loop: eight bytes of its tile\'s thousands.
+SPILLS_ONCE = {("sm_90", "odd rows, 1: dequantize_tile")}
 SHIPPED = {"adamw", "grad", "int8_matmul", "lion", "matmul", "optimizer_state", "quantize", "sgd"}
 
 
@@ -53,6 +56,11 @@ def shipped() -> list[Outcome]:
 @pytest.fixture(scope="module")
 def faulty() -> dict[tuple[str, str], Outcome]:
     return {(outcome.job.variant, outcome.job.architecture): outcome for outcome in outcomes_of(["faulty_kernels"])}
+
+
+@pytest.fixture(scope="module")
+def launched() -> list[Outcome]:
+    return list(compile_all([job for arch in LAUNCHED_ON for job in jobs_of("recorded_launches", arch)]))
 
 
 def select(shipped: list[Outcome], module: str, arch: str) -> list[Outcome]:
@@ -132,6 +140,19 @@ def test_a_tile_product_without_tensor_cores_is_reported(faulty):
     sound = faulty["sound", "sm_80"]
     plain = replace(sound, compiled=replace(sound.compiled, matrix_instructions=()))
     assert "multiplies tiles without tensor cores" in complaints(plain)
+
+
+@pytest.mark.parametrize("arch", LAUNCHED_ON)
+def test_what_launchers_launch(launched, arch):
+    """Integers of 1, single rows, ragged and odd sizes: no spills, and wide accesses wherever they are possible."""
+    outcomes = [outcome for outcome in launched if outcome.job.architecture == arch]
+    assert len(outcomes) > 40
+    wrong = {outcome.job.variant: found for outcome in outcomes if (found := complaints(outcome))}
+    assert {(arch, name) for name in wrong} <= SPILLS_ONCE, wrong
+    for found in (outcome.compiled for outcome in outcomes):
+        # A range is a few values a program; all else writes as many as it reads.
+        if found.wide_loads and "partial_ranges" not in found.name:
+            assert max(found.stores) == 16, found.name
 
 
 def test_interpreted_kernels_are_refused():

@@ -1,0 +1,146 @@
+"""What the launchers really launch: their calls, recorded and specialised as Triton does, as variants to compile.
+
+Triton compiles an integer argument of 1 as that constant, and takes other integers and pointers that 16 divides to be
+divisible by it; the variants that ship have each argument one way, these calls have the corners as well.
+"""
+
+import contextlib
+import inspect
+from unittest import mock
+
+import torch
+import triton.language as tl
+
+from mixft.kernels import int8_matmul, matmul, quantize
+from mixft.kernels.architecture import Architecture
+from mixft.kernels.multi_tensor import TRITON_NAMES
+from mixft.kernels.variant import Variant
+
+TYPES = TRITON_NAMES | {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def specialised(name: str, function, args: tuple, kwargs: dict, wide_loads: bool) -> Variant:
+    """The variant that Triton compiles for one call of ``function``."""
+    options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+    values = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    parameters = inspect.signature(function.fn).parameters
+    general = getattr(function, "do_not_specialize", None) or ()
+    signature, constants, divisible = {}, {}, []
+    for key in function.arg_names:
+        value, specialises = values[key], key not in general
+        is_constant = parameters[key].annotation is tl.constexpr
+        if is_constant or value is None or (type(value) is int and value == 1 and specialises):
+            constants[key] = value
+        elif isinstance(value, torch.Tensor):
+            signature[key] = f"*{TYPES[value.dtype]}"
+            divisible += [key] if value.data_ptr() % 16 == 0 else []
+        else:
+            signature[key] = "i32" if abs(value) < 2**31 else "i64"
+            divisible += [key] if value % 16 == 0 and specialises else []
+    return Variant(name, function, signature, constants, tuple(divisible), **options, wide_loads=wide_loads)
+
+
+class Recorder:
+    """Stands in for a jit function: notes each call instead of launching it."""
+
+    def __init__(self, function, calls: list):
+        self.function, self.calls = function, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.calls.append((self.function, args, kwargs))
+
+
+@contextlib.contextmanager
+def recording(arch: Architecture):
+    """The list that calls are noted in, while the launchers believe to run on ``arch``."""
+    calls = []
+    with contextlib.ExitStack() as stack:
+        for module in (matmul, int8_matmul, quantize):
+            stack.enter_context(mock.patch.object(module, "architecture_of", return_value=arch))
+            for name, item in vars(module).items():
+                if hasattr(item, "arg_names") and item.fn.__module__ == module.__name__:
+                    stack.enter_context(mock.patch.object(module, name, Recorder(item, calls)))
+        yield calls
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16)
+
+
+def product(M: int, N: int, K: int, activation: str = "none", *, bias: bool = False, keep: bool = False, left=None):
+    a = half(M, K) if left is None else left
+    matmul.matmul_forward(a, half(N, K).t(), half(N) if bias else None, activation, torch.float16, keep)
+
+
+def w8a8(M: int, N: int, K: int, *, per_tensor: bool = False, bias: bool = False, activation: str = "none"):
+    a, b = torch.empty(M, K, dtype=torch.int8), torch.empty(N, K, dtype=torch.int8)
+    a_scale, b_scale = (torch.empty(1, 1).expand(n, 1) if per_tensor else torch.empty(n, 1) for n in (M, N))
+    int8_matmul.int8_matmul(a, b, a_scale, b_scale, half(N) if bias else None, activation, torch.float16)
+
+
+def w8a16(M: int, N: int, K: int, *, bias: bool = False, activation: str = "none"):
+    b = torch.empty(N, K, dtype=torch.int8)
+    int8_matmul.weight_only_matmul(
+        half(M, K), b, torch.empty(N, 1), half(N) if bias else None, activation, torch.float16
+    )
+
+
+def quantized(outer: int, n: int, inner: int, dtype: torch.dtype, *, symmetric=True, stochastic=False, factor=False):
+    seed = torch.empty((), dtype=torch.int64) if stochastic else None
+    x = torch.empty(outer, n, inner, dtype=dtype)
+    values, scale, zero_point = quantize.quantize(x, symmetric, seed, torch.empty(n) if factor else None, factor)
+    quantize.dequantize(values, scale, None if symmetric else zero_point, dtype)
+
+
+PRODUCTS = {
+    "one row": lambda: product(1, 4096, 4096, "silu", bias=True),
+    "one column": lambda: product(4096, 1, 4096, bias=True, keep=True),
+    "one deep": lambda: product(4096, 4096, 1),
+    "one value": lambda: product(1, 1, 1, "gelu", keep=True),
+    "deep but ragged": lambda: product(4096, 4096, 4096 + 16, "gelu", bias=True, keep=True),
+    "few rows, ragged": lambda: product(17, 4096, 4096 + 16),
+    "transposed, one row": lambda: product(1, 4096, 4096, left=half(4096, 1).t()),
+    "unaligned": lambda: product(1000, 1001, 1002, "gelu_tanh", bias=True, keep=True),
+    "expanded": lambda: product(4096, 4096, 4096, left=half(1, 4096).expand(4096, 4096)),
+    "w8a8 one row": lambda: w8a8(1, 4096, 4096),
+    "w8a8 one column": lambda: w8a8(4096, 1, 4096, bias=True),
+    "w8a8 shallow": lambda: w8a8(4096, 4096, 16, activation="gelu"),
+    "w8a8 ragged": lambda: w8a8(4096, 4096, 4096 + 16, activation="silu", bias=True),
+    "w8a8 per tensor": lambda: w8a8(4096, 4096, 4096, per_tensor=True),
+    "w8a16 one row": lambda: w8a16(1, 4096, 4096),
+    "w8a16 one column": lambda: w8a16(17, 1, 4096, bias=True),
+    "w8a16 ragged": lambda: w8a16(4096, 4096, 4096 + 16, activation="gelu", bias=True),
+}
+OTHERS = {
+    "rows": lambda: quantized(4096, 4096, 1, torch.float16),
+    "one row of values": lambda: quantized(1, 4096, 1, torch.bfloat16, symmetric=False, stochastic=True),
+    "one column of values": lambda: quantized(4096, 1, 1, torch.float32, symmetric=False),
+    "odd rows": lambda: quantized(1000, 17, 1, torch.float32, stochastic=True),
+    "groups": lambda: quantized(4096 * 32, 128, 1, torch.float16, symmetric=False),
+    "columns": lambda: quantized(1, 4096, 4096, torch.float16, factor=True),
+    "short columns": lambda: quantized(1, 17, 1000, torch.bfloat16, symmetric=False, stochastic=True),
+    "few long columns": lambda: quantized(1, 2**17, 3, torch.float32, symmetric=False, stochastic=True),
+    "tensor": lambda: quantized(1, 2**24, 1, torch.float32, symmetric=False, stochastic=True),
+    "odd tensor": lambda: quantized(1, 2**24 + 1, 1, torch.bfloat16),
+    "tensor beyond 2^31": lambda: quantized(1, 2**31 + 16, 1, torch.float16),
+    "slopes, odd": lambda: matmul.activation_backward(half(1001, 1003), half(1001, 1003), "gelu", torch.float16, True),
+    "slopes, one value": lambda: matmul.activation_backward(half(1, 1), half(1, 1), "silu", torch.float16, True),
+    "slopes, expanded": lambda: matmul.activation_backward(
+        half(1, 1).expand(512, 512), half(512, 512), "gelu_tanh", torch.float16, False
+    ),
+}  # fmt: skip
+# Calls of the second kind whose every access ought to be 16 bytes wide.
+ALIGNED = {"rows", "one row of values", "groups", "columns", "tensor", "tensor beyond 2^31"}
+
+
+def variants(arch: Architecture) -> list[Variant]:
+    found = []
+    for case, launch in ((PRODUCTS if arch.tensor_cores else {}) | OTHERS).items():
+        with recording(arch) as calls:
+            launch()
+        found += [
+            specialised(f"{case}, {number}: {function.__name__}", function, args, kwargs, case in ALIGNED)
+            for number, (function, args, kwargs) in enumerate(calls)
+        ]
+    return found
