@@ -1,6 +1,7 @@
 """Gradients of a whole model in one launch per dtype: unscale with the overflow check, and read-only statistics.
 
-``unscale_gradients_``   g <- g * inv_scale for every element; found_inf <- 1 where some g was NaN or Inf before it.
+``unscale_gradients_``   g <- g * inv_scale for every element; found_inf <- 1 where some g was NaN or Inf before it,
+                         and nonfinite, where it is given, grows by the number of such elements of every tensor.
 ``gradient_statistics``  per tensor, sum of g^2 in FP32 and the number of elements that are NaN or Inf.
 
 Gradients are FP16, BF16 or FP32 tensors of any size whose elements fill their storage without gaps, in any order;
@@ -46,6 +47,7 @@ def unscale_kernel(
     program_chunk,
     inv_scale,
     found_inf,
+    nonfinite,
     GRAD_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -62,17 +64,20 @@ def unscale_kernel(
     if start + CHUNK <= size:
         for offset in range(0, CHUNK, BLOCK):
             g = tl.load(grad + offset + lanes).to(tl.float32)
-            bad |= is_nonfinite(g)
+            bad += is_nonfinite(g)
             tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE))
     else:
         left = (size - start).to(tl.int32)
         for offset in range(0, left, BLOCK):
             mask = offset + lanes < left
             g = tl.load(grad + offset + lanes, mask=mask, other=0.0).to(tl.float32)
-            bad |= is_nonfinite(g)
+            bad += is_nonfinite(g)
             tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE), mask=mask)
-    if tl.max(bad, 0) > 0:
+    count = tl.sum(bad, 0)
+    if count > 0:
         tl.store(found_inf, 1.0)
+        if nonfinite is not None:
+            tl.atomic_add(nonfinite + tl.load(row + POSITION), count.to(tl.int64))
 
 
 @triton.jit
@@ -129,7 +134,7 @@ def reduce_stats_kernel(
     tl.store(nonfinite + position, tl.sum(bad, 0))
 
 
-def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor, nonfinite: Tensor | None) -> None:
     """Launch ``unscale_kernel`` once for each (dtype, alignment) among ``grads``."""
     if not grads:
         return
@@ -143,6 +148,7 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
                 programs.chunk,
                 inv_scale,
                 found_inf,
+                nonfinite,
                 GRAD_TYPE=TRITON_TYPES[dtype],
                 ALIGNED=is_aligned,
                 CHUNK=config.chunk,
@@ -208,7 +214,7 @@ def variants(arch: Architecture) -> list[Variant]:
         }
         table = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32"}
         for name, function, outputs, passes in (
-            ("unscale", unscale_kernel, {"inv_scale": "*fp32", "found_inf": "*fp32"}, 2),
+            ("unscale", unscale_kernel, {"inv_scale": "*fp32", "found_inf": "*fp32", "nonfinite": "*i64"}, 2),
             ("partial_stats", partial_stats_kernel, {"partial_sum": "*fp32", "partial_count": "*i32"}, 1),
         ):
             launches.append(

@@ -106,7 +106,7 @@ def test_wrong_numbers_are_an_error_above_the_bound(monkeypatch, capsys, broken)
 
 
 def test_an_overflow_check_that_never_fires_turns_it_red(monkeypatch, capsys):
-    def deaf(grads, inv_scale, found_inf):
+    def deaf(grads, inv_scale, found_inf, nonfinite):
         for grad in grads:
             grad.mul_(inv_scale)
 

@@ -87,6 +87,30 @@ def test_an_overflow_by_the_multiplication_is_not_a_nonfinite_gradient(device):
     assert found_inf.item() == 0.0
 
 
+@pytest.mark.parametrize("factor", [0.5, 4.0])
+def test_unscaling_counts_the_nonfinite_elements_of_every_gradient(device, factor):
+    grads = mixed_gradients(device)
+    grads[0][3] = float("nan")
+    grads[1][::2] = float("inf")
+    grads[6][:] = 60000.0  # overflows with the larger factor, and is finite before it
+    counts = torch.full((len(grads),), 10, dtype=torch.int64, device=device)
+    exact = [10 + (grad.numel() - grad.isfinite().sum().item()) for grad in grads]
+    found_inf = scalar(0.0, device)
+    unscale_(grads, scalar(factor, device), found_inf, counts)
+    assert counts.tolist() == exact == [11, 10 + 9 * 33, 10, 10, 10, 10, 10]
+    assert found_inf.item() == 1.0
+    unscale_(grads[2:6], scalar(factor, device), found_inf, counts[2:6])
+    assert counts.tolist() == exact
+
+
+def test_counts_that_do_not_fit_are_refused(device):
+    one, grads = scalar(1.0, device), [torch.ones(2, device=device)]
+    with pytest.raises(TypeError, match="nonfinite is "):
+        unscale_(grads, one, one, torch.zeros(1, dtype=torch.int32, device=device))
+    with pytest.raises(ValueError, match="nonfinite has shape"):
+        unscale_(grads, one, one, torch.zeros(2, dtype=torch.int64, device=device))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_match_fp64(device, dtype):
     grads = gradients(dtype, device, scale=3.0)
@@ -162,5 +186,8 @@ def test_refusals(device):
 
 def test_opcheck(device):
     grads = [torch.randn(17, device=device), torch.randn(66, device=device).half()]
-    torch.library.opcheck(torch.ops.mixft.unscale_gradients_.default, (grads, scalar(0.5, device), scalar(0.0, device)))
+    unscale = torch.ops.mixft.unscale_gradients_.default
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    torch.library.opcheck(unscale, (grads, scalar(0.5, device), scalar(0.0, device), None))
+    torch.library.opcheck(unscale, (grads, scalar(0.5, device), scalar(0.0, device), counts))
     torch.library.opcheck(torch.ops.mixft.gradient_statistics.default, (grads,))

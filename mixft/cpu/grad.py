@@ -11,12 +11,21 @@ SMALL = 1 << 14
 PIECE = 1 << 20
 
 
-def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor, nonfinite: Tensor | None) -> None:
+    found = torch.zeros_like(found_inf)
+    # Where the product cannot overflow, a NaN or Inf is still there after it, and is looked for only if there is one.
+    if nonfinite is not None and inv_scale.item() > 1:
+        nonfinite += gradient_statistics(grads)[1]
+        nonfinite = None
     by_dtype = defaultdict(list)
     for grad in grads:
         by_dtype[grad.dtype].append(grad)
     for same in by_dtype.values():
-        torch._amp_foreach_non_finite_check_and_unscale_(same, found_inf, inv_scale)
+        torch._amp_foreach_non_finite_check_and_unscale_(same, found, inv_scale)
+    if found.item():
+        found_inf.fill_(1.0)
+        if nonfinite is not None:
+            nonfinite += gradient_statistics(grads)[1]
 
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .layout import all_contiguous, is_dense
 from .registration import define_op, without_dispatch
-from .validation import FLOATS, check_scalar
+from .validation import FLOATS, check_counts, check_scalar
 
 
-@define_op("grad", mutates_args=("grads", "found_inf"))
-def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+@define_op("grad", mutates_args=("grads", "found_inf", "nonfinite"))
+def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor, nonfinite: Tensor | None) -> None:
     return None
 
 
@@ -22,7 +22,7 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> None:
+def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor, nonfinite: Tensor | None = None) -> None:
     """Multiply every gradient by ``inv_scale`` in place and note whether any held a NaN or Inf.
 
     The rule is that of ``torch.amp.GradScaler.unscale_``: what counts is the gradient before the multiplication, and
@@ -33,21 +33,26 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor) -> N
         grads: dense FP16, BF16 or FP32 tensors of any shapes and strides, dtypes mixed, all on one device.
         inv_scale: one-element FP32 tensor on that device.
         found_inf: one-element FP32 tensor on that device, changed in place.
+        nonfinite: contiguous int64 [len(grads)] on that device, or None; each element grows by the number of NaN and
+            Inf elements of one gradient.
 
     Raises:
-        TypeError: a gradient is not FP16, BF16 or FP32, or a scalar tensor is not FP32.
-        ValueError: a gradient is sparse or on another device, or a scalar tensor has not one element.
+        TypeError: a gradient is not FP16, BF16 or FP32, a scalar tensor is not FP32, or ``nonfinite`` is not int64.
+        ValueError: a gradient is sparse or on another device, a scalar tensor has not one element, or ``nonfinite``
+            not one a gradient.
     """
     grads = _checked_gradients(grads)
     if not grads:
         return
     check_scalar("inv_scale", inv_scale, grads[0].device)
     check_scalar("found_inf", found_inf, grads[0].device)
+    if nonfinite is not None:
+        check_counts(nonfinite, len(grads), grads[0].device)
     if all_contiguous(grads):
-        unscale_gradients_(grads, inv_scale, found_inf)
+        unscale_gradients_(grads, inv_scale, found_inf, nonfinite)
         return
     dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
-    unscale_gradients_(dense, inv_scale, found_inf)
+    unscale_gradients_(dense, inv_scale, found_inf, nonfinite)
     for grad, unscaled in zip(grads, dense, strict=True):
         if unscaled is not grad:
             grad.copy_(unscaled)

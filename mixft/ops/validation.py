@@ -46,5 +46,16 @@ def check_scalar(name: str, value: Tensor, device: torch.device) -> None:
         )
 
 
+def check_counts(nonfinite: Tensor, count: int, device: torch.device) -> None:
+    """Raise unless ``nonfinite`` is a contiguous int64 [count] on ``device``."""
+    if nonfinite.dtype != torch.int64:
+        raise TypeError(f"nonfinite is {nonfinite.dtype}; it must be torch.int64")
+    if nonfinite.shape != (count,) or not nonfinite.is_contiguous() or nonfinite.device != device:
+        raise ValueError(
+            f"nonfinite has shape {tuple(nonfinite.shape)}, strides {nonfinite.stride()} and is on "
+            f"{nonfinite.device}; it must be a contiguous tensor of {count} on {device}"
+        )
+
+
 def _either(dtypes) -> str:
     return " or ".join(str(dtype) for dtype in dtypes)
