@@ -84,7 +84,8 @@ PEERS = {
     "torchao+compile": _forward(_torchao),
     "bitsandbytes": _forward(lambda model: replace_linear(model, bitsandbytes_layer)),
     "gemlite": _forward(lambda model: replace_linear(model, gemlite_layer("A8W8_int8_dynamic"))),
-}SMALL_PRODUCTS = "in products this small quantizing the input is the larger part; torch.ao gives all of it one scale"
+}
+SMALL_PRODUCTS = "in products this small quantizing the input is the larger part; torch.ao gives all of it one scale"
 
 CASES = (
     inference_step(BERT_SMALL, reason_if_slower=SMALL_PRODUCTS),
