@@ -65,7 +65,7 @@ def run_stage(name: str, command: list[str], limit: float, fine: tuple[int, ...]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code = process.wait(timeout=max(0.1, limit - GRACE))
+            code = process.wait(timeout=limit - min(GRACE, limit / 4))
         except subprocess.TimeoutExpired:
             code = None
         finally:
