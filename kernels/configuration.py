@@ -2,11 +2,14 @@
 
 A file ``configs/<op>.json`` holds ``provenance`` (Triton version, device and date of the measurement, or ``null`` for a
 device when the choice was made from compiled code alone) and ``entries``, each with ``architectures``, ``bucket`` and
-the fields of the op's dataclass under ``config``.
+the fields of the op's dataclass under ``config``. An entry that ``mixft tune`` chose has ``measured`` too: Triton
+version, device, date and the speed-up over the configuration before.
 """
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,3 +44,19 @@ def configuration(op: str, kind: type[Config], arch: Architecture, bucket: str) 
             f"mixft ships no {bucket!r} configuration of {op} for {arch.name}; supported: "
             + ", ".join(sorted({name for name, _ in configurations(op, kind)}))
         ) from None
+
+
+@contextlib.contextmanager
+def substitute(op: str, config: Config, arch: Architecture, bucket: str) -> Iterator[None]:
+    """Within the block ``config`` is what launchers and ``variants`` get in this process: how a tuner tries one.
+
+    Raises:
+        RuntimeError: ``op`` has no such bucket for that architecture.
+    """
+    shipped = configuration(op, type(config), arch, bucket)
+    table = configurations(op, type(config))
+    table[arch.name, bucket] = config
+    try:
+        yield
+    finally:
+        table[arch.name, bucket] = shipped

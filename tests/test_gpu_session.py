@@ -59,7 +59,8 @@ def test_a_stage_out_of_time_is_asked_to_stop_and_then_ended(session, tmp_path):
     mark = tmp_path / "mark"
     source = f"""
         import subprocess, sys, time
-        child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"])
+        stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+        child = subprocess.Popen([sys.executable, "-c", stubborn])
         try:
             print(child.pid, flush=True)
             time.sleep(60)

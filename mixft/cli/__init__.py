@@ -5,7 +5,7 @@ import sys
 
 from mixft.cli.errors import InputError
 
-COMMANDS = ("finetune", "predict", "doctor", "bench", "inspect")
+COMMANDS = ("finetune", "predict", "doctor", "bench", "inspect", "tune")
 EXTRA = ("typer", "rich", "matplotlib", "transformers")
 
 
