@@ -12,7 +12,7 @@ from .machine import Machine
 from .memory import available_bytes, measure_memory
 from .peers import quiet
 from .recording import Row
-from .timing import Effort, host_seconds, interleaved, quartiles, ratios
+from .timing import Effort, host_seconds, quartiles, ratios, sampler, take_turns
 
 COMPILED = "compile"
 # What other people's code raises where it does not serve a case; a bug of theirs must not end the run either.
@@ -41,8 +41,13 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
             calls[name] = call
         else:
             excuses[name] = excuse
-    runs = {name: call.run for name, call in calls.items()}
-    samples = interleaved(runs, device, effort)
+    samplers = {}
+    for name, call in calls.items():
+        try:
+            samplers[name] = sampler(call.run, device)
+        except FAILURES as failure:  # memory for a second call, for one
+            excuses[name] = ("refused", first_line(failure))
+    samples = take_turns(samplers, effort)
     rows = []
     for name in case.providers:
         if name in excuses:
@@ -50,11 +55,11 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
             continue
         row = timed_row(case, name, samples, machine)
         if device.type == "cuda":
-            row = replace(row, host_seconds=host_seconds(runs[name], device, HOST_ROUNDS))
+            row = replace(row, host_seconds=host_seconds(calls[name].run, device, HOST_ROUNDS))
         rows.append(row)
-    if not (case.memory and effort.memory):
+    if not case.memory or not (effort.memory or device.type == "cuda"):
         return rows
-    del inputs, exact, calls, runs, call
+    del inputs, exact, calls, samplers, call
     return [
         replace(row, memory=measure_memory(case, row.provider, device)) if row.status == "timed" else row
         for row in rows

@@ -26,7 +26,7 @@ class Effort:
         seconds: after so long a case takes no more rounds, once it has the fewest.
         fewest_rounds: how many a case takes at least.
         compiles: whether ``torch.compile`` takes part, at some seconds a case.
-        memory: whether memory is measured, at some seconds a provider.
+        memory: whether memory is measured on a CPU, at some seconds a provider.
         long: whether the cases that take longest take part.
     """
 

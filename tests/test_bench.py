@@ -94,6 +94,25 @@ def test_who_is_missing_or_refuses_has_a_row_that_says_why():
     assert not failed(rows)
 
 
+def test_a_provider_that_fails_only_when_it_is_timed_does_not_end_the_run():
+    def prepare(x):
+        calls = iter([[2 * x]])
+
+        def run():
+            for result in calls:
+                return result
+            raise RuntimeError("out of memory")
+
+        return Call(run)
+
+    rows = run_case(toy(more={"greedy": prepare}), CPU, EFFORT, MACHINE)
+    assert [(row.status, row.reason) for row in rows] == [
+        ("timed", None),
+        ("timed", None),
+        ("refused", "RuntimeError: out of memory"),
+    ]
+
+
 def test_a_case_too_large_for_the_memory_is_refused():
     rows = run_case(toy(needs=10**18), CPU, EFFORT, MACHINE)
     assert {row.status for row in rows} == {"refused"}
@@ -102,7 +121,7 @@ def test_a_case_too_large_for_the_memory_is_refused():
 
 def test_the_figures_of_a_row_agree(monkeypatch):
     samples = {"mixft": [1.0, 2.0, 4.0], "torch": [2.0, 6.0, 4.0]}
-    monkeypatch.setattr(run, "interleaved", lambda calls, device, effort: samples)
+    monkeypatch.setattr(run, "take_turns", lambda samplers, effort: samples)
     case = toy(bytes=2_000_000_000, operations=3_000_000_000_000, rate="fp32", sweep=Sweep("toy", "rows", 5))
     ours, peer = run_case(case, CPU, EFFORT, MACHINE)
     assert (ours.seconds, ours.seconds_low, ours.seconds_high) == (2.0, 1.5, 3.0)

@@ -62,8 +62,15 @@ def test_the_table_and_the_file(one_case, tmp_path, capsys):
     assert [row["status"] for row in report["rows"]] == ["timed", "timed", "missing"]
 
 
+def test_the_plot(one_case, tmp_path):
+    one_case(toy())
+    picture = tmp_path / "ratios.png"
+    assert main(["bench", "--quick", "--device", "cpu", "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_reason_of_a_slower_row_is_shown_only_where_it_is_slower(one_case, monkeypatch, capsys):
-    monkeypatch.setattr("mixft.benchmarks.run.interleaved", lambda calls, device, effort: samples)
+    monkeypatch.setattr("mixft.benchmarks.run.take_turns", lambda samplers, effort: samples)
     one_case(toy(reason_if_slower="it does more"))
     samples = {"mixft": [2.0], "torch": [1.0]}
     assert main(["bench", "--device", "cpu"]) == 0

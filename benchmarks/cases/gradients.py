@@ -10,7 +10,7 @@ from .shapes import SHORT, elements, sample
 
 
 def _gradients(dtype: torch.dtype):
-    return lambda device: [torch.randn(shape).to(device, dtype) for shape in shapes.BERT]
+    return lambda device: [torch.randn(shape, device=device).to(dtype) for shape in shapes.BERT]
 
 
 def unscale(dtype: torch.dtype) -> Case:

@@ -98,7 +98,7 @@ def int8_training(rows: int, inner: int, columns: int, dtype: torch.dtype, **opt
 
     def make(device):
         layer, x = layer_and_input(rows, inner, columns, dtype, trains=True)(device)
-        return layer, x, torch.randn(rows, columns).to(device, dtype)
+        return layer, x, torch.randn(rows, columns, device=device).to(dtype)
 
     def torchao(inputs):
         training = peer("torchao", "prototype.quantized_training")

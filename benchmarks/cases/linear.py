@@ -25,8 +25,8 @@ def layer_and_input(rows: int, inner: int, columns: int, dtype: torch.dtype, tra
     """Makes a layer [columns, inner] and an input [rows, inner]; ``trains``: both ask for gradients."""
 
     def inputs(device: torch.device) -> tuple[nn.Linear, Tensor]:
-        layer = nn.Linear(inner, columns).to(device, dtype).requires_grad_(trains)
-        return layer, torch.randn(rows, inner).to(device, dtype).requires_grad_(trains)
+        layer = nn.Linear(inner, columns, device=device, dtype=dtype).requires_grad_(trains)
+        return layer, torch.randn(rows, inner, device=device).to(dtype).requires_grad_(trains)
 
     return inputs
 

@@ -81,7 +81,7 @@ def quantize(rows: int, columns: int, dtype: torch.dtype, axis: str = "row", sym
     formula = "" if symmetric else "-affine"
     return Case(
         f"quantize/{axis}{formula}-{rows}x{columns}-{SHORT[dtype]}",
-        inputs=lambda device: torch.randn(rows, columns).to(device, dtype),
+        inputs=lambda device: torch.randn(rows, columns, device=device).to(dtype),
         exact=lambda x: [x.double()],
         providers=providers,
         # Half a step of the widest group, and the other neighbour at a tie.
