@@ -30,6 +30,7 @@ from .tile_order import tile_of_program
 from .variant import MatrixProduct, Variant
 
 SMALL_M = 32
+WIDE = 2**22  # outputs from which on wide tiles give every multiprocessor one
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,10 @@ def scaled_matmul_kernel(
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    # Rows past the end read the last row again: no mask in the loop, and the store drops them.
-    read_rows = tl.minimum(rows, M - 1).to(tl.int64)
+    # Columns past the end read the last one again: no mask in the loop, and the store drops them. Rows are masked: most
+    # of a decode tile's are past the end, and one row read sixteen times is as much traffic as the weights.
+    row_mask = (rows < M)[:, None]
+    read_rows = rows.to(tl.int64)
     read_columns = tl.minimum(columns, N - 1).to(tl.int64)
     a_ptrs = a_ptr + read_rows[:, None] * stride_am + inner[None, :]
     b_ptrs = b_ptr + read_columns[None, :] * stride_bn + inner[:, None]
@@ -82,10 +85,10 @@ def scaled_matmul_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
-            a = tl.load(a_ptrs)
+            a = tl.load(a_ptrs, mask=row_mask, other=0)
             b = tl.load(b_ptrs)
         else:
-            a = tl.load(a_ptrs, mask=inner[None, :] < K - start, other=0)
+            a = tl.load(a_ptrs, mask=row_mask & (inner[None, :] < K - start), other=0)
             b = tl.load(b_ptrs, mask=inner[:, None] < K - start, other=0)
         if INTEGER:
             accumulator += tl.dot(a, b, out_dtype=tl.int32)
@@ -97,13 +100,13 @@ def scaled_matmul_kernel(
     result = accumulator.to(tl.float32)
     valid_columns = columns < N
     if HAS_A_SCALE:
-        result *= tl.load(a_scale_ptr + read_rows * stride_a_scale)[:, None]
+        result *= tl.load(a_scale_ptr + read_rows * stride_a_scale, mask=rows < M, other=0.0)[:, None]
     result *= tl.load(b_scale_ptr + read_columns * stride_b_scale)[None, :]
     if HAS_BIAS:
         result += tl.load(bias_ptr + columns, mask=valid_columns, other=0.0).to(tl.float32)[None, :]
     result = activate(result, ACTIVATION)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & valid_columns[None, :])
+    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=row_mask & valid_columns[None, :])
 
 
 def int8_matmul(
@@ -144,7 +147,7 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
     arch = architecture_of(a.device)
     if not arch.tensor_cores:
         raise RuntimeError(f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use")
-    config = configuration(op, Int8MatmulConfig, arch, "small" if M <= SMALL_M else "large")
+    config = configuration(op, Int8MatmulConfig, arch, bucket(op, M, N, activation, arch))
     a, b = _readable(a), _readable(b)
     K = a.shape[1]
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
@@ -178,6 +181,14 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
     return out
 
 
+def bucket(op: str, M: int, N: int, activation: str, arch: Architecture) -> str:
+    """The shape bucket of a product [M, N]; wide tiles, where shipped, have no registers left for an activation."""
+    if M <= SMALL_M:
+        return "small"
+    fits = activation == "none" and M * N >= WIDE and (arch.name, "wide") in configurations(op, Int8MatmulConfig)
+    return "wide" if fits else "large"
+
+
 def _readable(matrix: torch.Tensor) -> torch.Tensor:
     """``matrix`` itself where 16-byte loads along K are possible, else a copy, its K padded to a multiple of 16."""
     K = matrix.shape[1]
@@ -198,7 +209,7 @@ def variants(arch: Architecture) -> list[Variant]:
         for (name, bucket), config in configurations(op, Int8MatmulConfig).items():
             if name != arch.name:
                 continue
-            for epilogue, even in (("none", True), ("gelu", False)):
+            for epilogue, even in (("none", True), ("none" if bucket == "wide" else "gelu", False)):
                 found.append(_variant(op, bucket, config, a_type, out_type, epilogue, even))
     return found
 
@@ -224,7 +235,7 @@ def _variant(op, bucket, config, a_type, out_type, epilogue, even):
             "GROUP_M": config.GROUP_M,
             "EVEN_K": even,
             "HAS_A_SCALE": op == "int8_matmul",
-            "HAS_BIAS": epilogue != "none",
+            "HAS_BIAS": not even,
             "ACTIVATION": epilogue,
         },
         divisible_by_16=(*pointers, "N", "K", "stride_am", "stride_bn", "stride_out"),

@@ -361,7 +361,6 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 def variants(arch: Architecture) -> list[Variant]:
     """The variants a launcher call makes: rows held in registers, columns and long groups in two launches."""
     config = configuration("quantize", QuantizeConfig, arch, "all")
-    strided = {"x_stride_batch": "i64", "values_stride_batch": "i64"}
     rows = {"x_stride_n": 1, "values_stride_n": 1}
     columns = {"x_stride_kept": 1, "values_stride_kept": 1}
     found = []
@@ -380,6 +379,8 @@ def variants(arch: Architecture) -> list[Variant]:
             "BLOCK_SPLITS": 16,
         }
         constants |= rows if layout == "rows" else columns
+        if name.split(",")[1] == "tensor":
+            constants |= {"kept": 1}
         constants |= {key.replace("x_", "out_"): value for key, value in constants.items() if key.startswith("x_")}
         if symmetric:
             constants |= {"zero_point_ptr": None, "low_ptr": None}
@@ -389,7 +390,7 @@ def variants(arch: Architecture) -> list[Variant]:
             constants |= {"factor_ptr": None}
         constants = {key: value for key, value in constants.items() if key in names}
         read_and_written = BYTES[x] + (0 if function is partial_ranges else 1)
-        signature = {key: types.get(key, strided.get(key, "i32")) for key in names if key not in constants}
+        signature = {key: types.get(key, "i32") for key in names if key not in constants}
         found.append(
             Variant(
                 name=f"{function.__name__}[{name}]",
