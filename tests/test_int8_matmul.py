@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from conftest import assert_within_budget
 
 from mixft.cpu.int8_matmul import fp32_integer_product, integer_product
+from mixft.kernels.architecture import ARCHITECTURES
+from mixft.kernels.int8_matmul import bucket
 from mixft.ops import int8_matmul, weight_only_matmul
 
 ACTIVATIONS = {
@@ -168,3 +170,18 @@ def test_sums_that_could_exceed_int32_are_refused():
     a, b = torch.empty(1, 2**17, dtype=torch.int8), torch.empty(1, 2**17, dtype=torch.int8)
     with pytest.raises(ValueError, match="K must be at most 131071"):
         int8_matmul(a, b, torch.ones(1), torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("op", "arch", "M", "N", "activation", "name"),
+    [
+        ("int8_matmul", "sm_90", 32, 2**20, "none", "small"),
+        ("int8_matmul", "sm_90", 33, 4096, "none", "large"),
+        ("int8_matmul", "sm_90", 2048, 2048, "none", "wide"),
+        ("int8_matmul", "sm_90", 2048, 2048, "gelu", "large"),
+        ("int8_matmul", "sm_80", 2048, 2048, "none", "large"),
+        ("weight_only_matmul", "sm_90", 2048, 2048, "none", "large"),
+    ],
+)
+def test_the_tiles_of_a_shape(op, arch, M, N, activation, name):
+    assert bucket(op, M, N, activation, ARCHITECTURES[arch]) == name
