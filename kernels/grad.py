@@ -22,6 +22,7 @@ from .multi_tensor import (
     TRITON_NAMES,
     TRITON_TYPES,
     MultiTensorConfig,
+    Programs,
     addresses,
     programs_for,
     table_for,
@@ -139,9 +140,9 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
     if not grads:
         return
     with torch.cuda.device_of(grads[0]):
-        config = _config(architecture_of(grads[0].device))
-        for (dtype, is_aligned), positions in _groups(grads).items():
-            table, programs = _plan(grads, positions, config)
+        config = multi_tensor_config(architecture_of(grads[0].device))
+        for (dtype, is_aligned), positions in groups_of(grads).items():
+            table, programs = plan(grads, positions, config)
             unscale_kernel[(programs.count,)](
                 table,
                 programs.tensor,
@@ -164,9 +165,9 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     sum_of_squares = torch.empty(len(grads), dtype=torch.float32, device=device)
     nonfinite = torch.empty(len(grads), dtype=torch.int64, device=device)
     with torch.cuda.device_of(grads[0]):
-        config = _config(architecture_of(device))
-        for (dtype, is_aligned), positions in _groups(grads).items():
-            table, programs = _plan(grads, positions, config)
+        config = multi_tensor_config(architecture_of(device))
+        for (dtype, is_aligned), positions in groups_of(grads).items():
+            table, programs = plan(grads, positions, config)
             partial_sum = torch.empty(programs.count, dtype=torch.float32, device=device)
             partial_count = torch.empty(programs.count, dtype=torch.int32, device=device)
             partial_stats_kernel[(programs.count,)](
@@ -197,7 +198,7 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def variants(arch: Architecture) -> list[Variant]:
-    config = _config(arch)
+    config = multi_tensor_config(arch)
     launches = []
     for dtype, is_aligned in (
         (torch.float16, True),
@@ -251,18 +252,20 @@ def variants(arch: Architecture) -> list[Variant]:
     return launches
 
 
-def _config(arch: Architecture) -> MultiTensorConfig:
+def multi_tensor_config(arch: Architecture) -> MultiTensorConfig:
     return configuration("grad", MultiTensorConfig, arch, "all")
 
 
-def _groups(grads: list[Tensor]) -> dict[tuple[torch.dtype, bool], list[int]]:
+def groups_of(grads: list[Tensor]) -> dict[tuple[torch.dtype, bool], list[int]]:
+    """The positions of the gradients that one launch takes, by (dtype, whether aligned for 128-bit loads)."""
     groups = defaultdict(list)
     for position, grad in enumerate(grads):
         groups[grad.dtype, grad.data_ptr() % 16 == 0].append(position)
     return groups
 
 
-def _plan(grads: list[Tensor], positions: list[int], config: MultiTensorConfig):
+def plan(grads: list[Tensor], positions: list[int], config: MultiTensorConfig) -> tuple[Tensor, Programs]:
+    """The table and the programs of a launch over the gradients at ``positions``."""
     members = [grads[position] for position in positions]
     sizes = [grad.numel() for grad in members]
     device = members[0].device

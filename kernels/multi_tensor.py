@@ -5,10 +5,9 @@ tensor. Column 0 is the number of elements. Program ``i`` works on elements ``[c
 ``t``, with ``t = program_tensor[i]`` and ``c = program_chunk[i]``; an empty tensor has one program.
 
 Both are cached on the device under the very numbers that they hold (addresses and sizes), so a cached table cannot be
-stale: a gradient that moves makes a new key.
+stale: a gradient that moves makes a new key (see ``device_cache.py``).
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .device_cache import cached, capturing, to_device
 
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -38,7 +39,7 @@ class Programs(NamedTuple):
         tensor: int32 [programs], which tensor.
         chunk: int32 [programs], which chunk of it.
         first: int32 [tensors + 1], the first program of each tensor, and the number of programs.
-        tickets: int32 [tensors], zero between launches: programs that have finished with a tensor.
+        tickets: int64 [tensors], zero between launches: programs that have finished with a tensor.
         count: number of programs.
     """
 
@@ -59,50 +60,43 @@ def tensor_pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.co
     return pointer
 
 
-def aligned(tensors: Sequence[Tensor]) -> bool:
-    """Whether every tensor starts at a multiple of 16 bytes, as 128-bit loads need."""
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
-
-
 def programs_for(sizes: Sequence[int], chunk: int, device: torch.device) -> Programs:
     """The cached programs over tensors of ``sizes`` elements."""
-    return _programs(tuple(sizes), chunk, device, _stream(device))
+    programs = cached(_programs, (tuple(sizes), chunk), device)
+    # Two replays at once must not count on one another's tickets.
+    return programs._replace(tickets=_zeros(len(sizes), device)) if capturing(device) else programs
 
 
 def table_for(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """The cached int64 table [tensors, columns] on ``device``."""
-    return _table(tuple(map(tuple, columns)), device, _stream(device))
+    return cached(_table, tuple(map(tuple, columns)), device)
+
+
+def counts_for(number: int, device: torch.device) -> Tensor:
+    """A cached int64 [number + 1] that every launch finds zero and leaves zero: counts, and tickets at the end."""
+    return _zeros(number + 1, device) if capturing(device) else cached(_zeros, number + 1, device)
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-# Tables are copied without waiting, in order with the launches of one stream only: so the stream is in the key.
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-@functools.lru_cache(maxsize=64)
-def _programs(sizes: tuple[int, ...], chunk: int, device: torch.device, stream: int) -> Programs:
+def _programs(key: tuple[tuple[int, ...], int], device: torch.device) -> Programs:
+    sizes, chunk = key
     counts = torch.tensor([max(1, -(-size // chunk)) for size in sizes], device="cpu")
     first = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), counts.cumsum(0)])
     tensor = torch.arange(len(sizes), device="cpu").repeat_interleave(counts)
     index = torch.arange(len(tensor), device="cpu") - first[:-1].repeat_interleave(counts)
     return Programs(
-        *(_to_device(values.int(), device) for values in (tensor, index, first)),
-        tickets=torch.zeros(len(sizes), dtype=torch.int32, device=device),
+        *(to_device(values.int(), device) for values in (tensor, index, first)),
+        tickets=_zeros(len(sizes), device),
         count=len(tensor),
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _table(columns: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
-    return _to_device(torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous(), device)
+def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous(), device)
 
 
-def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # The graph would replay a copy from host memory that is long freed.
-        raise RuntimeError("mixft's multi-tensor kernels cannot be captured in a CUDA graph; step outside of it")
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+def _zeros(number: int, device: torch.device) -> Tensor:
+    return torch.zeros(number, dtype=torch.int64, device=device)

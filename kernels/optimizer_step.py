@@ -443,7 +443,7 @@ def step_variant(
     }
     types = [TRITON_NAMES[param], TRITON_NAMES[grad], f"{master} master", f"{state} state"]
     scalars = ("inv_scale", "clip_coef", "found_inf")
-    pointers = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32", "tickets": "*i32", "lr": "*fp32"}
+    pointers = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32", "tickets": "*i64", "lr": "*fp32"}
     pointers |= dict.fromkeys(scalars, "*fp32") if scaled else {}
     hyperparameters = {name: getattr(rule, name) for name in HYPERPARAMETERS}
     return Variant(

@@ -41,7 +41,7 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor, nonf
         ValueError: a gradient is sparse or on another device, a scalar tensor has not one element, or ``nonfinite``
             not one a gradient.
     """
-    grads = _checked_gradients(grads)
+    grads = checked_gradients(grads)
     if not grads:
         return
     check_scalar("inv_scale", inv_scale, grads[0].device)
@@ -75,7 +75,7 @@ def grad_stats(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         TypeError: a gradient is not FP16, BF16 or FP32.
         ValueError: a gradient is sparse or on another device.
     """
-    grads = _checked_gradients(grads)
+    grads = checked_gradients(grads)
     if not grads:
         return torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.int64)
     if not all_contiguous(grads):
@@ -83,7 +83,8 @@ def grad_stats(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return without_dispatch(gradient_statistics, grads[0])(grads)
 
 
-def _checked_gradients(grads: Sequence[Tensor]) -> list[Tensor]:
+def checked_gradients(grads: Sequence[Tensor]) -> list[Tensor]:
+    """``grads`` as a list; raises where one is of a dtype, layout or device that is not served."""
     grads = list(grads)
     for position, grad in enumerate(grads):
         if grad.dtype not in FLOATS:
