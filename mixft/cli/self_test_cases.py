@@ -197,50 +197,96 @@ def _parameter_and_gradient(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(ROWS, DEPTH).to(dtype), torch.randn(ROWS, DEPTH).to(dtype)]
 
 
-def _adamw_case(dtype: torch.dtype) -> Case:
-    """Two steps on FP32 masters with scaled gradients, then one that an overflow has to stop."""
-    options = {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+RATE, DECAY = 0.1, 0.1
+
+
+def _step_case(name: str, dtype: torch.dtype, moments: int, step_: Callable[..., None], exact: Callable) -> Case:
+    """Two steps on FP32 masters with scaled gradients, then one that an overflow has to stop.
+
+    Args:
+        moments: state tensors a parameter.
+        step_: called with the lists of parameters, gradients, masters, each state, and steps, and the scalars.
+        exact: the parameter and its state after two steps, from the parameter and the unscaled gradient.
+    """
 
     def actual(param: Tensor, grad: Tensor) -> list[Tensor]:
         param = param.clone()
         masters = [] if dtype == FP32 else [param.float()]
-        first, second = (torch.zeros_like(param, dtype=torch.float32) for _ in range(2))
+        states = [torch.zeros_like(param, dtype=torch.float32) for _ in range(moments)]
         step, lr, inverse, clean, overflow = (
-            torch.tensor(value, device=param.device) for value in (0.0, options["lr"], 0.25, 0.0, 1.0)
+            torch.tensor(value, device=param.device) for value in (0.0, RATE, 0.25, 0.0, 1.0)
         )
         for found_inf in (clean, clean, overflow):
-            ops.adamw_(
-                [param],
-                [grad],
-                masters,
-                [first],
-                [second],
-                [],
-                [step],
-                lr=lr,
-                inv_scale=inverse,
-                found_inf=found_inf,
-                weight_decay=options["weight_decay"],
-            )
-        return [param, *(masters or [param]), first, second, step]
+            listed = [[state] for state in states]
+            step_([param], [grad], masters, *listed, [step], lr=lr, inv_scale=inverse, found_inf=found_inf)
+        return [param, *(masters or [param]), *states, step]
+
+    def expected(param: Tensor, grad: Tensor) -> list[Tensor]:
+        weight, *states = exact(param, grad / 4)
+        return [weight, weight, *states, torch.tensor(2.0, dtype=torch.float64)]
+
+    return Case(name, dtype, _parameter_and_gradient, actual, expected, ROUNDING[dtype])
+
+
+def _by_torch(make: Callable, *names: str) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Two steps of the torch optimizer that ``make`` makes: the parameter, and its state by ``names``."""
 
     def exact(param: Tensor, grad: Tensor) -> list[Tensor]:
         param = param.clone().requires_grad_()
-        param.grad = grad / 4
-        optimizer = torch.optim.AdamW([param], **options)
+        param.grad = grad
+        optimizer = make([param], lr=RATE, weight_decay=DECAY)
         optimizer.step()
         optimizer.step()
-        state = optimizer.state[param]
-        return [param.detach(), param.detach(), state["exp_avg"], state["exp_avg_sq"], state["step"].double()]
+        return [param.detach(), *(optimizer.state[param][name] for name in names)]
 
-    return Case(
-        "adamw_",
-        dtype,
-        _parameter_and_gradient,
-        actual,
-        exact,
-        ROUNDING[dtype],
-    )
+    return exact
+
+
+def _adamw_case(dtype: torch.dtype) -> Case:
+    def step_(params, grads, masters, first, second, steps, **scalars) -> None:
+        ops.adamw_(params, grads, masters, first, second, [], steps, weight_decay=DECAY, **scalars)
+
+    return _step_case("adamw_", dtype, 2, step_, _by_torch(torch.optim.AdamW, "exp_avg", "exp_avg_sq"))
+
+
+def _sgd_case(dtype: torch.dtype) -> Case:
+    options = {"momentum": 0.9, "nesterov": True}
+
+    def step_(*tensors, **scalars) -> None:
+        ops.sgd_(*tensors, weight_decay=DECAY, **options, **scalars)
+
+    def make(params, **common) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, **common, **options)
+
+    return _step_case("sgd_", dtype, 1, step_, _by_torch(make, "momentum_buffer"))
+
+
+def _lion_case(dtype: torch.dtype) -> Case:
+    def step_(*tensors, **scalars) -> None:
+        ops.lion_(*tensors, weight_decay=DECAY, **scalars)
+
+    def exact(param: Tensor, grad: Tensor) -> list[Tensor]:
+        # A constant gradient: every step is along its sign.
+        for _ in range(2):
+            param = param * (1 - RATE * DECAY) - RATE * grad.sign()
+        return [param, grad * (1 - 0.99**2)]
+
+    return _step_case("lion_", dtype, 1, step_, exact)
+
+
+def _grad_scalars_case(dtype: torch.dtype) -> Case:
+    def actual(*grads: Tensor) -> list[Tensor]:
+        spoiled = torch.cat([grads[0], grads[0].new_tensor([float("nan"), float("-inf")])])
+        clean = ops.grad_scalars(grads, inv_scale=torch.tensor(0.25, device=grads[0].device), max_norm=1.0)
+        broken = ops.grad_scalars([grads[1], spoiled])
+        return [torch.stack([*clean[:3], broken.found_inf]), broken.nonfinite]
+
+    def exact(*grads: Tensor) -> list[Tensor]:
+        norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt() / 4
+        flags = [torch.tensor(value, dtype=torch.float64) for value in (0.0, 1.0)]
+        return [torch.stack([norm, 1 / (norm + 1e-6), *flags]), torch.tensor([0.0, 2.0], dtype=torch.float64)]
+
+    return Case("grad_scalars", dtype, _gradients, actual, exact, ROUNDING[FP32])
 
 
 CASES = [
@@ -255,7 +301,10 @@ CASES = [
         _dequantize_case,
         _unscale_case,
         _grad_stats_case,
+        _grad_scalars_case,
         _adamw_case,
+        _sgd_case,
+        _lion_case,
     )
     for dtype in (FP16, BF16, FP32)
 ]

@@ -85,9 +85,9 @@ def adamw_(
         params: FP16, BF16 or FP32 tensors of any shapes and strides on one device, changed in place.
         grads: one gradient a parameter, of its shape; FP16, BF16 or FP32, not necessarily the parameter's dtype.
         masters: FP32 weights, one a parameter, changed in place and cast to it; or int16 remainders of FP32 weights,
-            whose upper half is the FP16 or BF16 parameter (see :func:`mixft.ops.split_master`); or empty: each
-            parameter is its own master, and a 16-bit one is rounded at every step.
-        exp_avgs: first moments, FP32, BF16 or int8 codes (see :func:`mixft.ops.quantize_state`).
+            whose upper half is the FP16 or BF16 parameter (:func:`mixft.ops.optimizer_state.split_master`); or empty:
+            each parameter is its own master, and a 16-bit one is rounded at every step.
+        exp_avgs: first moments, FP32, BF16 or int8 codes (see :func:`mixft.ops.optimizer_state.quantize_state`).
         exp_avg_sqs: second moments, FP32, BF16 or uint8 codes.
         max_exp_avg_sqs: running maxima of the second moments for AMSGrad, likewise; or empty: no AMSGrad.
         steps: one-element FP32 tensors, the steps taken so far; each grows by one.

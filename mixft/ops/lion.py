@@ -59,7 +59,7 @@ def lion_(
         params: FP16, BF16 or FP32 tensors of any shapes and strides on one device, changed in place.
         grads: one gradient a parameter, of its shape; FP16, BF16 or FP32, not necessarily the parameter's dtype.
         masters: FP32 weights or int16 remainders, one a parameter, as in :func:`mixft.ops.adamw_`; or empty.
-        exp_avgs: momenta, FP32, BF16 or int8 codes (see :func:`mixft.ops.quantize_state`).
+        exp_avgs: momenta, FP32, BF16 or int8 codes (see :func:`mixft.ops.optimizer_state.quantize_state`).
         steps: one-element FP32 tensors, the steps taken so far; each grows by one.
         exp_avg_scales: the scales of 8-bit ``exp_avgs``; empty for other dtypes.
         lr: one-element FP32 tensor, the learning rate.
