@@ -7,12 +7,13 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("amp", "nn", "ops", "optim")
+_SUBMODULES = ("amp", "nn", "ops", "optim", "precision")
 _ATTRIBUTES = {
     "quantize_": "mixft.nn.quantization",
     "dequantize_": "mixft.nn.quantization",
     "save_quantized": "mixft.nn.checkpoint",
     "load_quantized": "mixft.nn.checkpoint",
+    "PrecisionPolicy": "mixft.precision",
 }
 
 __all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]

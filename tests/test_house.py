@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp")
-ATTRIBUTES = ("quantize_", "dequantize_", "save_quantized", "load_quantized")
+PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.precision")
+ATTRIBUTES = ("quantize_", "dequantize_", "save_quantized", "load_quantized", "PrecisionPolicy")
 
 # The packages of this repository that each part may import, and the modules from elsewhere beside Python's own.
 PARTS = {
@@ -23,6 +23,7 @@ PARTS = {
     "mixft.nn": ({"mixft.nn", "mixft.ops"}, {"torch", "safetensors"}),
     "mixft.optim": ({"mixft.optim", "mixft.ops"}, {"torch"}),
     "mixft.amp": ({"mixft.amp", "mixft.ops"}, {"torch"}),
+    "mixft.precision": ({"mixft.precision", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.ops"}, {"torch"}),
     "mixft.losses": ({"mixft.losses", "mixft.ops"}, {"torch"}),
     "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest", "transformers", "matplotlib"}),
     "mixft.cli": ({"mixft"}, {"torch", "triton", "typer", "rich", "matplotlib", "transformers", "safetensors"}),
@@ -93,6 +94,8 @@ def test_imports_point_downward(module):
         ("mixft.ops.matmul", "import mixft.nn"),
         ("mixft.optim.adamw", "from .. import nn"),
         ("mixft.nn.linear", "import transformers"),
+        ("mixft.optim.adamw", "import mixft.precision"),
+        ("mixft.precision.policy", "from mixft.cli import errors"),
         ("mixft", "import torch"),
     ],
 )
