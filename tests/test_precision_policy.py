@@ -194,6 +194,13 @@ def test_buffers_stay_and_layers_with_running_statistics_keep_fp32():
     assert (net.positions.dtype, net.frequencies.dtype) == (torch.int64, F32)
 
 
+def test_activations_and_losses_compute_in_what_they_are_given():
+    model = nn.ModuleDict({"act": nn.GELU(), "loss": nn.CrossEntropyLoss(), "linear": nn.Linear(2, 2)})
+    mixft.PrecisionPolicy({"*": "fp16"}).apply(model)
+    assert model["act"](torch.ones(2)).dtype == F32
+    assert model["linear"](torch.ones(2)).dtype == F16
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -220,6 +227,13 @@ def test_tied_weights_stay_tied_and_conflicts_are_refused_by_name():
             mixft.PrecisionPolicy(rules).apply(model)
         assert set(dtypes(model).values()) == {F32}
         assert border_of(model.embed) is None
+
+
+def test_a_tie_is_judged_by_the_dtype_that_a_module_without_a_rule_goes_back_to():
+    model = Tied().to(BF16)
+    mixft.PrecisionPolicy({"*": "fp32"}).apply(model)
+    mixft.PrecisionPolicy({"embed": "bf16"}).apply(model)
+    assert set(dtypes(model).values()) == {BF16}
 
 
 def test_one_module_in_two_places_has_one_dtype():
