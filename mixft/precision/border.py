@@ -20,10 +20,10 @@ class Border:
         originals: the dtype that each of the module's own parameters had before.
     """
 
-    def __init__(self, dtype: torch.dtype, outputs: torch.dtype | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, originals: dict[str, torch.dtype] | None = None) -> None:
         self.dtype = dtype
-        self.outputs = outputs
-        self.originals: dict[str, torch.dtype] = {}
+        self.outputs: torch.dtype | None = None
+        self.originals = originals or {}
 
     def cast_inputs(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return cast(args, self.dtype), cast(kwargs, self.dtype)

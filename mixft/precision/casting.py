@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mixft.ops import join_master, split_master
+from mixft.ops.optimizer_state import join_master, split_master
 from mixft.optim.base import MixedPrecisionOptimizer
 
 
@@ -30,9 +30,9 @@ def widened(param: Tensor, optimizer: MixedPrecisionOptimizer | None) -> Tensor:
 def cast_parameter(param: Tensor, dtype: torch.dtype, optimizer: MixedPrecisionOptimizer | None) -> None:
     """Change the dtype of ``param`` in place; it stays the same object, in the optimizer and in the model.
 
-    To FP32 it takes its master's value, bit for bit. From FP32 the old value becomes the master, bit for bit with FP32
-    masters and as exact as :func:`mixft.ops.split_master` is with split ones; with ``master_weights="none"``, or with
-    no optimizer, it is rounded. Moments and step counts are not touched. A gradient is cast along.
+    To FP32 it takes its master's value, bit for bit. From FP32 the old value becomes the master: bit for bit with FP32
+    masters, as exact as ``split_master`` is with split ones. With ``master_weights="none"``, or with no optimizer, it
+    is rounded. Moments and step counts are not touched. A gradient is cast along.
     """
     if param.dtype == dtype:
         return

@@ -88,14 +88,16 @@ class PrecisionPolicy:
         rules = self._rules_by_module(model)
         _check_parameters(model, rules)
         _remove(model, optimizer)
+        # Before any cast: what a tied parameter was is the same for both of its modules.
+        for module in model.modules():
+            dtype = rules[module][1]
+            if dtype is not None and _has_tensors(module):
+                Border(dtype, originals={key: param.dtype for key, param in _own(module).items()}).attach(module)
         rows = []
         for name, module in model.named_modules():
             pattern, dtype = rules[module]
-            own = {key: param for key, param in module.named_parameters(recurse=False) if param.dtype in CASTABLE}
-            if dtype is not None and _has_tensors(module):
-                border = Border(dtype)
-                border.originals = {key: param.dtype for key, param in own.items()}
-                border.attach(module)
+            own = _own(module)
+            if dtype is not None:
                 for param in own.values():
                     cast_parameter(param, _parameter_dtype(module, dtype), optimizer)
             if own:
@@ -227,6 +229,10 @@ def _remove(model: nn.Module, optimizer: MixedPrecisionOptimizer | None) -> None
             for key, dtype in border.originals.items():
                 cast_parameter(getattr(module, key), dtype, optimizer)
             detach(module)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    return {key: param for key, param in module.named_parameters(recurse=False) if param.dtype in CASTABLE}
 
 
 def _has_tensors(module: nn.Module) -> bool:
