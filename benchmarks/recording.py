@@ -39,7 +39,7 @@ class Row:
         provider: "mixft", "torch", "torch.compile", a peer's name ...; "mixft REVISION" for another revision of mixft.
         status: "timed"; "wrong": its output failed the check; "missing": its package is not installed; "refused": it
             does not serve the case here.
-        reason: why it is not timed; None where it is.
+        reason: why it is not timed, or why its memory could not be measured; None otherwise.
         seconds: median of the rounds; on a GPU the device's time.
         seconds_low: lower quartile.
         seconds_high: upper quartile.

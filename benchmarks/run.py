@@ -60,10 +60,15 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
     if not case.memory or not (effort.memory or device.type == "cuda"):
         return rows
     del inputs, exact, calls, samplers, call
-    return [
-        replace(row, memory=measure_memory(case, row.provider, device)) if row.status == "timed" else row
-        for row in rows
-    ]
+    return [with_memory(row, case, device) if _has_memory(row) else row for row in rows]
+
+
+def with_memory(row: Row, case: Case, device: torch.device) -> Row:
+    """The row with its provider's memory, or with the reason why that could not be measured."""
+    try:
+        return replace(row, memory=measure_memory(case, row.provider, device))
+    except FAILURES as failure:
+        return replace(row, reason=f"memory not measured: {first_line(failure)}")
 
 
 def checked(

@@ -113,6 +113,19 @@ def test_a_provider_that_fails_only_when_it_is_timed_does_not_end_the_run():
     ]
 
 
+def test_memory_that_cannot_be_measured_leaves_the_time(monkeypatch):
+    def measure(case, provider, device):
+        if provider == "torch":
+            raise RuntimeError("the process was ended")
+        return {"peak": 7}
+
+    monkeypatch.setattr(run, "measure_memory", measure)
+    ours, peer = run_case(toy(memory=True), CPU, replace(EFFORT, memory=True), MACHINE)
+    assert (ours.memory, ours.reason) == ({"peak": 7}, None)
+    assert (peer.memory, peer.reason) == (None, "memory not measured: RuntimeError: the process was ended")
+    assert peer.status == "timed"
+
+
 def test_a_case_too_large_for_the_memory_is_refused():
     rows = run_case(toy(needs=10**18), CPU, EFFORT, MACHINE)
     assert {row.status for row in rows} == {"refused"}

@@ -41,14 +41,45 @@ def ours(name: str, clip: bool, **options: Any) -> Provider:
     return scaled(make) if clip else plain(make)
 
 
+class ForeachLion(torch.optim.Optimizer):
+    """Lion in torch's foreach functions, as one would write it; torch has none of its own."""
+
+    def __init__(self, params, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.99)):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        parameters, (first, second) = group["params"], group["betas"]
+        grads = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["exp_avg"] for parameter in parameters]
+        updates = torch._foreach_lerp(averages, grads, 1 - first)
+        torch._foreach_sign_(updates)
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+        torch._foreach_lerp_(averages, grads, 1 - second)
+
+
 def torch_optimizer(name: str, **implementation: bool) -> Make:
     """torch's optimizer with ``fused=True`` or ``foreach=True``."""
     return lambda parameters: TORCH[name](parameters, **OPTIONS[name], **implementation)
 
 
+def foreach_lion(parameters: list[nn.Parameter]) -> Optimizer:
+    """:class:`ForeachLion` with the options that all have."""
+    return ForeachLion(parameters, **OPTIONS["lion"])
+
+
 def bitsandbytes(name: str, bits: int) -> Make:
+    """Its optimizers; a state of 8 bits in blocks where ``bits`` is 8."""
+
     def make(parameters):
         family = getattr(peer("bitsandbytes", "optim"), MIXFT[name])
+        if name == "adam":
+            raise Refused("its Adam decays weights as AdamW does")
         return family(parameters, **OPTIONS[name], **({"optim_bits": 8} if bits == 8 else {}))
 
     return make

@@ -19,6 +19,7 @@ from .optimizer_peers import (
     by_hand,
     compiled_step,
     flashoptim,
+    foreach_lion,
     ours,
     plain,
     torch_optimizer,
@@ -131,6 +132,8 @@ def _peers(
             peers |= {"torch fused": plain(fused), "torch foreach": plain(foreach)}
         else:
             peers |= {"by hand, fused": by_hand(fused, clip), "by hand, foreach": by_hand(foreach, clip)}
+    else:
+        peers["by hand, foreach"] = plain(foreach_lion) if wide else by_hand(foreach_lion, clip)
     if clip:
         return peers
     if state_dtype in (torch.float32, torch.int8):

@@ -94,16 +94,17 @@ def moved(rows: Sequence[Row], base: str) -> list[str]:
 
 
 def left_out(rows: Sequence[Row]) -> list[str]:
-    """Who has no time and why, each reason once."""
+    """Who has no time, or no figure of memory, and why, each reason once."""
     concerned: dict[str, list[Row]] = {}
     for row in rows:
-        if row.status != "timed":
+        if row.reason is not None:
             concerned.setdefault(_excuse(row), []).append(row)
     lines = []
     for excuse, without in concerned.items():
         providers = dict.fromkeys(row.provider for row in without)
         cases = dict.fromkeys(row.case for row in without)
-        lines.append(f"no time for {_listed(providers, 'providers')} in {_listed(cases, 'cases')}: {excuse}")
+        what = "no memory" if without[0].status == "timed" else "no time"
+        lines.append(f"{what} for {_listed(providers, 'providers')} in {_listed(cases, 'cases')}: {excuse}")
     return lines
 
 
