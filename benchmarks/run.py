@@ -44,7 +44,8 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
     samplers = {}
     for name, call in calls.items():
         try:
-            samplers[name] = sampler(call.run, device)
+            with quiet():
+                samplers[name] = sampler(call.run, device)
         except FAILURES as failure:  # memory for a second call, for one
             excuses[name] = ("refused", first_line(failure))
     samples = take_turns(samplers, effort)
