@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixft.optim
+from mixft.ops import join_master
 from mixft.optim.base import MixedPrecisionOptimizer
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -39,16 +40,64 @@ class OptimizerCase:
         return self.ours.__name__
 
 
+class ReferenceLion(torch.optim.Optimizer):
+    """Algorithm 2 of the paper (https://arxiv.org/abs/2302.06675), operator by operator."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                grad = -param.grad if group["maximize"] else param.grad
+                momentum = self.state[param].setdefault("exp_avg", torch.zeros_like(param))
+                direction = (beta1 * momentum + (1 - beta1) * grad).sign()
+                param -= group["lr"] * (direction + group["weight_decay"] * param)
+                momentum.mul_(beta2).add_(grad, alpha=1 - beta2)
+
+
 CASES = [
     OptimizerCase(
         mixft.optim.AdamW,
         torch.optim.AdamW,
         {"lr": 2.0**-7, "weight_decay": 0.1},
-        [{}, {"weight_decay": 0.0}, {"amsgrad": True}, {"maximize": True}, {"amsgrad": True, "maximize": True}],
+        [{}, {"weight_decay": 0.0}, {"amsgrad": True}, {"amsgrad": True, "maximize": True}],
+    ),
+    OptimizerCase(
+        mixft.optim.Adam,
+        torch.optim.Adam,
+        {"lr": 2.0**-7, "weight_decay": 0.1},
+        [{}, {"weight_decay": 0.0}, {"amsgrad": True, "maximize": True}],
+    ),
+    OptimizerCase(
+        mixft.optim.SGD,
+        torch.optim.SGD,
+        {"lr": 2.0**-7, "momentum": 0.9, "weight_decay": 0.1},
+        [{}, {"weight_decay": 0.0, "momentum": 0.0}, {"nesterov": True}, {"dampening": 0.5, "maximize": True}],
+    ),
+    OptimizerCase(
+        mixft.optim.Lion,
+        ReferenceLion,
+        {"lr": 2.0**-7, "weight_decay": 0.1},
+        [{}, {"weight_decay": 0.0}, {"maximize": True}],
     ),
 ]
+STORAGES = {
+    "fp32": {},
+    "split": {"master_weights": "split"},
+    "none": {"master_weights": "none"},
+    "stochastic": {"master_weights": "none", "stochastic_rounding": True},
+    "bf16-state": {"state_dtype": torch.bfloat16},
+    "int8-state": {"state_dtype": torch.int8},
+    "split-int8-state": {"master_weights": "split", "state_dtype": torch.int8},
+}
 
 every_optimizer = pytest.mark.parametrize("case", CASES, ids=str)
+every_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES)
 every_variation = pytest.mark.parametrize(
     ("case", "variation"),
     [
@@ -63,6 +112,10 @@ def parameters(device, dtype=torch.float32, shapes=SHAPES):
     return [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
 
 
+def mixed_parameters(device, shapes=SHAPES[:3]):
+    return [param for dtype in DTYPES for param in parameters(device, dtype, shapes)]
+
+
 def members(optimizer):
     return [param for group in optimizer.param_groups for param in group["params"]]
 
@@ -72,8 +125,9 @@ def give_gradients(params, scale=1.0):
         param.grad = (scale * torch.randn(param.shape, device=param.device)).to(param.dtype)
 
 
-def copies(params, dtype):
-    return [torch.nn.Parameter(param.detach().to(dtype, copy=True)) for param in params]
+def copies(params, dtype=None):
+    """New parameters of the same values, of ``dtype`` or each of its own."""
+    return [torch.nn.Parameter(param.detach().to(dtype or param.dtype, copy=True)) for param in params]
 
 
 def run_beside(optimizer, others, steps):
@@ -119,4 +173,7 @@ class RefuseSync(TorchDispatchMode):
 
 def weight(optimizer, param):
     """The FP32 value of ``param`` that the optimizer keeps."""
-    return optimizer.state[param].get("master", param)
+    state = optimizer.state[param]
+    if "remainder" in state:
+        return join_master(param, state["remainder"])
+    return state.get("master", param)

@@ -16,16 +16,23 @@ SHARED = [
     ({"weight_decay": -0.1}, "weight_decay is -0.1"),
     ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0"),
     ({"max_grad_norm": float("nan")}, "max_grad_norm is nan"),
-    ({"master_weights": "half"}, "master_weights is 'half'; it must be one of auto, fp32"),
+    ({"master_weights": "half"}, "master_weights is 'half'; it must be one of auto, fp32, split, none"),
+    ({"state_dtype": torch.float16}, "state_dtype is torch.float16; it must be one of torch.float32, torch.bfloat16"),
+    ({"stochastic_rounding": True}, "stochastic_rounding is True and master_weights 'auto'"),
 ]
-OWN = {
-    "AdamW": [
-        ({"eps": -1e-8}, "eps is"),
-        ({"betas": (1.0, 0.9)}, "betas is"),
-        ({"betas": (0.9, -0.1)}, "betas is"),
-        ({"betas": (0.9,)}, "betas is"),
-    ],
-}
+BETAS = [
+    ({"betas": (1.0, 0.9)}, "betas is"),
+    ({"betas": (0.9, -0.1)}, "betas is"),
+    ({"betas": (0.9,)}, "betas is"),
+    ({"betas": (torch.tensor([0.9, 0.9]), torch.tensor(0.9))}, "betas has a tensor of shape"),
+]
+ADAM = [*BETAS, ({"eps": -1e-8}, "eps is")]
+MOMENTUM = [
+    ({"momentum": -0.5}, "momentum is -0.5"),
+    ({"nesterov": True}, "nesterov is True with momentum 0"),
+    ({"nesterov": True, "momentum": 0.9, "dampening": 0.1}, "nesterov is True with momentum 0.9 and dampening 0.1"),
+]
+OWN = {"AdamW": ADAM, "Adam": ADAM, "SGD": MOMENTUM, "Lion": BETAS}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,20 @@ def test_parameters_of_other_dtypes_are_refused(case, dtype):
     optimizer = case.ours([one_parameter()])
     with pytest.raises(TypeError, match=f"tensor of {dtype}"):
         optimizer.add_param_group({"params": [torch.ones(2, dtype=dtype)]})
+    assert len(optimizer.param_groups) == 1
+
+
+@every_optimizer
+def test_a_parameter_given_twice_or_expanded_is_refused(case):
+    param = one_parameter()
+    optimizer = case.ours([one_parameter()])
+    with (
+        pytest.warns(UserWarning, match="duplicate"),
+        pytest.raises(ValueError, match="0 and 2 of group 1 are the same"),
+    ):
+        optimizer.add_param_group({"params": [param, one_parameter(), param]})
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1 has strides \(0,\) for shape \(5,\)"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1).expand(5))]})
     assert len(optimizer.param_groups) == 1
 
 

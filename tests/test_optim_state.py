@@ -6,12 +6,14 @@ import pickle
 import pytest
 import torch
 from optimizer_cases import (
-    DTYPES,
+    STORAGES,
     copies,
     every_optimizer,
+    every_storage,
     every_variation,
     give_gradients,
     members,
+    mixed_parameters,
     parameters,
     run_beside,
     snapshot,
@@ -47,22 +49,30 @@ def test_state_goes_to_the_reference_and_back(device, case, variation):
         torch.testing.assert_close(*listed, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("via", ["state_dict", "pickle", "deepcopy"])
+def assert_goes_on_like(second, first):
+    assert (second.max_grad_norm, second.storage) == (first.max_grad_norm, first.storage)
+    assert snapshot(second) == snapshot(first)
+    run_beside(first, [second], 1)
+    assert snapshot(second) == snapshot(first)
+
+
+@every_storage
 @every_optimizer
-def test_a_restored_optimizer_goes_on_bit_for_bit(device, case, dtype, via):
-    params = parameters(device, dtype)
-    first = case.ours(params, **(case.options | case.variations[-1]), max_grad_norm=2.0)
-    run_beside(first, [], 3)
-    if via == "state_dict":
-        second = case.ours(copies(params, dtype), max_grad_norm=2.0)
-        second.load_state_dict(through_a_file(first.state_dict()))
-    else:
-        second = pickle.loads(pickle.dumps(first)) if via == "pickle" else copy.deepcopy(first)
-    assert second.max_grad_norm == 2.0
-    assert snapshot(second) == snapshot(first)
-    run_beside(first, [second], 2)
-    assert snapshot(second) == snapshot(first)
+def test_a_restored_optimizer_goes_on_bit_for_bit(device, case, storage):
+    params = mixed_parameters(device)
+    first = case.ours(params, **case.options | case.variations[-1], **storage, max_grad_norm=2.0)
+    run_beside(first, [], 2)
+    second = case.ours(copies(params), lr=1.0, **storage, max_grad_norm=2.0)
+    second.load_state_dict(through_a_file(first.state_dict()))
+    assert_goes_on_like(second, first)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@every_optimizer
+def test_a_copied_optimizer_goes_on_bit_for_bit(case, copied):
+    first = case.ours(mixed_parameters("cpu"), **case.options, **STORAGES["split-int8-state"], max_grad_norm=2.0)
+    run_beside(first, [], 2)
+    assert_goes_on_like(copied(first), first)
 
 
 @every_optimizer

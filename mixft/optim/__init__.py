@@ -1,5 +1,10 @@
-"""Optimizers with FP32 master weights, gradient scaling, clipping and overflow skipping inside the step."""
+"""Optimizers with master weights, gradient scaling, clipping and overflow skipping inside the step."""
 
-from .adamw import AdamW
+from .adam import Adam, AdamW
+from .gradient_release import GradientRelease, release_gradients
+from .lion import Lion
+from .memory import MemoryReport
+from .sgd import SGD
+from .swap import swap
 
-__all__ = ["AdamW"]
+__all__ = ["SGD", "Adam", "AdamW", "GradientRelease", "Lion", "MemoryReport", "release_gradients", "swap"]

@@ -3,58 +3,53 @@
 import math
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from mixft.ops.grad import grad_stats
-from mixft.ops.validation import FLOATS
+from mixft.ops.optimizer_step import advance_
 
+from .hyperparameters import check_precision
+from .members import Members, arrange, check_gradients, check_parameters, signature
+from .memory import MemoryReport, measure
+from .scalars import at, scalars_of
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
+from .storage import Storage
 
-MASTER_WEIGHTS = ("auto", "fp32", "none")
 # Options by which torch's optimizers choose between implementations of the same values; there is one here.
 TORCH_IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
-
-
-@dataclass
-class Members:
-    """The parameters of one group, on one device, that have a gradient and are alike in having masters or not."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Tensor]]
-    has_master: bool
-
-
-@dataclass
-class Scalars:
-    """One-element FP32 tensors of one step on one device; None stands for 1, and for False in ``found_inf``."""
-
-    inv_scale: Tensor | None
-    clip_coef: Tensor | None
-    found_inf: Tensor | None
+PRECISION_OPTIONS = ("max_grad_norm", "master_weights", "state_dtype", "stochastic_rounding", "skip_nonfinite")
 
 
 class MixedPrecisionOptimizer(Optimizer):
-    """Base of the optimizers; a subclass names its state and applies one update (``state_names``, ``update``).
+    """Base of the optimizers; a subclass names its op, its state and its hyperparameters.
 
     Attributes:
         max_grad_norm: the norm that gradients are clipped to, over all groups; None for no clipping.
-        master_weights: "auto", "fp32" or "none".
+        storage: how state is kept.
+        stochastic_rounding: whether 16-bit parameters without masters are rounded up or down at random.
+        skip_nonfinite: whether a step reads the gradients for NaN and Inf first.
         last_grad_norm: 0-d FP32 tensor, the norm of the unscaled gradients before clipping at the last step; None
             before the first step and where ``max_grad_norm`` is None.
-        skip_nonfinite: whether a step reads the gradients for NaN and Inf first.
         last_found_inf: 0-d FP32 tensor, 1 where the last step was skipped; None before the first step, and where
             nothing looked.
     """
 
     # Tells torch.amp.GradScaler to hand over its scale and its finding (the attributes grad_scale and found_inf).
     _step_supports_amp_scaling = True
+
+    op: ClassVar[Callable]
+    # Every state tensor that the rule may have, in the op's order, and whether it can be negative.
+    signed_state: ClassVar[dict[str, bool]]
+    # Whether the rule cannot go on without knowing the number of steps taken.
+    needs_step: ClassVar[bool] = False
+    # Whether mixft.optim.release_gradients is on: parameters are stepped inside backward.
+    releases_gradients: bool = False
+    # Whether a state tensor made late makes the next step the parameter's first.
+    restarts_with_new_state: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -63,17 +58,15 @@ class MixedPrecisionOptimizer(Optimizer):
         *,
         max_grad_norm: float | None,
         master_weights: str,
+        state_dtype: torch.dtype,
+        stochastic_rounding: bool,
         skip_nonfinite: bool,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be a positive number or None")
-        if master_weights not in MASTER_WEIGHTS:
-            raise ValueError(f"master_weights is {master_weights!r}; it must be one of {', '.join(MASTER_WEIGHTS)}")
-        if max_grad_norm is not None and not skip_nonfinite:
-            raise ValueError("skip_nonfinite is False; with max_grad_norm the gradients are read anyway, leave it True")
+        check_precision(max_grad_norm, master_weights, state_dtype, stochastic_rounding, skip_nonfinite)
         self.max_grad_norm = max_grad_norm
+        self.storage = Storage(master_weights, state_dtype, self.signed_state)
+        self.stochastic_rounding = stochastic_rounding
         self.skip_nonfinite = skip_nonfinite
-        self.master_weights = master_weights
         self._forget_last_step()
         self.check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -81,56 +74,55 @@ class MixedPrecisionOptimizer(Optimizer):
     def _forget_last_step(self) -> None:
         self.last_grad_norm: Tensor | None = None
         self.last_found_inf: Tensor | None = None
+        self._work: list[Members] = []
+        self._work_signature: list[Any] | None = None
         self._rates: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
+        self._found_in_backward: Tensor | None = None
+
+    @property
+    def master_weights(self) -> str:
+        """Which masters are kept: "auto", "fp32", "split" or "none"."""
+        return self.storage.master_weights
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """What state tensors are kept in; ``torch.int8`` stands for 8-bit codes with scales."""
+        return self.storage.state_dtype
 
     @staticmethod
     @abstractmethod
     def check_hyperparameters(group: dict[str, Any]) -> None:
         """Raise ValueError for a hyperparameter out of range."""
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def state_names(group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the FP32 tensors, of a parameter's shape, that the update keeps."""
+    def state_names(cls, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state tensors, of a parameter's shape, that the rule keeps under the options of ``group``."""
 
+    @classmethod
     @abstractmethod
-    def update(self, group: dict[str, Any], members: Members, lr: Tensor, scalars: Scalars) -> None:
-        """Change parameters and state of ``members``, or nothing where ``scalars.found_inf`` is not zero."""
+    def rule(cls, group: dict[str, Any]) -> tuple:
+        """The op's hyperparameters after its scalar tensors and before ``stochastic_rounding``, in order."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as ``torch.optim.Optimizer.add_param_group`` does.
 
         Raises:
             TypeError: a parameter is not a real floating-point tensor of 16 or 32 bits.
-            ValueError: a hyperparameter is out of range, or an option is named that a group cannot have.
+            ValueError: a hyperparameter is out of range, a parameter is given twice or overlaps itself, or an option
+                is named that a group cannot have.
         """
-        for name in ("max_grad_norm", "master_weights", "skip_nonfinite", *TORCH_IMPLEMENTATION_OPTIONS):
+        for name in (*PRECISION_OPTIONS, *TORCH_IMPLEMENTATION_OPTIONS):
             if name in param_group:
                 raise ValueError(f"{name} is not an option of a parameter group of {type(self).__name__}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self.check_hyperparameters(group)
-            seen: dict[Tensor, int] = {}
-            for position, param in enumerate(group["params"]):
-                if param in seen:
-                    raise ValueError(
-                        f"parameters {seen[param]} and {position} of group {len(self.param_groups) - 1} are the same "
-                        f"tensor; give it once"
-                    )
-                seen[param] = position
-                if param.dtype not in FLOATS or param.layout != torch.strided:
-                    raise TypeError(
-                        f"parameter {position} of group {len(self.param_groups) - 1} is a {param.layout} tensor of "
-                        f"{param.dtype}; {type(self).__name__} takes dense float32, float16 and bfloat16 parameters"
-                    )
+            check_parameters(group["params"], len(self.param_groups) - 1, type(self).__name__)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def has_master(self, param: Tensor) -> bool:
-        """Whether ``param`` is kept in FP32 beside its 16-bit value."""
-        return self.master_weights != "none" and param.dtype != torch.float32
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -146,98 +138,89 @@ class MixedPrecisionOptimizer(Optimizer):
 
         Raises:
             TypeError: a gradient is sparse, or of a dtype that is not served.
+            RuntimeError: gradients were released inside backward with a GradScaler's scale still in them.
         """
+        if self.releases_gradients and getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "gradients are released inside backward and a GradScaler hands over their scale only now; the "
+                "parameters were stepped with scaled gradients, use one or the other"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, members) for group in self.param_groups for members in self._members(group)]
-        if work:
-            scalars = self._check_gradients([members for _, members in work])
-            for group, members in work:
-                device = members.params[0].device
-                self.update(group, members, self._learning_rate(group, device), scalars[device])
+        self._step()
         return loss
 
-    def _members(self, group: dict[str, Any]) -> list[Members]:
-        alike: dict[tuple[torch.device, bool], Members] = {}
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.layout != torch.strided or grad.dtype not in FLOATS:
-                raise TypeError(
-                    f"a gradient of shape {tuple(grad.shape)} is a {grad.layout} tensor of {grad.dtype}; "
-                    f"{type(self).__name__} takes dense float32, float16 and bfloat16 gradients"
-                )
-            has_master = self.has_master(param)
-            members = alike.get((param.device, has_master))
-            if members is None:
-                members = alike[param.device, has_master] = Members([], [], [], has_master)
-            members.params.append(param)
-            members.grads.append(grad)
-            members.states.append(self.state[param])
+    # One op does all the work, so that there is nothing for a compiler to fuse.
+    @torch._disable_dynamo
+    def _step(self) -> None:
+        work = self._arranged()
+        if work:
+            self._update(work)
+        found, self._found_in_backward = self._found_in_backward, None
+        if found is not None:
+            self.last_found_inf = torch.maximum(found, at(self.last_found_inf, found.device)) if work else found
+
+    def step_in_backward(self, group: dict[str, Any], param: Tensor) -> None:
+        """Step ``param`` of ``group`` alone; for :func:`mixft.optim.release_gradients`.
+
+        Raises:
+            TypeError: as ``step``.
+        """
+        check_gradients([param], type(self).__name__)
+        self._update(self._arrange(group, [param]))
+        found = self.last_found_inf
+        if found is not None and self._found_in_backward is not None:
+            found = torch.maximum(found, at(self._found_in_backward, found.device))
+        self._found_in_backward = found
+
+    def _arranged(self) -> list[Members]:
+        """All parameters that have a gradient, arranged anew where anything has changed since the last step."""
+        found = self._signature()
+        if found != self._work_signature:
+            params = [param for group in self.param_groups for param in group["params"]]
+            check_gradients(params, type(self).__name__)
+            self._work = [members for group in self.param_groups for members in self._arrange(group, group["params"])]
+            self._work_signature = self._signature()
+        return self._work
+
+    def _signature(self) -> list[Any]:
+        names = list(map(self.state_names, self.param_groups))
+        return signature(self.param_groups, names, self.state, self.state_dtype == torch.int8)
+
+    def _arrange(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[Members]:
         names = self.state_names(group)
-        for members in alike.values():
-            self._make_state(members, names)
-        return list(alike.values())
+        return arrange(group, params, self.state, self.storage, names, self.restarts_with_new_state)
 
-    def _make_state(self, members: Members, names: tuple[str, ...]) -> None:
-        new = []
-        for param, state in zip(members.params, members.states, strict=True):
-            if "step" not in state:
-                new.append(state)
-            for name in names:
-                if name not in state:
-                    state[name] = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
-            if not members.has_master:
-                # Left from when the parameter had 16 bits: kept, it would come back out of date.
-                state.pop("master", None)
-            elif "master" not in state:
-                state["master"] = param.detach().float()
-        if new:
-            # Side by side in one buffer, steps can be advanced by one call.
-            steps = torch.zeros(len(new), dtype=torch.float32, device=members.params[0].device)
-            for position, state in enumerate(new):
-                state["step"] = steps[position]
-
-    def _check_gradients(self, work: list[Members]) -> dict[torch.device, Scalars]:
-        """The scalars of this step on every device, from the gradients and from a GradScaler where there is one."""
+    def _update(self, work: list[Members]) -> None:
+        """Change parameters and state of ``work``, or nothing where a gradient of any is not finite."""
         grads: dict[torch.device, list[Tensor]] = defaultdict(list)
-        for members in work:
-            grads[members.params[0].device] += members.grads
-        home = next(iter(grads))
-        inv_scale = found_inf = clip_coef = None
-        # Set by torch.amp.GradScaler around the step: the scale still in the gradients, and what its own check found.
-        if getattr(self, "grad_scale", None) is not None:
-            inv_scale = _at(self.grad_scale, home).reciprocal()
-        if getattr(self, "found_inf", None) is not None:
-            found_inf = _at(self.found_inf, home)
-        if (found_inf is None and self.skip_nonfinite) or self.max_grad_norm is not None:
-            stats = [grad_stats(listed) for listed in grads.values()]
-            bad = sum(_at(nonfinite.sum(), home) for _, nonfinite in stats) > 0
-            if self.max_grad_norm is not None:
-                norm = sum(_at(squares.sum(), home) for squares, _ in stats).sqrt()
-                if inv_scale is not None:
-                    norm = norm * inv_scale
-                # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
-                bad = bad | ~norm.isfinite()
-                # torch.nn.utils.clip_grad_norm_ has the same small addend.
-                clip_coef = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                self.last_grad_norm = norm.reshape(())
-            found_inf = bad.float() if found_inf is None else torch.maximum(found_inf, bad.float())
-        self.last_found_inf = None if found_inf is None else found_inf.reshape(())
-        return {
-            device: Scalars(
-                *(None if value is None else _at(value, device) for value in (inv_scale, clip_coef, found_inf))
-            )
-            for device in grads
-        }
+        listed = [members.gradients() for members in work]
+        for members, own in zip(work, listed, strict=True):
+            grads[members.device] += own
+        scalars = scalars_of(
+            grads,
+            # Set by torch.amp.GradScaler around the step.
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            max_norm=self.max_grad_norm,
+            skip_nonfinite=self.skip_nonfinite,
+        )
+        self.last_grad_norm = scalars.norm
+        self.last_found_inf = None if scalars.found_inf is None else scalars.found_inf.reshape(())
+        local = {device: scalars.on(device) for device in grads}
+        for members, own in zip(work, listed, strict=True):
+            lr = self._learning_rate(members.group, members.device)
+            rounding = self.stochastic_rounding and not members.tensors["masters"]
+            here = local[members.device]
+            values = (lr, here.inv_scale, here.clip_coef, here.found_inf, *self.rule(members.group), rounding)
+            advance_(self.op, members.tensors | {"grads": own}, values)
 
     def _learning_rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
         rate = group["lr"]
         if isinstance(rate, Tensor):
-            return _at(rate, device)
+            return at(rate, device)
         key = (id(group), device)
         value, tensor = self._rates.get(key, (math.nan, None))
         if tensor is None:
@@ -247,11 +230,40 @@ class MixedPrecisionOptimizer(Optimizer):
         self._rates[key] = (rate, tensor)
         return tensor
 
+    def memory_report(self) -> MemoryReport:
+        """Bytes of the parameters, of each kind of state and of the gradients as they are now."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return measure(params, self.state, self.storage)
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """State by torch's names and in FP32, whatever it is kept in; masters, split ones too, as ``master``.
+
+        ``torch.optim``'s optimizer of the same name loads it and ignores the masters.
+        """
+        params = [param for group in self.param_groups for param in group["params"]]
+
+        # Registered first, so that the user's own hooks see the dictionary as it is saved.
+        def widen(_, saved: dict[str, Any]) -> dict[str, Any]:
+            state = {
+                key: self.storage.widen(params[key], values) if key in range(len(params)) else values
+                for key, values in saved["state"].items()
+            }
+            return {**saved, "state": state}
+
+        handle = self.register_state_dict_post_hook(widen, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary of this optimizer or of its namesake in ``torch.optim``.
 
-        State is kept in FP32 whatever the parameter's dtype, and is copied. A master that the dictionary lacks is made
-        from the parameter as it is now, so load the model first.
+        It is copied, and kept as this optimizer keeps its state. A master that the dictionary lacks is made from the
+        parameter as it is now, so load the model first. With ``master_weights="split"`` a loaded master also sets the
+        parameter, to the value that is stored with the remainder.
 
         Raises:
             ValueError: groups or state do not fit this optimizer's parameters; nothing is changed then.
@@ -259,7 +271,7 @@ class MixedPrecisionOptimizer(Optimizer):
 
         # Registered last, so that the user's own hooks see the dictionary as it is.
         def prepare(_, loaded: dict[str, Any]) -> dict[str, Any]:
-            check_loaded_state(loaded, self.param_groups, self.state_names)
+            check_loaded_state(loaded, self.param_groups, self.state_names, self.storage, self.needs_step)
             return shield_loaded_state(loaded)
 
         handle = self.register_load_state_dict_pre_hook(prepare)
@@ -269,24 +281,22 @@ class MixedPrecisionOptimizer(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {
-            "max_grad_norm": self.max_grad_norm,
-            "master_weights": self.master_weights,
-            "skip_nonfinite": self.skip_nonfinite,
-        }
+        own = ("max_grad_norm", "storage", "stochastic_rounding", "skip_nonfinite")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        live_groups = self.__dict__.get("param_groups")
         super().__setstate__(state)
         self._forget_last_step()
         for group in self.param_groups:
             for name in TORCH_IMPLEMENTATION_OPTIONS:
                 group.pop(name, None)
             for name, value in self.defaults.items():
-                if name not in TORCH_IMPLEMENTATION_OPTIONS:
-                    group.setdefault(name, value)
-            adopt_loaded_state(group["params"], self.state, self.has_master)
-
-
-def _at(scalar: Tensor, device: torch.device) -> Tensor:
-    # A copy to the host is read at once, so that one has to wait.
-    return scalar.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")
+                group.setdefault(name, value)
+            adopt_loaded_state(group["params"], self.state, self.storage)
+        if live_groups is not None:
+            # Whoever holds these groups, as the schedulers of an optimizer that was swapped, sees what was loaded.
+            for live, loaded in zip(live_groups, self.param_groups, strict=True):
+                live.clear()
+                live.update(loaded)
+            self.param_groups = live_groups

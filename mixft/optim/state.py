@@ -1,4 +1,4 @@
-"""Optimizer state out of a state dictionary: checked, kept in FP32, masters made where they are missing.
+"""Optimizer state out of a state dictionary: checked, and kept as the optimizer's storage keeps it.
 
 ``torch.optim.Optimizer.load_state_dict`` casts state to the parameter's dtype, which would round FP32 moments and
 masters of a 16-bit parameter. Tensors are therefore passed through it inside ``Loaded``, which it does not look into.
@@ -6,11 +6,12 @@ masters of a 16-bit parameter. Tensors are therefore passed through it inside ``
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .storage import Storage
 
 
 @dataclass
@@ -21,23 +22,27 @@ class Loaded:
 
 
 def check_loaded_state(
-    state_dict: dict[str, Any], param_groups: list[dict[str, Any]], state_names: Callable[[dict], tuple[str, ...]]
+    state_dict: dict[str, Any],
+    param_groups: list[dict[str, Any]],
+    state_names: Callable[[dict], tuple[str, ...]],
+    storage: Storage,
+    needs_step: bool,
 ) -> None:
     """Raise ValueError where the state of a parameter is incomplete or of another shape than the parameter."""
     saved_groups = state_dict["param_groups"]
-    params = chain.from_iterable(group["params"] for group in param_groups)
-    saved = chain.from_iterable(((key, group) for key in group["params"]) for group in saved_groups)
+    saved = ((key, group) for group in saved_groups for key in group["params"])
+    fitting = ((param, group) for group in param_groups for param in group["params"])
     # Groups of other lengths are refused by torch, in its own words.
-    for (key, group), param in zip(saved, params, strict=False):
+    for (key, saved_group), (param, group) in zip(saved, fitting, strict=False):
         state = state_dict["state"].get(key)
         if not state:
             continue
-        names = state_names({"amsgrad": False, **group})
-        missing = [name for name in ("step", *names) if name not in state]
+        names = state_names({**group, **saved_group})
+        missing = [name for name in (*["step"] * needs_step, *names) if state.get(name) is None]
         if missing:
             raise ValueError(f"the loaded state of parameter {key} lacks {', '.join(missing)}")
-        for name in (*names, "master"):
-            if name in state and state[name].shape != param.shape:
+        for name in (*storage.signed, "master"):
+            if state.get(name) is not None and state[name].shape != param.shape:
                 raise ValueError(
                     f"the loaded {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter "
                     f"{tuple(param.shape)}"
@@ -56,27 +61,39 @@ def shield_loaded_state(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def adopt_loaded_state(
-    params: list[Tensor], state: dict[Tensor, dict[str, Any]], has_master: Callable[[Tensor], bool]
-) -> None:
+def adopt_loaded_state(params: list[Tensor], state: dict[Tensor, dict[str, Any]], storage: Storage) -> None:
     """Take the loaded state of ``params`` out of ``Loaded``; state that was not just loaded stays as it is."""
-    loaded: dict[tuple[torch.device, bool], list[Tensor]] = {}
     for param in params:
         values = state.get(param)
-        if not values or not any(isinstance(value, Loaded) for value in values.values()):
-            continue
-        for name, value in values.items():
-            if isinstance(value, Loaded):
-                dtype = torch.float32 if value.tensor.is_floating_point() else value.tensor.dtype
-                values[name] = value.tensor.detach().to(param.device, dtype, copy=True)
-        if not has_master(param):
-            values.pop("master", None)
-        elif "master" not in values:
-            values["master"] = param.detach().float()
-        loaded.setdefault((param.device, has_master(param)), []).append(param)
-    for (device, _), alike in loaded.items():
-        # Side by side in one buffer, as new state is made.
-        counts = [torch.as_tensor(state[param]["step"], dtype=torch.float32, device=device) for param in alike]
-        steps = torch.stack([count.reshape(()) for count in counts])
-        for position, param in enumerate(alike):
-            state[param]["step"] = steps[position]
+        if values and any(isinstance(value, Loaded) for value in values.values()):
+            own = {name: _own(value, param.device) for name, value in values.items() if value is not None}
+            state[param] = adopted(param, own, storage)
+    stepped = [param for param in params if state.get(param) and "step" in state[param]]
+    for device in dict.fromkeys(param.device for param in stepped):
+        lay_steps_side_by_side([state[param] for param in stepped if param.device == device], device)
+
+
+def adopted(param: Tensor, state: dict[str, Any], storage: Storage) -> dict[str, Any]:
+    """The state of ``param`` in a state dictionary, or in an optimizer of torch's, as ``storage`` keeps it."""
+    wide = {
+        name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in state.items()
+    }
+    # Momentum of an optimizer that counts no steps: one has been taken, or there would be none.
+    wide.setdefault("step", 1.0)
+    wide["step"] = torch.as_tensor(wide["step"], dtype=torch.float32, device=param.device).reshape(())
+    return storage.narrow(param, wide)
+
+
+def lay_steps_side_by_side(states: list[dict[str, Any]], device: torch.device) -> None:
+    """Put the step counts of ``states`` into one buffer, where one call can advance them; a missing one is zero."""
+    steps = torch.zeros(len(states), dtype=torch.float32, device=device)
+    if any("step" in state for state in states):
+        steps = torch.stack([state.get("step", zero) for state, zero in zip(states, steps, strict=True)])
+    for position, state in enumerate(states):
+        state["step"] = steps[position]
+
+
+def _own(value: Any, device: torch.device) -> Any:
+    """A loaded value as a copy on ``device``."""
+    return value.tensor.detach().to(device, copy=True) if isinstance(value, Loaded) else value

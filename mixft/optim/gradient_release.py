@@ -1,0 +1,80 @@
+"""Gradient release: every parameter stepped inside backward, its gradient freed at once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import MixedPrecisionOptimizer
+
+
+class GradientRelease:
+    """What :func:`release_gradients` returns: a handle, and a context manager that removes it at its end."""
+
+    def __init__(self, optimizer: MixedPrecisionOptimizer) -> None:
+        self._optimizer = optimizer
+        self._handles = [
+            param.register_post_accumulate_grad_hook(self._stepper(group))
+            for group in optimizer.param_groups
+            for param in group["params"]
+            if param.requires_grad
+        ]
+
+    def _stepper(self, group: dict[str, Any]):
+        @torch.no_grad()
+        def step_and_free(param: Tensor) -> None:
+            self._optimizer.step_in_backward(group, param)
+            param.grad = None
+
+        return step_and_free
+
+    def remove(self) -> None:
+        """Leave the gradients to ``optimizer.step`` again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._optimizer.releases_gradients = False
+
+    def __enter__(self) -> "GradientRelease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
+    """Step every parameter inside backward, as soon as its gradient is there, and free the gradient.
+
+    Gradients then never exist all at once, which saves their memory. Every backward is a step: gradients cannot be
+    accumulated over several, and what changes the learning rate has to come before. ``optimizer.step()`` stays in the
+    loop and steps what has a gradient still: parameters that were added, or that did not require gradients, since.
+
+    What holds for a whole step otherwise holds for each parameter here. A NaN or Inf in the gradient of one parameter
+    leaves that one and its state unchanged and no other; ``last_found_inf`` after ``optimizer.step()`` says whether
+    that happened to any since the step before. Hooks of the optimizer run around ``optimizer.step()`` only.
+
+    Not for gradients that are reduced over processes after backward, as DistributedDataParallel does.
+
+    Args:
+        optimizer: one of mixft's optimizers, without ``max_grad_norm``. With a ``torch.amp.GradScaler``, which
+            hands over its scale after backward, ``step`` raises RuntimeError.
+
+    Returns:
+        A handle whose ``remove`` ends this, and a context manager that calls it.
+
+    Raises:
+        TypeError: ``optimizer`` is not one of mixft's.
+        ValueError: it has ``max_grad_norm``: the norm of all gradients is not known before the last.
+        RuntimeError: its gradients are released already.
+    """
+    if not isinstance(optimizer, MixedPrecisionOptimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; release_gradients takes mixft's optimizers")
+    if optimizer.max_grad_norm is not None:
+        raise ValueError(
+            f"max_grad_norm is {optimizer.max_grad_norm}; the norm of all gradients is not known before the last, make "
+            f"the optimizer without it"
+        )
+    if optimizer.releases_gradients:
+        raise RuntimeError("the gradients of this optimizer are released already; remove the other handle first")
+    optimizer.releases_gradients = True
+    return GradientRelease(optimizer)

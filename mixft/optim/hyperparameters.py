@@ -1,0 +1,68 @@
+"""Checks of hyperparameters; each error names the hyperparameter, what it was and what would do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .storage import MASTER_WEIGHTS, STATE_DTYPES
+
+
+def check_rate(group: dict[str, Any]) -> None:
+    """Raise ValueError unless ``lr`` is a number or a one-element tensor, and not negative."""
+    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(group['lr'].shape)}; it must hold one element")
+    if not group["lr"] >= 0.0:
+        raise ValueError(f"lr is {group['lr']}; it must not be negative")
+
+
+def check_not_negative(group: dict[str, Any], *names: str) -> None:
+    """Raise TypeError for a tensor and ValueError for a negative number or NaN."""
+    for name in names:
+        if isinstance(group[name], Tensor):
+            raise TypeError(f"{name} is a tensor; it must be a number")
+        if not group[name] >= 0.0:
+            raise ValueError(f"{name} is {group[name]}; it must not be negative")
+
+
+def check_betas(group: dict[str, Any]) -> None:
+    """Raise ValueError unless ``betas`` is two numbers in [0, 1)."""
+    if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
+        raise ValueError(f"betas is {group['betas']}; it must be two numbers in [0, 1)")
+
+
+def as_numbers(betas: tuple[float | Tensor, ...]) -> tuple[float, ...]:
+    """``betas`` with one-element tensors read.
+
+    Raises:
+        ValueError: some are numbers and some tensors, or a tensor has not one element.
+    """
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError(f"betas is {betas}; they must be both numbers or both tensors")
+    for beta in betas:
+        if isinstance(beta, Tensor) and beta.numel() != 1:
+            raise ValueError(f"betas has a tensor of shape {tuple(beta.shape)}; it must hold one element")
+    return tuple(map(float, betas))
+
+
+def check_precision(
+    max_grad_norm: float | None,
+    master_weights: str,
+    state_dtype: torch.dtype,
+    stochastic_rounding: bool,
+    skip_nonfinite: bool,
+) -> None:
+    """Raise ValueError for an option out of range, and for options that exclude each other."""
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be a positive number or None")
+    if master_weights not in MASTER_WEIGHTS:
+        raise ValueError(f"master_weights is {master_weights!r}; it must be one of {', '.join(MASTER_WEIGHTS)}")
+    if state_dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype is {state_dtype}; it must be one of {', '.join(map(str, STATE_DTYPES))}")
+    if stochastic_rounding and master_weights != "none":
+        raise ValueError(
+            f"stochastic_rounding is True and master_weights {master_weights!r}; masters leave nothing to round "
+            f"but a copy, so it is for master_weights='none'"
+        )
+    if max_grad_norm is not None and not skip_nonfinite:
+        raise ValueError("skip_nonfinite is False; with max_grad_norm the gradients are read anyway, leave it True")

@@ -1,0 +1,103 @@
+"""How an optimizer keeps its state, and how that goes into a state dictionary and comes out of one.
+
+``optimizer.state[param]`` holds ``step``; every state tensor of the rule by its name, FP32, BF16 or 8-bit codes with
+their scales beside them as ``<name>_scale``; and for a 16-bit parameter ``master``, its FP32 weights, or
+``remainder``, the 16 bits by which these exceed the parameter. A state dictionary holds FP32 only, under torch's names
+and ``master``, so that it fits every other storage, and torch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixft.ops.optimizer_state import dequantize_state, join_master, quantize_state, split_master
+
+MASTER_WEIGHTS = ("auto", "fp32", "split", "none")
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+SCALE = "_scale"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The storage of one optimizer's state.
+
+    Attributes:
+        master_weights: one of ``MASTER_WEIGHTS``.
+        state_dtype: one of ``STATE_DTYPES``; int8 stands for 8-bit codes with scales.
+        signed: of every state tensor that the rule may have, whether it can be negative.
+    """
+
+    master_weights: str
+    state_dtype: torch.dtype
+    signed: dict[str, bool]
+
+    def master_name(self, param: Tensor) -> str | None:
+        """What is kept beside ``param``: "master", "remainder" or nothing."""
+        if param.dtype == torch.float32 or self.master_weights == "none":
+            return None
+        return "remainder" if self.master_weights == "split" else "master"
+
+    def complete(self, param: Tensor, state: dict[str, Any], names: Iterable[str]) -> bool:
+        """Make what ``state`` lacks of ``names`` and of the master; whether a state tensor was made."""
+        is_new = False
+        for name in names:
+            if name not in state:
+                state |= self._narrow(name, torch.zeros_like(param, dtype=torch.float32))
+                is_new = True
+            elif self.state_dtype == torch.int8 and state[name].stride() != torch.empty_like(param).stride():
+                # The parameter's layout has changed: a scale belongs to neighbours in storage.
+                values = dequantize_state(state[name], state[name + SCALE])
+                state |= self._narrow(name, torch.empty_like(param, dtype=torch.float32).copy_(values))
+        kept = self.master_name(param)
+        for name in {"master", "remainder"} - {kept}:
+            # Left from when the parameter had another dtype: kept, it would come back out of date.
+            state.pop(name, None)
+        if kept == "master" and "master" not in state:
+            state["master"] = param.detach().float()
+        if kept == "remainder" and "remainder" not in state:
+            state["remainder"] = torch.zeros_like(param, dtype=torch.int16)
+        return is_new
+
+    def widen(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """``state`` as a state dictionary has it; tensors that are FP32 already are not copied."""
+        wide = {}
+        for name, value in state.items():
+            if name == "remainder":
+                wide["master"] = join_master(param.detach(), value)
+            elif name + SCALE in state:
+                wide[name] = dequantize_state(value, state[name + SCALE])
+            elif name in self.signed:
+                wide[name] = value.float()
+            elif name.removesuffix(SCALE) not in self.signed:
+                wide[name] = value
+        return wide
+
+    def narrow(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """What ``widen`` gave as this storage keeps it for ``param``.
+
+        A remainder belongs to one value of the parameter only, so splitting a master sets the parameter to it.
+        """
+        narrow = {}
+        for name, value in state.items():
+            if name in self.signed:
+                like_param = torch.empty_like(param, dtype=torch.float32)
+                fits = value.stride() == like_param.stride()
+                narrow |= self._narrow(name, value if fits else like_param.copy_(value))
+            elif name != "master":
+                narrow[name] = value
+        kept = self.master_name(param)
+        if kept == "master":
+            narrow["master"] = state.get("master", param.detach().float())
+        elif kept == "remainder" and "master" in state:
+            upper, narrow["remainder"] = split_master(state["master"], param.dtype)
+            param.copy_(upper)
+        return narrow
+
+    def _narrow(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        if self.state_dtype != torch.int8:
+            return {name: values.to(self.state_dtype)}
+        codes, scales = quantize_state(values, signed=self.signed[name])
+        return {name: codes, name + SCALE: scales}

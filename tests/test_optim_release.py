@@ -1,0 +1,129 @@
+"""``mixft.optim.release_gradients``: parameters stepped inside backward."""
+
+import pytest
+import torch
+from optimizer_cases import (
+    STORAGES,
+    RefuseSync,
+    copies,
+    every_optimizer,
+    every_storage,
+    members,
+    mixed_parameters,
+    parameters,
+    snapshot,
+)
+
+from mixft.optim import AdamW, release_gradients
+
+
+def loss_of(params, targets, scale=1.0):
+    return sum(((param - target).float() ** 2).sum() for param, target in zip(params, targets, strict=True)) * scale
+
+
+@every_storage
+@every_optimizer
+def test_it_does_what_the_step_does(device, case, storage):
+    params = mixed_parameters(device)
+    targets = [torch.randn_like(param) for param in params]
+    released = case.ours(params, **case.options, **storage)
+    whole = case.ours(copies(params), **case.options, **storage)
+    with release_gradients(released):
+        for _ in range(2):
+            loss_of(params, targets).backward()
+            assert all(param.grad is None for param in params)
+            released.step()
+            loss_of(members(whole), targets).backward()
+            whole.step()
+            whole.zero_grad()
+            assert released.last_found_inf.item() == 0
+    assert snapshot(released) == snapshot(whole)
+    loss_of(params, targets).backward()
+    assert all(param.grad is not None for param in params)
+    released.step()
+    loss_of(members(whole), targets).backward()
+    whole.step()
+    assert snapshot(released) == snapshot(whole)
+
+
+def test_gradients_are_gone_before_the_next_one_comes():
+    params = [torch.nn.Parameter(torch.ones(1000)) for _ in range(5)]
+    optimizer = AdamW(params)
+    alive = []
+    for param in params:
+        param.register_post_accumulate_grad_hook(lambda _: alive.append(sum(p.grad is not None for p in params)))
+    release_gradients(optimizer)
+    loss_of(params, [0.0] * 5).backward()
+    assert alive == [1] * 5
+
+
+@every_optimizer
+def test_a_nonfinite_gradient_spares_its_parameter_and_no_other(device, case):
+    params = parameters(device)
+    optimizer = case.ours(params, **case.options)
+    release_gradients(optimizer)
+    for bad in (1, None):
+        before, _ = snapshot(optimizer)
+        factors = [
+            torch.full_like(param, torch.nan if position == bad else 1.0) for position, param in enumerate(params)
+        ]
+        sum((param * factor).sum() for param, factor in zip(params, factors, strict=True)).backward()
+        optimizer.step()
+        after, _ = snapshot(optimizer)
+        changed = [old != new for old, new in zip(before, after, strict=True)]
+        assert changed == [position != bad for position in range(len(params))]
+        assert optimizer.last_found_inf.shape == ()
+        assert optimizer.last_found_inf.item() == (bad is not None)
+
+
+def test_what_has_no_hook_is_stepped_by_step(device):
+    params = parameters(device)
+    params[0].requires_grad_(False)
+    optimizer = AdamW(params[:2], lr=0.1)
+    release_gradients(optimizer)
+    params[0].requires_grad_(True)
+    optimizer.add_param_group({"params": params[2:]})
+    before, _ = snapshot(optimizer)
+    (loss_of(params, [0.0] * 5) + (params[0] * torch.nan).sum()).backward()
+    assert [param.grad is None for param in params] == [False, True, False, False, False]
+    params[0].grad.nan_to_num_()
+    optimizer.step()
+    assert optimizer.last_found_inf.item() == 0
+    assert all(old != new for old, new in zip(before, snapshot(optimizer)[0], strict=True))
+
+
+def test_tied_parameters_are_stepped_once():
+    shared = torch.nn.Parameter(torch.randn(6, 6))
+    twin = torch.nn.Parameter(shared.detach().clone())
+    optimizer, beside = AdamW([shared]), AdamW([twin])
+    release_gradients(optimizer)
+    given = torch.randn(3, 6)
+    for param in (shared, twin):
+        torch.nn.functional.linear(torch.nn.functional.linear(given, param), param.t()).sum().backward()
+    beside.step()
+    assert snapshot(optimizer) == snapshot(beside)
+
+
+def test_backward_never_waits(device):
+    params = mixed_parameters(device)
+    optimizer = AdamW(params, **STORAGES["split-int8-state"])
+    release_gradients(optimizer)
+    for _ in range(2):
+        with RefuseSync():
+            loss_of(params, [0.0] * len(params)).backward()
+
+
+def test_what_cannot_hold_is_refused():
+    params = parameters("cpu")
+    with pytest.raises(ValueError, match=r"max_grad_norm is 1.0; the norm of all gradients"):
+        release_gradients(AdamW(params, max_grad_norm=1.0))
+    with pytest.raises(TypeError, match="optimizer is a SGD"):
+        release_gradients(torch.optim.SGD(params))
+    optimizer = AdamW(params)
+    with release_gradients(optimizer), pytest.raises(RuntimeError, match="released already"):
+        release_gradients(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    release_gradients(optimizer)
+    scaler.scale(loss_of(params, [0.0] * 5)).backward()
+    with pytest.raises(RuntimeError, match="a GradScaler hands over their scale only now"):
+        scaler.step(optimizer)

@@ -1,0 +1,165 @@
+"""Masters whole, split and none, and state in FP32, BF16 and 8 bits: values, conversions, bytes."""
+
+import pytest
+import torch
+from optimizer_cases import (
+    STORAGES,
+    bits,
+    copies,
+    every_optimizer,
+    every_storage,
+    give_gradients,
+    members,
+    mixed_parameters,
+    parameters,
+    run_beside,
+    through_a_file,
+    weight,
+)
+
+from mixft.optim import AdamW
+
+SIXTEEN_BITS = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@every_optimizer
+def test_split_masters_are_fp32_masters(device, case, dtype):
+    params = parameters(device, dtype)
+    whole = case.ours(params, **case.options)
+    split = case.ours(copies(params), **case.options, master_weights="split")
+    run_beside(whole, [split], 4)
+    for param, twin in zip(params, members(split), strict=True):
+        if dtype == torch.bfloat16:
+            assert torch.equal(weight(whole, param), weight(split, twin))
+        else:
+            # A master below 2^-16 is kept to 2^-40.
+            torch.testing.assert_close(weight(whole, param), weight(split, twin), rtol=0, atol=2.0**-36)
+        assert split.state[twin]["remainder"].dtype == torch.int16
+        assert "master" not in split.state[twin]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+@every_optimizer
+def test_a_change_by_hand_stays_with_split_masters(device, case, dtype):
+    param = torch.nn.Parameter(torch.randn(200, device=device).to(dtype))
+    optimizer = case.ours([param], lr=2.0**-9, master_weights="split")
+    give_gradients([param])
+    optimizer.step()
+    by_hand = torch.where(torch.arange(200, device=device) % 2 == 0, 0.0, torch.randn(200, device=device)).to(dtype)
+    param.data.copy_(by_hand)
+    param.grad = torch.zeros_like(param)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    torch.testing.assert_close(param.detach(), by_hand, rtol=2.0**-7, atol=1e-7)
+
+
+def test_a_split_master_may_change_its_dtype(device):
+    param = torch.nn.Parameter(torch.randn(17, device=device).half())
+    optimizer = AdamW([param], lr=2.0**-7, master_weights="split")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float16):
+        param.data = param.data.to(dtype)
+        before = param.detach().float()
+        give_gradients([param])
+        optimizer.step()
+        assert ("remainder" in optimizer.state[param]) == (dtype != torch.float32)
+        torch.testing.assert_close(param.detach().float(), before, rtol=2.0**-7, atol=2.0**-5)
+
+
+@every_storage
+@every_optimizer
+def test_a_state_dictionary_is_fp32_and_goes_into_every_other_storage(device, case, storage):
+    params = mixed_parameters(device)
+    first = case.ours(params, **case.options, **storage)
+    run_beside(first, [], 2)
+    saved = through_a_file(first.state_dict())
+    names = set(first.state_names(first.param_groups[0]))
+    has_masters = first.master_weights != "none"
+    for position, param in enumerate(params):
+        master = {"master"} if has_masters and param.dtype != torch.float32 else set()
+        state = saved["state"][position]
+        assert state.keys() == {"step"} | names | master
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert {value.shape for name, value in state.items() if name != "step"} == {param.shape}
+    for other in STORAGES.values():
+        second = case.ours(copies(params), **other)
+        second.load_state_dict(saved)
+        for position, (param, twin) in enumerate(zip(params, members(second), strict=True)):
+            if second.master_weights == "none" or not has_masters:
+                assert torch.equal(weight(second, twin).to(twin.dtype), param)
+            else:
+                torch.testing.assert_close(weight(second, twin), weight(first, param), rtol=0, atol=2.0**-40)
+            loaded = second.state_dict()["state"][position]
+            for name in names:
+                # Three mantissa bits, and an absolute floor in a group of values.
+                exact = second.state_dtype in (first.state_dtype, torch.float32)
+                close = {"rtol": 0, "atol": 0} if exact else {"rtol": 2.0**-4, "atol": 2.0**-16}
+                torch.testing.assert_close(loaded[name], saved["state"][position][name], **close)
+
+
+@every_storage
+@every_optimizer
+def test_every_storage_follows_fp32(device, case, storage):
+    """Eight steps downhill a quadratic end where FP32 storage ends, to the precision of the storage."""
+    target = torch.linspace(-1, 1, 66, device=device)
+    params = [torch.nn.Parameter(torch.zeros(66, device=device, dtype=torch.bfloat16)) for _ in range(2)]
+    exact = case.ours([params[0]], lr=2.0**-5)
+    ours = case.ours([params[1]], lr=2.0**-5, **storage)
+    for _ in range(8):
+        for param in params:
+            param.grad = (param.detach().float() - target).to(param.dtype)
+        exact.step()
+        ours.step()
+    torch.testing.assert_close(params[1].float(), params[0].float(), rtol=2.0**-5, atol=2.0**-5)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_split_int8_adamw_takes_six_bytes_and_a_half_a_parameter(device, dtype):
+    params = parameters(device, dtype, [(1000, 40), (1024,), (31,)])
+    optimizer = AdamW(params, master_weights="split", state_dtype=torch.int8)
+    give_gradients(params)
+    optimizer.step()
+    elements = sum(param.numel() for param in params)
+    held = sum(value.nbytes for param in params for value in (param, *optimizer.state[param].values()))
+    assert held / elements <= 6.5
+    report = optimizer.memory_report()
+    assert report.elements == elements
+    assert report.parameters + report.optimizer == held
+    assert report.bytes_per_parameter == held / elements
+    assert report.gradients == 2 * elements
+
+
+def test_the_memory_report_tells_everything_apart(device):
+    params = [*parameters(device, torch.float16, [(64,)]), *parameters(device, torch.float32, [(36,)])]
+    optimizer = AdamW(params, amsgrad=True)
+    empty = optimizer.memory_report()
+    assert (empty.parameters, empty.optimizer, empty.gradients) == (64 * 2 + 36 * 4, 0, 0)
+    give_gradients(params)
+    optimizer.step()
+    report = optimizer.memory_report()
+    assert report.masters == 64 * 4
+    assert report.remainders == report.scales == 0
+    assert report.state == dict.fromkeys(["exp_avg", "exp_avg_sq", "max_exp_avg_sq"], 400)
+    assert report.steps == 8
+    assert report.gradients == 64 * 2 + 36 * 4
+    lines = str(report).splitlines()
+    assert lines[0] == "100 parameters"
+    assert [line.split()[0] for line in lines[1:6]] == ["parameters", "masters", *list(report.state)[:3]]
+    assert lines[2].endswith("2.560 bytes a parameter")
+    assert "17.36" in lines[-2]
+
+
+def test_8_bit_state_follows_a_new_layout(device):
+    param = torch.nn.Parameter(torch.randn(2, 40, 5, 3, device=device))
+    optimizer = AdamW([param], state_dtype=torch.int8)
+    give_gradients([param])
+    optimizer.step()
+    before = optimizer.state_dict()["state"][0]
+    param.data = param.data.to(memory_format=torch.channels_last)
+    param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    after = optimizer.state_dict()["state"][0]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert optimizer.state[param][name].is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(after[name], before[name], rtol=2.0**-4, atol=2.0**-16)
+    assert bits(after["step"]) == bits(before["step"])
