@@ -32,6 +32,13 @@ def device(request, monkeypatch) -> torch.device:
     return torch.device("cpu")
 
 
+@pytest.fixture(params=[server for server in SERVERS if server != "interpreter"])
+def native_device(request, monkeypatch) -> torch.device:
+    """As ``device``, without the interpreter: for the Python around kernels that have tests of their own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    return torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -17,6 +17,11 @@ from optimizer_cases import (
 from mixft.optim import AdamW, release_gradients
 
 
+@pytest.fixture(autouse=True)
+def device(native_device):
+    return native_device
+
+
 def loss_of(params, targets, scale=1.0):
     return sum(((param - target).float() ** 2).sum() for param, target in zip(params, targets, strict=True)) * scale
 

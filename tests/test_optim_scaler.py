@@ -5,6 +5,11 @@ import torch
 from optimizer_cases import copies, every_optimizer, members, parameters, snapshot, weight
 
 
+@pytest.fixture(autouse=True)
+def device(native_device):
+    return native_device
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @every_optimizer

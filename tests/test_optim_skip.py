@@ -4,7 +4,7 @@ import pytest
 import torch
 from optimizer_cases import (
     BAD,
-    DTYPES,
+    SHAPES,
     copies,
     every_optimizer,
     every_storage,
@@ -16,12 +16,13 @@ from optimizer_cases import (
     weight,
 )
 
+from mixft.optim.scalars import step_scalars
+
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6, float("inf")])
-@pytest.mark.parametrize("dtype", DTYPES)
 @every_optimizer
-def test_clipping_is_torch_s_over_all_groups(device, case, dtype, max_norm):
-    params = parameters(device, dtype)
+def test_clipping_is_torch_s_over_all_groups(device, case, max_norm):
+    params = mixed_parameters(device)
     ours = case.ours([{"params": params[:2]}, {"params": params[2:]}], max_grad_norm=max_norm, **case.options)
     twins = copies(params, torch.float64)
     exact = case.reference(twins, **case.options)
@@ -55,13 +56,12 @@ def assert_only_finite_steps_change_a_bit(optimizer, params):
     assert all(new != old for new, old in zip(snapshot(optimizer)[0], before, strict=True))
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 @every_storage
 @every_optimizer
-def test_a_nonfinite_gradient_changes_no_bit(device, case, storage, max_grad_norm):
-    params = mixed_parameters(device)
+def test_a_nonfinite_gradient_changes_no_bit(device, case, storage):
+    params = mixed_parameters(device, SHAPES[:2])
     groups = [{"params": params[:4]}, {"params": params[4:], **case.variations[-1]}]
-    optimizer = case.ours(groups, **case.options | {"lr": 0.25}, **storage, max_grad_norm=max_grad_norm)
+    optimizer = case.ours(groups, **case.options | {"lr": 0.25}, **storage)
     give_gradients(params)
     optimizer.step()
     assert_only_finite_steps_change_a_bit(optimizer, params)
@@ -69,8 +69,8 @@ def test_a_nonfinite_gradient_changes_no_bit(device, case, storage, max_grad_nor
 
 @every_optimizer
 def test_a_nonfinite_gradient_at_the_first_step(device, case):
-    params = mixed_parameters(device)
-    optimizer = case.ours(params, **case.options | {"lr": 0.25})
+    params = mixed_parameters(device, SHAPES[:2])
+    optimizer = case.ours(params, **case.options | {"lr": 0.25}, max_grad_norm=1.0)
     before = [param.detach().clone() for param in params]
     give_gradients(params)
     params[0].grad[0] = torch.nan
@@ -113,3 +113,21 @@ def test_skip_nonfinite_off_steps_as_torch_does(device, case):
         torch.testing.assert_close(mine, other, equal_nan=True)
     with pytest.raises(ValueError, match="skip_nonfinite is False; with max_grad_norm"):
         case.ours(parameters(device), max_grad_norm=1.0, skip_nonfinite=False)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 1e6])
+@pytest.mark.parametrize("bad", [False, True])
+def test_the_scalars_of_two_devices_are_those_of_one(max_norm, bad):
+    grads = [torch.randn(17), torch.randn(5, 7).half(), torch.randn(3)]
+    if bad:
+        grads[2][1] = torch.inf
+    scale = torch.tensor([4.0])
+    one = step_scalars({torch.device("cpu"): grads}, grad_scale=scale, max_norm=max_norm)
+    # The same device under two names.
+    parts = {torch.device("cpu"): grads[:1], torch.device("cpu", 0): grads[1:]}
+    two = step_scalars(parts, grad_scale=scale, max_norm=max_norm)
+    for name in ("inv_scale", "clip_coef", "found_inf", "norm"):
+        torch.testing.assert_close(getattr(two, name), getattr(one, name), equal_nan=True)
+    assert one.found_inf.item() == bad
+    early = step_scalars(parts, found_inf=torch.ones(1), max_norm=max_norm)
+    assert early.found_inf.item() == 1

@@ -21,6 +21,11 @@ from optimizer_cases import (
 )
 
 
+@pytest.fixture(autouse=True)
+def device(native_device):
+    return native_device
+
+
 @every_variation
 def test_state_goes_to_the_reference_and_back(device, case, variation):
     options = case.options | variation

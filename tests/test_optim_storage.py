@@ -22,6 +22,11 @@ from mixft.optim import AdamW
 SIXTEEN_BITS = [torch.float16, torch.bfloat16]
 
 
+@pytest.fixture(autouse=True)
+def device(native_device):
+    return native_device
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
 @every_optimizer
 def test_split_masters_are_fp32_masters(device, case, dtype):

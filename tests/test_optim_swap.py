@@ -28,6 +28,11 @@ TORCH_CASES = [case for case in CASES if case.reference.__module__.startswith("t
 every_torch_optimizer = pytest.mark.parametrize("case", TORCH_CASES, ids=str)
 
 
+@pytest.fixture(autouse=True)
+def device(native_device):
+    return native_device
+
+
 def groups(params):
     return [{"params": params[:2]}, {"params": params[2:], "lr": 2.0**-6, "weight_decay": 0.3}]
 

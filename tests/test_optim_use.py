@@ -17,6 +17,11 @@ from optimizer_cases import (
 from torch._dynamo.testing import CompileCounter
 
 
+@pytest.fixture(autouse=True)
+def device(native_device):
+    return native_device
+
+
 def assert_same_weights(ours, exact):
     for param, twin in zip(members(ours), members(exact), strict=True):
         torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-6)

@@ -15,7 +15,7 @@ from mixft.ops.optimizer_step import advance_
 from .hyperparameters import check_precision
 from .members import Members, arrange, check_gradients, check_parameters, signature
 from .memory import MemoryReport, measure
-from .scalars import at, scalars_of
+from .scalars import at, step_scalars
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
 from .storage import Storage
 
@@ -199,7 +199,7 @@ class MixedPrecisionOptimizer(Optimizer):
         listed = [members.gradients() for members in work]
         for members, own in zip(work, listed, strict=True):
             grads[members.device] += own
-        scalars = scalars_of(
+        scalars = step_scalars(
             grads,
             # Set by torch.amp.GradScaler around the step.
             grad_scale=getattr(self, "grad_scale", None),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixft.ops.grad import grad_stats
+from mixft.ops.grad_scalars import scalars_of
 
 
 @dataclass
@@ -30,13 +30,13 @@ class Scalars:
         return Scalars(*(None if value is None else at(value, device) for value in moved))
 
 
-def scalars_of(
+def step_scalars(
     grads: dict[torch.device, list[Tensor]],
     *,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_norm: float | None,
-    skip_nonfinite: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    max_norm: float | None = None,
+    skip_nonfinite: bool = True,
 ) -> Scalars:
     """The scalars of a step, on the first device of ``grads``.
 
@@ -48,26 +48,27 @@ def scalars_of(
         skip_nonfinite: whether to look at them where no scaler did.
     """
     home = next(iter(grads))
-    scalars = Scalars()
-    if grad_scale is not None:
-        scalars.inv_scale = at(grad_scale, home).reciprocal()
-    if found_inf is not None:
-        scalars.found_inf = at(found_inf, home)
+    inv_scale = None if grad_scale is None else at(grad_scale, home).reciprocal()
+    found_inf = None if found_inf is None else at(found_inf, home)
     if max_norm is None and (found_inf is not None or not skip_nonfinite):
-        return scalars
-    stats = [grad_stats(listed) for listed in grads.values()]
-    bad = sum(at(nonfinite.sum(), home) for _, nonfinite in stats) > 0
-    if max_norm is not None:
-        norm = sum(at(squares.sum(), home) for squares, _ in stats).sqrt()
-        if scalars.inv_scale is not None:
-            norm = norm * scalars.inv_scale
+        return Scalars(inv_scale, None, found_inf)
+    if len(grads) == 1:
+        found = scalars_of(grads[home], inv_scale, found_inf, max_norm)
+        norm, clip_coef, found_inf = found.norm, found.clip_coef, found.found_inf
+    else:
+        parts = [scalars_of(listed, None, None, None) for listed in grads.values()]
+        norm = torch.stack([at(part.norm, home) for part in parts]).square().sum().sqrt()
+        if inv_scale is not None:
+            norm = norm * inv_scale.reshape(())
+        findings = [at(part.found_inf, home) for part in parts]
+        findings += [] if found_inf is None else [found_inf.reshape(())]
         # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
-        bad = bad | ~norm.isfinite()
-        # torch.nn.utils.clip_grad_norm_ has the same small addend.
-        scalars.clip_coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        scalars.norm = norm.reshape(())
-    scalars.found_inf = bad.float() if scalars.found_inf is None else torch.maximum(scalars.found_inf, bad.float())
-    return scalars
+        findings += [] if max_norm is None else [(~norm.isfinite()).float()]
+        found_inf = torch.stack(findings).amax()
+        clip_coef = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return (
+        Scalars(inv_scale, clip_coef, found_inf, norm) if max_norm is not None else Scalars(inv_scale, None, found_inf)
+    )
 
 
 def at(scalar: Tensor, device: torch.device) -> Tensor:
