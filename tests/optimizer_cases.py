@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixft.optim
-from mixft.ops import join_master
+from mixft.ops.optimizer_state import join_master
 from mixft.optim.base import MixedPrecisionOptimizer
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

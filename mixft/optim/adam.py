@@ -114,10 +114,11 @@ class AdamW(Adam):
         maximize: ascend instead of descend.
         max_grad_norm: clip the global gradient norm to this; None for no clipping.
         master_weights: "auto" and "fp32": FP32 masters for 16-bit parameters. "split": the same weights in half the
-            bytes, exactly for BF16 (see :func:`mixft.ops.split_master`). "none": 16-bit parameters are updated in FP32
-            and rounded at every step, which to nearest loses updates below half a unit in the last place.
+            bytes, exactly for BF16 (see :func:`mixft.ops.optimizer_state.split_master`). "none": 16-bit parameters are
+            updated in FP32 and rounded at every step, which to nearest loses updates below half a unit in the last
+            place.
         state_dtype: ``torch.float32``, ``torch.bfloat16`` or ``torch.int8``: block-wise 8-bit floating point (see
-            :func:`mixft.ops.quantize_state`).
+            :func:`mixft.ops.optimizer_state.quantize_state`).
         stochastic_rounding: with ``master_weights="none"``, round 16-bit parameters up or down at random so that the
             mean is right, instead of to nearest.
         skip_nonfinite: True skips steps as said above. False takes every step that no scaler forbids, as torch does,
