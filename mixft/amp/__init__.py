@@ -1,4 +1,4 @@
-"""Loss scaling for training in FP16."""
+"""Loss scaling for training in FP16, and what goes with it."""
 
 from .loss_scaler import LossScaler
 

@@ -1,13 +1,21 @@
-"""``LossScaler``: ``torch.amp.GradScaler`` for pure-FP16 training."""
+"""``LossScaler``: ``torch.amp.GradScaler`` for pure-FP16 training, which says where gradients overflowed."""
 
-from collections import defaultdict
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from mixft.ops import grad_stats, unscale_
-from mixft.ops.validation import FLOATS
+
+from .floor_watch import FloorWatch
+from .gradients import gradients_of, has_gradient
+from .overflow import OverflowRing, OverflowStep, merge
+
+# What GradScaler saves, and what this class saves of its options and of its counters.
+ENTRIES = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+OPTIONS = ("dynamic", "min_scale", "max_scale", "hysteresis", "consecutive_hysteresis", "patience")
+COUNTERS = ("iteration", "overflow_steps", "hysteresis_left", "floor_steps")
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -21,12 +29,18 @@ class LossScaler(torch.amp.GradScaler):
     the same errors for a wrong order. What differs:
 
     - ``unscale_`` accepts FP16 gradients.
-    - With an optimizer that does the unscaling itself, as ``mixft.optim.AdamW``, ``step`` only reads the gradients to
-      find overflows, and neither ``step`` nor ``update`` waits for the device. With any other optimizer ``step``
-      waits once, as GradScaler's does.
-    - The scale stays within ``min_scale`` and ``max_scale``, whether it grows, backs off, is set or is loaded.
+    - With an optimizer that does the unscaling itself, as mixft's, ``step`` only reads the gradients to find overflows,
+      and leaves even that to an optimizer that clips and so reads them anyway; neither ``step`` nor ``update`` waits
+      for the device. With any other optimizer ``step`` waits once, as GradScaler's does.
+    - ``overflow_report`` names the parameters that overflowed. The check that runs anyway counts the NaN and Inf
+      elements of every gradient; of sparse gradients those of their values, and none of tensor subclasses.
+    - The scale stays within ``min_scale`` and ``max_scale``, whether it grows, backs off, is set or is loaded; one
+      RuntimeWarning, which names parameter and layer, says that it has been at ``min_scale`` for ``patience``
+      iterations since a gradient overflowed there. (Not where the step is replayed as a CUDA graph.)
+    - ``hysteresis`` overflows go by before the scale backs off, and then every one backs off until the allowance is
+      restored: when the scale grows, or with ``consecutive_hysteresis`` at every finite step. These are the rules of
+      Megatron-LM's and DeepSpeed's scalers.
     - ``dynamic=False`` keeps the scale as it is; steps that overflow are still skipped.
-    - ``overflow_steps`` counts the skipped optimizer steps.
 
     Args:
         init_scale: the first scale. A loss in FP16 itself needs one below 65504, FP16's largest number, which the
@@ -37,6 +51,9 @@ class LossScaler(torch.amp.GradScaler):
         dynamic: False for a scale that never changes by itself.
         min_scale: the least scale, above 0.
         max_scale: the greatest scale.
+        hysteresis: which overflow is the first to back off; 1 is GradScaler's rule.
+        consecutive_hysteresis: whether only overflows in a row count towards it.
+        patience: iterations at ``min_scale`` before the warning.
         enabled: False makes ``step`` call ``optimizer.step`` and everything else do nothing.
         device: device type of the losses, "cuda" or "cpu"; None is "cuda" where there is one.
 
@@ -54,15 +71,16 @@ class LossScaler(torch.amp.GradScaler):
         dynamic: bool = True,
         min_scale: float = 1.0,
         max_scale: float = 2.0**24,
+        hysteresis: int = 1,
+        consecutive_hysteresis: bool = False,
+        patience: int = 20,
         enabled: bool = True,
         device: str | None = None,
     ) -> None:
-        if not growth_factor > 1:
-            raise ValueError(f"growth_factor must be above 1; it is {growth_factor}")
-        if not 0 < backoff_factor < 1:
-            raise ValueError(f"backoff_factor must be between 0 and 1; it is {backoff_factor}")
-        if growth_interval < 1:
-            raise ValueError(f"growth_interval must be at least 1; it is {growth_interval}")
+        _check_growth_factor(growth_factor)
+        _check_backoff_factor(backoff_factor)
+        for name, count in (("growth_interval", growth_interval), ("hysteresis", hysteresis), ("patience", patience)):
+            _check_count(name, count)
         if not 0 < min_scale <= init_scale <= max_scale < float("inf"):
             raise ValueError(
                 "0 < min_scale <= init_scale <= max_scale must hold with a finite max_scale; they are "
@@ -81,13 +99,42 @@ class LossScaler(torch.amp.GradScaler):
         self._dynamic = dynamic
         self._min_scale = float(min_scale)
         self._max_scale = float(max_scale)
-        self._init_overflow_steps = 0
-        self._overflow_steps: Tensor | None = None
+        self._hysteresis = hysteresis
+        self._consecutive_hysteresis = consecutive_hysteresis
+        self._patience = patience
+        self._floor_watch = FloorWatch(patience, self._min_scale)
+        # Values for the device counters, which are made with the scale at its first use.
+        self._init_counters = self._fresh_counters()
+        self._counters: dict[str, Tensor] | None = None
+        self._rings: WeakKeyDictionary[torch.optim.Optimizer, OverflowRing] = WeakKeyDictionary()
+        self._loaded_history: list[OverflowStep] = []
 
     @property
     def overflow_steps(self) -> int:
         """Optimizer steps skipped so far; reading it waits for the device."""
-        return self._init_overflow_steps if self._overflow_steps is None else int(self._overflow_steps)
+        return self._counter_values()["overflow_steps"]
+
+    def overflow_report(self) -> list[tuple[str, int]]:
+        """Which parameters overflowed in the last iteration that skipped a step; waits for the device.
+
+        Returns:
+            (name, number of NaN and Inf elements in the gradient) of every parameter that had some, in the optimizer's
+            order; empty when no step was skipped. Names are those of an optimizer made of
+            ``model.named_parameters()``, else such as "group 0, parameter 3 (4, 4)".
+        """
+        history = self.overflow_history()
+        return history[-1].parameters if history else []
+
+    def overflow_history(self) -> list[OverflowStep]:
+        """The last 16 iterations that skipped a step, oldest first; waits for the device.
+
+        Returns:
+            Of each (iteration, parameters): its number, the first being 1, and what :meth:`overflow_report` would
+            have said after it. An optimizer that is gone takes its steps along.
+        """
+        if not self._enabled:
+            return []
+        return merge([*self._loaded_history, *(step for ring in self._rings.values() for step in ring.read())])
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step ``optimizer`` unless one of its gradients is NaN or Inf; unscale them first where that was not done.
@@ -103,12 +150,11 @@ class LossScaler(torch.amp.GradScaler):
             RuntimeError: a second call for ``optimizer`` since the last ``update``, or a closure.
             AssertionError: no loss was scaled, or ``optimizer`` has no gradients.
         """
+        if self._enabled and any(map(callable, args)):
+            raise RuntimeError("a closure cannot be used with an enabled LossScaler: it would scale no loss")
         result = super().step(optimizer, *args, **kwargs)
         if self._enabled:
-            found = self._found_inf_per_device(optimizer).values()
-            local = [found_inf.to(self._overflow_steps.device, non_blocking=True) for found_inf in found]
-            if local:
-                self._overflow_steps.add_(torch.stack(local).any())
+            self._note_step(optimizer)
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -123,96 +169,188 @@ class LossScaler(torch.amp.GradScaler):
         """
         if not self._enabled:
             return
-        fixed = self._scale.clone() if self._scale is not None and not self._dynamic else None
-        if isinstance(new_scale, int):
-            new_scale = float(new_scale)
-        elif isinstance(new_scale, Tensor) and new_scale.numel() == 1:
-            new_scale = new_scale.reshape(())
-        super().update(new_scale)
-        if fixed is not None and new_scale is None:
-            self._scale.copy_(fixed)
-        self._scale.clamp_(self._min_scale, self._max_scale)
+        self._check_scale_growth_tracker("update")
+        if new_scale is not None:
+            if isinstance(new_scale, int):
+                new_scale = float(new_scale)
+            elif isinstance(new_scale, Tensor) and new_scale.numel() == 1:
+                new_scale = new_scale.reshape(())
+            super().update(new_scale)
+            self._scale.clamp_(self._min_scale, self._max_scale)
+        else:
+            found = [value for state in self._per_optimizer_states.values() for value in self._found_of(state)]
+            if not found:
+                raise AssertionError("No inf checks were recorded prior to update.")
+            if self._dynamic:
+                self._adapt(found[0] if len(found) == 1 else torch.stack(found).amax(0))
+            self._per_optimizer_states.clear()
+        self._counters["iteration"].add_(1)
+        if self._dynamic:
+            self._floor_watch.look(self._counters["floor_steps"], list(self._rings.values()))
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        """Set the growth factor; ValueError unless it is above 1."""
+        _check_growth_factor(new_factor)
+        super().set_growth_factor(new_factor)
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        """Set the backoff factor; ValueError unless it is between 0 and 1."""
+        _check_backoff_factor(new_factor)
+        super().set_backoff_factor(new_factor)
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        """Set the growth interval; ValueError unless it is at least 1."""
+        _check_count("growth_interval", new_interval)
+        super().set_growth_interval(new_interval)
 
     def state_dict(self) -> dict[str, Any]:
         """GradScaler's entries, which a GradScaler can load, and this class's own; empty when not enabled."""
         if not self._enabled:
             return {}
-        return super().state_dict() | {
-            "dynamic": self._dynamic,
-            "min_scale": self._min_scale,
-            "max_scale": self._max_scale,
-            "overflow_steps": self.overflow_steps,
-        }
+        own = {name: getattr(self, f"_{name}") for name in OPTIONS} | self._counter_values()
+        return super().state_dict() | own | {"overflow_history": list(map(tuple, self.overflow_history()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, here or in a GradScaler; entries that only this class has may be missing.
 
         Raises:
             RuntimeError: ``state_dict`` is empty, as a disabled scaler's is.
+            ValueError: it lacks an entry that a GradScaler's has; nothing is changed.
         """
         if not self._enabled:
             return
-        lowest = state_dict.get("min_scale", self._min_scale)
-        highest = state_dict.get("max_scale", self._max_scale)
+        missing = [name for name in ENTRIES if name not in state_dict]
+        if state_dict and missing:
+            raise ValueError(f"state_dict lacks {', '.join(missing)}; it must be what a scaler's state_dict() gave")
+        own = {name: state_dict.get(name, getattr(self, f"_{name}")) for name in OPTIONS}
         if state_dict:
-            state_dict = state_dict | {"scale": min(max(state_dict["scale"], lowest), highest)}
+            scale = min(max(state_dict["scale"], own["min_scale"]), own["max_scale"])
+            state_dict = state_dict | {"scale": scale}
         super().load_state_dict(state_dict)
-        self._min_scale, self._max_scale = lowest, highest
-        self._dynamic = state_dict.get("dynamic", self._dynamic)
-        self._init_overflow_steps = state_dict.get("overflow_steps", 0)
-        if self._overflow_steps is not None:
-            self._overflow_steps.fill_(self._init_overflow_steps)
+        for name, value in own.items():
+            setattr(self, f"_{name}", value)
+        self._floor_watch = FloorWatch(self._patience, self._min_scale)
+        self._init_counters = {name: state_dict.get(name, value) for name, value in self._fresh_counters().items()}
+        for name, counter in (self._counters or {}).items():
+            counter.fill_(self._init_counters[name])
+        self._rings.clear()
+        self._loaded_history = [OverflowStep(*step) for step in state_dict.get("overflow_history", [])]
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_init_overflow_steps": self.overflow_steps, "_overflow_steps": None}
+        return super().__getstate__() | {
+            "_init_counters": self._counter_values(),
+            "_counters": None,
+            "_loaded_history": self.overflow_history(),
+            "_rings": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_rings": WeakKeyDictionary()})
+
+    def _fresh_counters(self) -> dict[str, int]:
+        return dict.fromkeys(COUNTERS, 0) | {"iteration": 1, "hysteresis_left": self._hysteresis}
+
+    def _counter_values(self) -> dict[str, int]:
+        if self._counters is None:
+            return dict(self._init_counters)
+        return {name: int(counter) for name, counter in self._counters.items()}
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         super()._lazy_init_scale_growth_tracker(dev)
-        self._overflow_steps = torch.full((), self._init_overflow_steps, dtype=torch.int64, device=dev)
+        self._counters = {
+            name: torch.full((), value, dtype=torch.int64, device=dev) for name, value in self._init_counters.items()
+        }
+
+    def _adapt(self, found_inf: Tensor) -> None:
+        """Move the scale and its counters by one iteration."""
+        overflowed = found_inf > 0
+        before = self._scale.clone() if self._hysteresis > 1 else None
+        torch._amp_update_scale_(
+            self._scale,
+            self._growth_tracker,
+            found_inf,
+            self._growth_factor,
+            self._backoff_factor,
+            self._growth_interval,
+        )
+        if before is not None:
+            left = self._counters["hysteresis_left"]
+            left.sub_(overflowed.long()).clamp_(min=0)
+            self._scale.copy_(torch.where(overflowed & (left > 0), before, self._scale))
+            # The tracker of finite steps is at zero after one only where the scale has just grown.
+            restored = ~overflowed if self._consecutive_hysteresis else ~overflowed & (self._growth_tracker == 0)
+            left.masked_fill_(restored, self._hysteresis)
+        self._scale.clamp_(self._min_scale, self._max_scale)
+        at_floor = self._counters["floor_steps"]
+        # Counted from an overflow on: a scale that merely starts at its floor needs no cure.
+        counts = (self._scale <= self._min_scale) & (overflowed | (at_floor > 0))
+        at_floor.add_(1).mul_(counts)
+
+    def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count and attribute what the step of ``optimizer`` found."""
+        state = self._per_optimizer_states[id(optimizer)]
+        if state.get("found_by_step"):
+            state["found_inf_per_device"] = {optimizer.last_found_inf.device: optimizer.last_found_inf}
+            state["nonfinite"] = optimizer.last_nonfinite
+        found = self._found_of(state)
+        if not found:
+            return
+        overflowed = (found[0] if len(found) == 1 else torch.stack(found).amax(0)) > 0
+        self._counters["overflow_steps"].add_(overflowed)
+        ring = self._rings.get(optimizer)
+        if ring is None:
+            ring = self._rings[optimizer] = OverflowRing(optimizer, self._scale.device)
+        ring.record(optimizer, state["nonfinite"], overflowed, self._counters["iteration"])
+
+    def _found_of(self, state: dict[str, Any]) -> list[Tensor]:
+        """What was found for one optimizer, on the scale's device."""
+        return [found.to(self._scale.device, non_blocking=True) for found in state["found_inf_per_device"].values()]
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        found = {}
-        for device, (ours, others) in _gradients(optimizer).items():
+        found, nonfinite = {}, []
+        for device, gradients in gradients_of(optimizer).items():
             found[device] = found_inf.to(device, non_blocking=True, copy=True)
             local_inv_scale = inv_scale.to(device, non_blocking=True)
-            unscale_(ours, local_inv_scale, found[device])
-            for same in others:
+            counts = torch.zeros(len(gradients.ours), dtype=torch.int64, device=device)
+            nonfinite += [(gradients.params, counts), *gradients.count_others()]
+            unscale_(gradients.ours, local_inv_scale, found[device], counts)
+            for same in gradients.others.values():
                 torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], local_inv_scale)
+        self._per_optimizer_states[id(optimizer)]["nonfinite"] = nonfinite
         return found
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
         self._check_scale_growth_tracker("_check_inf_per_device")
-        found = {}
-        for device, (ours, others) in _gradients(optimizer).items():
-            found[device] = torch.zeros((), dtype=torch.float32, device=device)
-            if ours:
-                found[device] += grad_stats(ours)[1].any()
-            for same in others:
-                one = torch.ones((), dtype=torch.float32, device=device)
-                torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], one)
-        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+        state = self._per_optimizer_states[id(optimizer)]
+        found, nonfinite = {}, []
+        if getattr(optimizer, "finds_overflows", False):
+            state["found_by_step"] = has_gradient(optimizer)
+            if state["found_by_step"]:
+                found[self._scale.device] = torch.zeros_like(self._scale)
+        else:
+            for device, gradients in gradients_of(optimizer).items():
+                counts = grad_stats(gradients.ours)[1] if gradients.ours else torch.zeros(0, device=device)
+                nonfinite += [(gradients.params, counts), *gradients.count_others()]
+                found[device] = counts.any().float()
+                for same in gradients.others.values():
+                    one = torch.ones((), dtype=torch.float32, device=device)
+                    torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], one)
+        state["found_inf_per_device"], state["nonfinite"] = found, nonfinite
         return found
 
 
-@torch.no_grad()
-def _gradients(
-    optimizer: torch.optim.Optimizer,
-) -> dict[torch.device, tuple[list[Tensor], list[list[Tensor]]]]:
-    """By device, the gradients that mixft's ops take, and the rest, FP64 and tensor subclasses, by dtype."""
-    ours: dict[torch.device, list[Tensor]] = defaultdict(list)
-    others: dict[torch.device, dict[torch.dtype, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if param.grad.is_sparse and param.grad.dtype is torch.float16:
-                # The values of one index may overflow only in their sum, so that is what has to be checked.
-                param.grad = param.grad.coalesce()
-            grad = param.grad._values() if param.grad.is_sparse else param.grad
-            if grad.dtype in FLOATS and type(grad) is Tensor:
-                ours[grad.device].append(grad)
-            else:
-                others[grad.device][grad.dtype].append(grad)
-    return {device: (ours[device], list(others[device].values())) for device in dict.fromkeys([*ours, *others])}
+def _check_growth_factor(factor: float) -> None:
+    if not factor > 1:
+        raise ValueError(f"growth_factor must be above 1; it is {factor}")
+
+
+def _check_backoff_factor(factor: float) -> None:
+    if not 0 < factor < 1:
+        raise ValueError(f"backoff_factor must be between 0 and 1; it is {factor}")
+
+
+def _check_count(name: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1; it is {count}")

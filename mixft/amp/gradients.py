@@ -1,0 +1,65 @@
+"""An optimizer's gradients, sorted by who can check and unscale them."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mixft.ops.validation import FLOATS
+
+from .overflow import Counts
+
+
+@dataclass
+class Gradients:
+    """An optimizer's gradients on one device.
+
+    Attributes:
+        params: parameters whose gradients mixft's ops take.
+        ours: those gradients.
+        others: the rest, FP64 and tensor subclasses, by dtype.
+        plain: (parameter, gradient) of those of the rest that are plain tensors, whose elements can be counted.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    ours: list[Tensor] = field(default_factory=list)
+    others: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
+    plain: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def count_others(self) -> list[Counts]:
+        """NaN and Inf elements of the plain tensors among the others."""
+        if not self.plain:
+            return []
+        counts = [grad.numel() - grad.isfinite().sum() for _, grad in self.plain]
+        return [([param for param, _ in self.plain], torch.stack(counts))]
+
+
+@torch.no_grad()
+def gradients_of(optimizer: torch.optim.Optimizer) -> dict[torch.device, Gradients]:
+    """The gradients of ``optimizer`` by device; sparse ones by their values."""
+    found: dict[torch.device, Gradients] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                if grad.dtype is torch.float16:
+                    # The values of one index may overflow only in their sum, so that is what has to be checked.
+                    grad = param.grad = grad.coalesce()
+                grad = grad._values()
+            here = found.get(grad.device)
+            if here is None:
+                here = found[grad.device] = Gradients()
+            if grad.dtype in FLOATS and type(grad) is Tensor:
+                here.params.append(param)
+                here.ours.append(grad)
+            else:
+                here.others.setdefault(grad.dtype, []).append(grad)
+                if type(grad) is Tensor:
+                    here.plain.append((param, grad))
+    return found
+
+
+def has_gradient(optimizer: torch.optim.Optimizer) -> bool:
+    return any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
