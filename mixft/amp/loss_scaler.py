@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mixft.ops import grad_stats, unscale_
+from mixft.ops import grad_scalars, unscale_
 
 from .floor_watch import FloorWatch
 from .gradients import gradients_of, has_gradient
@@ -331,9 +331,11 @@ class LossScaler(torch.amp.GradScaler):
                 found[self._scale.device] = torch.zeros_like(self._scale)
         else:
             for device, gradients in gradients_of(optimizer).items():
-                counts = grad_stats(gradients.ours)[1] if gradients.ours else torch.zeros(0, device=device)
-                nonfinite += [(gradients.params, counts), *gradients.count_others()]
-                found[device] = counts.any().float()
+                found[device] = torch.zeros((), dtype=torch.float32, device=device)
+                if gradients.ours:
+                    _, _, found[device], counts = grad_scalars(gradients.ours)
+                    nonfinite.append((gradients.params, counts))
+                nonfinite += gradients.count_others()
                 for same in gradients.others.values():
                     one = torch.ones((), dtype=torch.float32, device=device)
                     torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], one)
