@@ -8,6 +8,7 @@ import torch
 from mixft.benchmarks import machine, registry, timing
 from mixft.benchmarks.case import Case, Missing, each
 from mixft.benchmarks.machine import Machine
+from mixft.benchmarks.recording import Row
 from mixft.cli import bench_table, main
 from mixft.cli.bench import select
 
@@ -128,6 +129,17 @@ def test_cases_are_chosen_by_name_family_or_pattern():
     assert select(names, ["linear"]) == {"linear/1", "linear/16"}
     assert select(names, ["linear/1", "adamw/*"]) == {"linear/1", "adamw/fp32"}
     assert select(names, ["*"]) == set(names)
+
+
+def test_a_case_that_does_not_fit_the_screen_goes_on_below_its_ratios():
+    ours = Row("toy/5", "toy", "mixft", "timed", seconds=1e-3, floor_fraction=0.5)
+    ratio = {"seconds": 2e-3, "speedup": 2.0, "speedup_low": 1.9, "speedup_high": 2.1}
+    others = [Row("toy/5", "toy", f"peer {number}", "timed", **ratio) for number in range(6)]
+    lines = str(bench_table.case_line([ours, *others], width=8, screen=80)).split("\n")
+    assert lines[0].startswith("toy/5        1.000       50%  peer 0 2.00x ±5%  peer 1 2.00x ±5%")
+    assert len(lines) == 3
+    assert all(len(line) <= 80 for line in lines)
+    assert all(line.startswith(" " * 30 + "peer") for line in lines[1:])
 
 
 def test_ratios_are_coloured_only_where_they_differ_from_1():

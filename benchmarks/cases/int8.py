@@ -199,7 +199,7 @@ SCHEMES = {
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 CPU, GPU = {"devices": ("cpu",)}, {"devices": ("cuda",)}
 WIDENS = "a CPU has no product of float and int8 in torch, so the weight is widened at every call; use mode='dynamic'"
-PACKED = "torch.ao packs weights ahead and gives all rows of the input one scale; a row of 384 is mostly calls"
+PACKED = "torch.ao packs weights ahead and gives the whole input one scale; small layers are mostly calls"
 
 CASES = (
     int8_matmul(512, 768, 3072, SINGLE, **CPU),

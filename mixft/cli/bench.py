@@ -71,7 +71,7 @@ def bench(
             progress.update(task, description=case.name)
             rows = measure(case, machine=recording.machine)
             recording.rows.extend(rows)
-            console.print(bench_table.case_line(rows, width))
+            console.print(bench_table.case_line(rows, width, console.width))
             progress.advance(task)
             if json is not None:
                 recording.write(json)  # after every case: a run cut short leaves what it has

@@ -34,16 +34,28 @@ def preface(recording: Recording) -> str:
     )
 
 
-def case_line(rows: Sequence[Row], width: int) -> Text:
-    """One case in one line: mixft's time, its share of the floor, and the ratio to every peer that was timed."""
+def case_line(rows: Sequence[Row], width: int, screen: int) -> Text:
+    """One case: mixft's time, its share of the floor, and the ratio to every peer that was timed.
+
+    Args:
+        rows: of the case, mixft's first.
+        width: of the column of names.
+        screen: characters in a line; what does not fit goes on below the ratios.
+    """
     ours, *others = rows
     line = Text(f"{ours.case:<{width}}")
     if ours.status == "timed":
         line.append(f"{ours.seconds * 1e3:>10.3f}{ours.floor_fraction:>10.0%}  ")
     else:
         line.append(f"  {_excuse(ours)}  ", "bold red" if ours.status == "wrong" else "red")
-    parts = [part for row in others if (part := _against(row)) is not None]
-    line.append(Text(", ").join(parts))
+    indent = used = width + 22
+    for part in filter(None, map(_against, others)):
+        if used > indent and used + len(part) > screen:
+            line.append("\n" + " " * indent)
+            used = indent
+        line.append(part).append("  ")
+        used += len(part) + 2
+    line.rstrip()
     return line
 
 
