@@ -153,9 +153,9 @@ def test_nothing_reads_the_device_with_an_optimizer_that_unscales(monkeypatch):
 
     for reader in ("item", "__bool__", "__float__", "__int__", "tolist"):
         monkeypatch.setattr(torch.Tensor, reader, refuse)
-    monkeypatch.setattr(
-        "mixft.amp.loss_scaler.grad_stats", lambda grads: (None, torch.zeros(len(grads), dtype=torch.int64))
-    )
+    zero = torch.zeros(())
+    found = (zero, zero, zero, torch.zeros(1, dtype=torch.int64))
+    monkeypatch.setattr("mixft.amp.loss_scaler.grad_scalars", lambda grads: found)
     scaler.step(optimizer)
     scaler.update()
 
