@@ -1,0 +1,149 @@
+"""Tables on the device: kept by content, made for one stream, and made in a CUDA graph from memory set aside before."""
+
+import pytest
+import torch
+from conftest import HAS_GPU
+from step_problems import RULES, Problem, scalar
+
+from mixft.kernels import device_cache
+from mixft.kernels.multi_tensor import counts_for, programs_for, table_for
+from mixft.ops import grad_scalars
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """A cache of its own, with the stream and the state of capturing set by hand; nothing touches a GPU."""
+    state = {"stream": 1, "capturing": False}
+    monkeypatch.setattr(device_cache, "_entries", type(device_cache._entries)())
+    monkeypatch.setattr(device_cache, "_kept_for_graphs", [])
+    monkeypatch.setattr(device_cache, "_reserved", {})
+    monkeypatch.setattr(device_cache, "_stream", lambda device: state["stream"])
+    monkeypatch.setattr(device_cache, "capturing", lambda device: state["capturing"])
+    monkeypatch.setattr(device_cache, "_pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+    return state
+
+
+def make(key, device):
+    return [key]
+
+
+def test_an_entry_is_kept_for_its_stream(streams):
+    first = device_cache.cached(make, "a", GPU)
+    assert device_cache.cached(make, "a", GPU) is first
+    assert device_cache.cached(make, "b", GPU) is not first
+    streams["stream"] = 2
+    assert device_cache.cached(make, "a", GPU) is not first
+
+
+def test_the_oldest_entry_goes_first(streams):
+    first = device_cache.cached(make, 0, GPU)
+    for key in range(1, device_cache.ENTRIES):
+        device_cache.cached(make, key, GPU)
+    assert device_cache.cached(make, 0, GPU) is first
+    device_cache.cached(make, "new", GPU)
+    assert device_cache.cached(make, 0, GPU) is first
+    assert len(device_cache._entries) == device_cache.ENTRIES
+
+
+def test_a_capture_takes_what_another_stream_has_and_keeps_it(streams):
+    first = device_cache.cached(make, "a", GPU)
+    streams.update(stream=2, capturing=True)
+    assert device_cache.cached(make, "a", GPU) is first
+    streams["stream"] = 1
+    assert device_cache.cached(make, "a", GPU) is first
+    assert device_cache._kept_for_graphs == [first, first]
+
+
+def test_what_a_capture_makes_is_not_for_others(streams):
+    streams["capturing"] = True
+    inside = device_cache.cached(make, "a", GPU)
+    assert device_cache._kept_for_graphs == [inside]
+    streams["capturing"] = False
+    assert device_cache.cached(make, "a", GPU) is not inside
+
+
+def test_the_source_of_a_table_made_in_a_capture_was_set_aside_and_stays(streams, monkeypatch):
+    table = torch.arange(1000).reshape(10, 100)
+    device_cache._set_aside(table.nbytes)
+    reserved = device_cache._reserved["pinned"]
+    streams["capturing"] = True
+    monkeypatch.setattr(torch.Tensor, "to", lambda source, device, non_blocking: source)
+    first = device_cache.to_device(table, GPU)
+    second = device_cache.to_device(table.int() + 1, GPU)
+    assert torch.equal(first, table)
+    assert torch.equal(second, table.int() + 1)
+    assert first.data_ptr() == reserved.data_ptr()
+    assert second.data_ptr() == reserved.data_ptr() + table.nbytes
+    assert len(device_cache._kept_for_graphs) == 2
+
+
+def test_a_capture_without_a_step_before_is_refused(streams):
+    streams["capturing"] = True
+    with pytest.raises(RuntimeError, match="take one step like it before the capture"):
+        device_cache.to_device(torch.zeros(3), GPU)
+
+
+def test_memory_is_set_aside_for_eight_tables_of_the_size(streams):
+    device_cache._set_aside(10)
+    assert device_cache._reserved["pinned"].nbytes == device_cache.RESERVE
+    device_cache._set_aside(device_cache.RESERVE)
+    assert device_cache._reserved["pinned"].nbytes == 16 * device_cache.RESERVE
+
+
+def test_replays_share_no_counters(streams, monkeypatch):
+    outside = programs_for([3, 40000], 16384, CPU)
+    assert outside.tensor.tolist() == [0, 1, 1, 1]
+    assert outside.chunk.tolist() == [0, 0, 1, 2]
+    assert programs_for([3, 40000], 16384, CPU).tickets is outside.tickets
+    assert counts_for(3, CPU) is counts_for(3, CPU)
+    monkeypatch.setattr("mixft.kernels.multi_tensor.capturing", lambda device: True)
+    inside = programs_for([3, 40000], 16384, CPU)
+    assert inside.tensor is outside.tensor
+    assert inside.tickets is not outside.tickets
+    assert counts_for(3, CPU) is not counts_for(3, CPU)
+
+
+def test_chunks_beyond_2_to_the_31_elements():
+    """The offset of a chunk is its number times the chunk's size at 64 bits; the number itself fits 32."""
+    programs = programs_for([2**31 + 5, 7], 16384, CPU)
+    assert programs.count == 2**17 + 2
+    assert programs.chunk[2**17].item() == 2**17
+    assert programs.chunk[2**17].item() * 16384 == 2**31
+    assert programs.tensor[-1].item() == 1
+    assert table_for([[2**31 + 5, 7], [2**40, 2**41]], CPU).tolist() == [[2**31 + 5, 2**40], [7, 2**41]]
+
+
+if HAS_GPU:
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("state", ["fp32", "codes"])
+    def test_a_captured_step_replays_as_eager_steps(state):
+        torch.manual_seed(0)
+        shapes = [(1000,), (17,), (40000,)]
+        eager = Problem(RULES["adamw"], GPU, shapes, torch.bfloat16, master="split", state=state)
+        graphed = Problem(RULES["adamw"], GPU, shapes, torch.bfloat16, master="split", state=state)
+        graphed.tensors = eager.snapshot()
+        lr = scalar(0.01, GPU)
+
+        def step(problem):
+            found = grad_scalars(problem.tensors["grads"], max_norm=1.0)
+            problem.run(lr=lr, clip_coef=found.clip_coef, found_inf=found.found_inf)
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step(graphed)
+        torch.cuda.synchronize()
+        # Gradients that have moved since: their table is made inside the capture.
+        graphed.tensors["grads"] = [grad.clone() for grad in graphed.tensors["grads"]]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(graphed)
+        for _ in range(3):
+            graph.replay()
+        for _ in range(4):
+            step(eager)
+        torch.cuda.synchronize()
+        for name in ("params", "masters", "exp_avgs", "exp_avg_sqs", "steps"):
+            assert all(map(torch.equal, graphed.tensors[name], eager.tensors[name])), name

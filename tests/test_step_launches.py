@@ -1,0 +1,117 @@
+"""How much a whole step launches and asks of the host: two kernels a dtype, and nothing that waits."""
+
+import pytest
+import torch
+from step_problems import RULES, Problem, scalar
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixft.ops import grad_scalars
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of the kernels launched, in order."""
+    if torch.cuda.is_available():
+        from triton.runtime.jit import JITFunction as Kernel
+    else:
+        from triton.runtime.interpreter import InterpretedFunction as Kernel
+    names, run = [], Kernel.run
+
+    def counted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+    monkeypatch.setattr(Kernel, "run", counted)
+    return names
+
+
+def launched_by_a_step(problem, launches):
+    launches.clear()
+    found = grad_scalars(problem.tensors["grads"], inv_scale=scalar(0.5, problem.device), max_norm=1.0)
+    problem.run(inv_scale=scalar(0.5, problem.device), clip_coef=found.clip_coef, found_inf=found.found_inf)
+    return launches
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_two_launches_for_fifty_tensors_of_one_dtype(launches, rule):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = "codes" if RULES[rule].lists else "fp32"
+    problem = Problem(RULES[rule], device, [(17,)] * 50, torch.bfloat16, master="split", state=state)
+    assert launched_by_a_step(problem, launches) == ["grad_scalars_kernel", "optimizer_step_kernel"]
+
+
+def test_one_more_of_each_for_another_dtype(launches):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = Problem(RULES["adamw"], device, [(17,)] * 4, torch.float16, torch.float16, "fp32")
+    problem.tensors["params"][2:] = [param.bfloat16() for param in problem.tensors["params"][2:]]
+    problem.tensors["grads"][2:] = [grad.bfloat16() for grad in problem.tensors["grads"][2:]]
+    assert sorted(launched_by_a_step(problem, launches)) == ["grad_scalars_kernel"] * 2 + ["optimizer_step_kernel"] * 2
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_else_runs_on_the_device(launches):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = Problem(RULES["adamw"], device, [(17,)] * 3, torch.bfloat16, master="split", state="codes")
+    scalars = {"inv_scale": scalar(0.5, device), "found_inf": scalar(0.0, device)}
+    problem.run(**scalars)
+    with Operators() as seen:
+        found = grad_scalars(problem.tensors["grads"], max_norm=1.0)
+        problem.rule.op(**problem.tensors, lr=scalars["inv_scale"], clip_coef=found.clip_coef)
+    harmless = {"aten::empty", "aten::new_empty", "aten::unbind", "aten::unbind.int", "aten::detach"}
+    ours = {"mixft::gradient_scalars", "mixft::adamw_step_"}
+    assert set(seen.names) <= harmless | ours, set(seen.names)
+
+
+def test_elements_beyond_2_to_the_31():
+    """The last chunk of a tensor that is said to be that long: only its own elements exist."""
+    from mixft.kernels import optimizer_step as kernels
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chunk, left, before = 16384, 17, 2**31
+    param, grad = torch.ones(left, device=device), torch.ones(left, device=device)
+    step, tickets = scalar(0.0, device), torch.full((1,), before // chunk, device=device)
+    row = [before + left, step.data_ptr(), param.data_ptr() - 4 * before, grad.data_ptr() - 4 * before]
+    table = torch.tensor([row + [0] * (kernels.COLUMNS.value - len(row))], device=device)
+    index = torch.tensor([before // chunk], dtype=torch.int32, device=device)
+    rule = dict.fromkeys(kernels.HYPERPARAMETERS) | {"weight_decay": 0.0}
+    kernels.optimizer_step_kernel[(1,)](
+        table,
+        torch.zeros_like(index),
+        index,
+        tickets,
+        scalar(0.25, device),
+        None,
+        None,
+        None,
+        *rule.values(),
+        RULE="sgd",
+        PARAM_TYPE=kernels.TRITON_TYPES[torch.float32],
+        GRAD_TYPE=kernels.TRITON_TYPES[torch.float32],
+        MASTER="none",
+        STATE="none",
+        AMSGRAD=False,
+        DECOUPLED=False,
+        NESTEROV=False,
+        MAXIMIZE=False,
+        STOCHASTIC=False,
+        ALIGNED=False,
+        CHUNK=chunk,
+        BLOCK=1024,
+    )
+    assert (param == 0.75).all()
+    assert step.item() == 1.0
+    assert tickets.item() == 0
