@@ -33,8 +33,11 @@ bench: $(INSTALLED)
 RESULTS ?= benchmarks/results
 DEVICE ?= cuda
 BUDGET ?= 530
+STAGES ?= doctor,tests,bench,tune
+CASES ?= *
 gpu:
-	$(PYTHON) benchmarks/gpu.py --results $(RESULTS) --device $(DEVICE) --budget $(BUDGET) $(if $(QUICK),--quick)
+	$(PYTHON) benchmarks/gpu.py --results $(RESULTS) --device $(DEVICE) --budget $(BUDGET) $(if $(QUICK),--quick) \
+		--stages $(STAGES) --cases "$(CASES)"
 
 # README.md, docs/benchmarks.md and docs/plots/ from benchmarks/results/.
 tables: $(INSTALLED)

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,10 +30,17 @@ PYTHON = [sys.executable, "-c"]
 MIXFT = [*PYTHON, "import sys; from mixft.cli import main; sys.exit(main())"]
 INVENTORY = """
 import json, sys, torch
+from fnmatch import fnmatchcase
+from itertools import chain, zip_longest
 from mixft.benchmarks import registry, revision
 from mixft.cli.environment import environment
-device = torch.device(sys.argv[1])
-cases = [case.name for case in registry.cases_for(device) if not (case.long and sys.argv[2] == "quick")]
+device, quick, patterns = torch.device(sys.argv[1]), sys.argv[2] == "quick", sys.argv[3:]
+families = {}
+for case in registry.cases_for(device):
+    if any(fnmatchcase(case.name, pattern) for pattern in patterns) and not (case.long and quick):
+        families.setdefault(case.family, []).append(case.name)
+# One of each family in turn: a run that is cut off has some of every kind.
+cases = [name for name in chain.from_iterable(zip_longest(*families.values())) if name]
 print(json.dumps({"environment": {**environment(device), "commit": revision.commit()}, "cases": cases}))
 """
 SUMMARY = """
@@ -41,7 +49,7 @@ from mixft.benchmarks import tables
 recording = json.load(open(sys.argv[1]))["recording"]
 print(tables.machine(recording), tables.summary(recording), sep="\\n")
 """
-# Shares of the time, in the order that the stages run.
+# Shares of the time, in the order that the stages run. The first two are part of every run.
 SHARES = {"install": 30, "inventory": 20, "doctor": 40, "tests": 160, "bench": 200, "tune": 80}
 GRACE = 8.0  # seconds that a process has to write what it has, after it was asked to stop
 OUTPUT = 6000  # characters of a stage's output that are kept, from its end
@@ -91,9 +99,10 @@ def _stop(process: subprocess.Popen) -> None:
 class Session:
     """One run of ``make gpu``: the time that is left, and the file that every stage adds to."""
 
-    def __init__(self, path: Path, device: str, budget: float):
+    def __init__(self, path: Path, device: str, budget: float, stages: Sequence[str] = tuple(SHARES)):
         self.path = path
         self.device = device
+        self.stages = stages
         self.deadline = time.monotonic() + budget
         self.document = {
             "environment": None,
@@ -107,7 +116,7 @@ class Session:
     def limit(self, name: str) -> float:
         """Seconds for a stage: its share of the time left, the shares of those after it kept back."""
         names = list(SHARES)
-        ahead = sum(SHARES[later] for later in names[names.index(name) :])
+        ahead = sum(SHARES[later] for later in names[names.index(name) :] if later in self.stages)
         return max(0.0, self.deadline - time.monotonic()) * SHARES[name] / ahead
 
     def add(self, outcome: Outcome) -> Outcome:
@@ -123,8 +132,9 @@ class Session:
         draft.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, self.path)
 
-    def stage(self, name: str, command: list[str], fine: tuple[int, ...] = (0,)) -> Outcome:
-        return self.add(run_stage(name, command, self.limit(name), fine))
+    def stage(self, name: str, command: list[str], fine: tuple[int, ...] = (0,)) -> None:
+        if name in self.stages:
+            self.add(run_stage(name, command, self.limit(name), fine))
 
     def skip(self, name: str, reason: str) -> None:
         self.add(Outcome(name, "skipped", 0.0, None, reason))
@@ -180,12 +190,12 @@ def tune(session: Session) -> None:
     session.add(outcome)
 
 
-def run_all(session: Session, quick: bool) -> int:
-    """Every stage in order; returns the exit code."""
+def run_all(session: Session, quick: bool, patterns: Sequence[str] = ("*",)) -> int:
+    """Every stage in order, with the cases whose names match ``patterns``; returns the exit code."""
     on_gpu = session.device.startswith("cuda")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "-e", "."]
     session.stage("install", pip)
-    what = [*PYTHON, INVENTORY, session.device, "quick" if quick else "all"]
+    what = [*PYTHON, INVENTORY, session.device, "quick" if quick else "all", *patterns]
     inventory = run_stage("inventory", what, session.limit("inventory"))
     found = {"environment": None, "cases": []}
     if inventory.status == "done":
@@ -197,13 +207,13 @@ def run_all(session: Session, quick: bool) -> int:
     workers = ["-n", "8"] if on_gpu and importlib.util.find_spec("xdist") else []
     tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", *workers]
     session.stage("tests", tests, fine=(0,) if on_gpu else (0, NO_TESTS))
-    if found["cases"]:
+    if "bench" in session.stages and found["cases"]:
         benchmark(session, found["cases"], ["--quick"] if quick else [])
-    else:
-        session.skip("bench", "mixft does not import: see the stage inventory")
-    if on_gpu:
+    elif "bench" in session.stages:
+        session.skip("bench", "the stage inventory found no case")
+    if "tune" in session.stages and on_gpu:
         tune(session)
-    else:
+    elif "tune" in session.stages:
         session.skip("tune", f"launch configurations are measured on a GPU, and --device is {session.device}")
     if session.document["recording"] is not None:
         print(run_stage("summary", [*PYTHON, SUMMARY, str(session.path)], 3 * GRACE).output)
@@ -217,14 +227,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON file")
     parser.add_argument("--budget", type=float, default=530, help="seconds in all; default 530")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and cases of the benchmarks")
+    parser.add_argument("--stages", default=",".join(SHARES), help="some of them, with commas; default all")
+    parser.add_argument("--cases", default="*", help="patterns of benchmark cases, with commas; default all")
     given = parser.parse_args(arguments)
+    stages = [*list(SHARES)[:2], *given.stages.split(",")]
+    unknown = [stage for stage in stages if stage not in SHARES]
+    if unknown:
+        parser.error(f"there is no stage {unknown[0]!r}; there are {', '.join(SHARES)}")
     given.results.mkdir(parents=True, exist_ok=True)
     name = f"{given.device.replace(':', '')}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
-    session = Session(given.results.resolve() / name, given.device, given.budget)
+    session = Session(given.results.resolve() / name, given.device, given.budget, stages)
     # A machine that is taken away says so with SIGTERM: stop as for Ctrl-C, with the file as it is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return run_all(session, given.quick)
+        return run_all(session, given.quick, given.cases.split(","))
     except KeyboardInterrupt:
         print(f"stopped; what there is: {session.path}", file=sys.stderr)
         return 130

@@ -14,10 +14,16 @@ from .peers import quiet
 from .recording import Row
 from .timing import Effort, host_seconds, quartiles, ratios, sampler, take_turns
 
+try:
+    from triton import TritonError  # a kernel that does not compile; no subclass of RuntimeError
+except ModuleNotFoundError:
+    TritonError = RuntimeError
+
 COMPILED = "compile"
 # What other people's code raises where it does not serve a case; a bug of theirs must not end the run either.
 FAILURES = (
-    AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError
+    AssertionError, AttributeError, ImportError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError,
+    TritonError,
 )  # fmt: skip
 HOST_ROUNDS = 7
 

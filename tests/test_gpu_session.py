@@ -147,6 +147,40 @@ def test_every_stage_runs_and_the_exit_code_says_whether_one_failed(monkeypatch,
     assert json.loads(session.path.read_text())["environment"] == {"commit": "abc"}
 
 
+def test_chosen_stages_share_the_time_and_no_other_runs(monkeypatch, tmp_path):
+    ran = {}
+
+    def stage(name, command, limit, fine=(0,)):
+        ran[name] = limit
+        return Outcome(name, "done", 1.0, 0, json.dumps({"environment": {}, "cases": []}))
+
+    monkeypatch.setattr(gpu, "run_stage", stage)
+    assert main(["--results", str(tmp_path), "--budget", "130", "--stages", "tune"]) == 0
+    assert list(ran) == ["install", "inventory", "tune"]
+    assert ran["install"] == pytest.approx(130 * 30 / (30 + 20 + 80), rel=0.02)
+
+
+def test_an_unknown_stage_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--results", str(tmp_path), "--stages", "tests,benchmarks"])
+    assert "there is no stage 'benchmarks'; there are install," in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def inventory(*arguments: str) -> dict:
+    run = subprocess.run([sys.executable, "-c", gpu.INVENTORY, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_the_inventory_takes_one_case_of_each_family_in_turn():
+    found = inventory("cpu", "quick", "linear/*", "unscale/*")
+    families = [name.split("/")[0] for name in found["cases"]]
+    assert families[:4] == ["linear", "unscale", "linear", "unscale"]
+    assert set(families[4:]) == {"linear"}
+    assert {"torch", "commit"} <= set(found["environment"])
+
+
 def test_without_the_inventory_the_rest_still_runs(monkeypatch, session):
     ran = []
 
@@ -167,7 +201,7 @@ def test_the_file_is_one_of_the_results(session):
 
 
 def test_a_request_to_end_leaves_the_file(tmp_path, monkeypatch, capsys):
-    def ended(session, quick):
+    def ended(session, quick, patterns):
         session.write()
         signal.raise_signal(signal.SIGTERM)
 
