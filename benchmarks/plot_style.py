@@ -29,6 +29,7 @@ STYLES = {
     "by hand, fused": (YELLOW, "////"),
     "by hand, foreach": (YELLOW, "...."),
     "torch.compile": (SKY, ""),
+    "torch AMP": (SKY, "////"),
     "torch.ao": (VERMILION, ""),
     "torchao": (GREEN, ""),
     "torchao+compile": (GREEN, "////"),

@@ -106,12 +106,15 @@ def device_section(results: Results, kind: str, command: str) -> str:
         return RECORD.format(command=command)
     names = plots(results)
     parts = [tables.machine(found), tables.summary(found)]
-    parts += [f"![{name}](plots/{kind}-{name}.png)" for name in PLOTS if f"{kind}-{name}.png" in names]
+    for name in PLOTS:
+        parts += [f"![{name}](plots/{kind}-{name}.png)"] if f"{kind}-{name}.png" in names else []
+        parts += [tables.memory_table(found)] if name == "memory" and f"{kind}-memory.png" in names else []
     for family in dict.fromkeys(row["family"] for row in found["rows"]):
         parts.append(f"### {family}\n\n{tables.family_table(found, family)}")
         if f"{kind}-{family}.png" in names:
             parts.append(f"![{family}](plots/{kind}-{family}.png)")
-    left_out = tables.without_times(found)
+    reasons, left_out = tables.reasons_if_slower(found), tables.without_times(found)
+    parts += [f"### Why a peer is faster\n\n{reasons}"] if reasons else []
     parts += [f"### Without a time\n\n{left_out}"] if left_out else []
     return "\n\n".join(parts)
 

@@ -41,10 +41,17 @@ AIMS = (
     Aim("gradient norm and overflow check", "cuda", "≥ 4x torch", ("grad_stats/*",)),
     Aim("gradient norm and overflow check", "cuda", "≥ 90% of the floor", ("grad_stats/*",), None),
     Aim("AdamW step, FP32", "cuda", "≥ 1.0x torch fused", ("optimizer_step/adamw-fp32",), "torch fused"),
-    Aim("AdamW step, split masters, int8 states", "cuda", "≥ 2x torch fused", ("*split*int8*",), "torch fused"),
+    Aim(
+        "AdamW step, split masters, int8 states",
+        "cuda",
+        "≥ 2x torch fused on FP32 copies",
+        ("optimizer_step/adamw-*split-int8",),
+        "by hand, fused",
+    ),
     Aim("quantize", "cuda", "≥ 90% of the floor", ("quantize/*",), None),
     Aim("quantize", "cuda", "≥ 1.0x bitsandbytes", ("quantize/*",), "bitsandbytes"),
     Aim("int8 training of a linear layer", "cuda", "≥ 1.5x torch in 16 bits", ("int8_training/*",)),
+    Aim("int8 training step, 12-layer BERT", "cuda", "≥ 1.25x torch.compile", ("*/bert-12*-int8",), "torch.compile"),
     Aim("distillation loss", "cuda", "≥ 1.54x Liger", ("*distillation*",), "liger-kernel"),
     Aim("int8 linear layer, 128 rows and more", "cpu", "≥ 3.5x FP32", ("int8_linear/[125][0-9][0-9]*x*-fp32",)),
     Aim("FP16 linear layer", "cpu", "≥ 4x torch", ("linear/*-fp16",)),
@@ -86,21 +93,47 @@ def summary(recording: dict) -> str:
 
 
 def family_table(recording: dict, family: str) -> str:
-    """A row a case: mixft's median time, its share of the floor, and what each peer does beside it."""
+    """A row a case: mixft's median time, tokens a second, share of the floor, and what each peer does beside it."""
     rows = [row for row in recording["rows"] if row["family"] == family]
     peers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != OURS]
-    lines = [
-        f"| {' | '.join(['case', 'mixft ms', 'of the floor', *peers])} |",
-        "|" + "---|" * (3 + len(peers)),
-    ]
+    has_tokens = any(row["tokens"] for row in rows)
+    columns = ["case", "mixft ms", *(["tokens/s"] if has_tokens else []), "of the floor", *peers]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for case in dict.fromkeys(row["case"] for row in rows):
         found = {row["provider"]: row for row in rows if row["case"] == case}
         ours = found[OURS]
         timed = ours["status"] == "timed"
-        cells = [case, f"{ours['seconds'] * 1e3:,.3f}", f"{ours['floor_fraction']:.0%}"] if timed else [case, "", ""]
-        cells[1] = cells[1] or ours["status"]
+        cells = [case, f"{ours['seconds'] * 1e3:,.3f}" if timed else ours["status"]]
+        if has_tokens:
+            cells.append(f"{ours['tokens'] / ours['seconds']:,.0f}" if timed and ours["tokens"] else "")
+        cells.append(f"{ours['floor_fraction']:.0%}" if timed else "")
         lines.append(f"| {' | '.join([*cells, *(_beside(found.get(peer)) for peer in peers)])} |")
     return "\n".join(lines)
+
+
+def memory_table(recording: dict) -> str:
+    """A row for each provider whose memory was measured: what it holds and the measured peak, in MiB."""
+    rows = [row for row in recording["rows"] if row["memory"]]
+    components = [name for name in dict.fromkeys(name for row in rows for name in row["memory"]) if name != "peak"]
+    lines = [
+        f"| {' | '.join(['case', 'provider', *components, 'measured peak'])} |",
+        "|" + "---|" * (3 + len(components)),
+    ]
+    for row in rows:
+        sizes = [row["memory"].get(name) for name in (*components, "peak")]
+        cells = ["" if size is None else f"{size / 2**20:,.1f}" for size in sizes]
+        lines.append(f"| {' | '.join([row['case'], row['provider'], *cells])} |")
+    return "\n".join(lines)
+
+
+def reasons_if_slower(recording: dict) -> str:
+    """A line for each reason why a peer is faster in some cases, as the cases themselves give it."""
+    slower = {row["case"] for row in recording["rows"] if row["speedup"] and row["speedup"] < 1}
+    reasons: dict[str, list[str]] = {}
+    for row in recording["rows"]:
+        if row["note"] and row["case"] in slower:
+            reasons.setdefault(row["note"], []).append(row["case"])
+    return "\n".join(f"- {', '.join(cases)}: {reason}" for reason, cases in reasons.items())
 
 
 def without_times(recording: dict) -> str:

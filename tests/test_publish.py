@@ -132,6 +132,19 @@ def test_a_summary_has_geometric_means():
     ]
 
 
+def test_tokens_memory_and_reasons_have_their_place():
+    rows = pair("a/1", {"torch": 0.5}, tokens=100, memory={"weights": 2**20, "peak": 3 * 2**21})
+    rows[0]["note"] = "torch does less"
+    rows += [{**pair("a/2", {"torch": 2.0})[0], "note": "not shown"}]
+    found = recording(rows)
+    assert "| a/1 | 1.000 | 100,000 | 20% | 0.50x (0.48 to 0.53) |" in tables.family_table(found, "a")
+    assert "| a/1 | torch | 1.0 | 6.0 |" in tables.memory_table(found)
+    assert tables.reasons_if_slower(found) == "- a/1: torch does less"
+    page = publish.device_section(Results({"cpu": found}), "cpu", "mixft bench")
+    assert "### Why a peer is faster" in page
+    assert tables.memory_table(found) in page
+
+
 def test_reasons_are_counted_once_each():
     rows = [without_time(f"a/{index}", "torchao", "refused", "odd | shape\nhere") for index in range(2)]
     assert tables.without_times(recording(rows)) == "- torchao, refused, 2 cases: odd / shape here"

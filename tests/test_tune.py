@@ -179,6 +179,12 @@ def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, s
     assert output.err.count("\n") == 1
 
 
+def test_without_triton_that_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["tune", "--device", "cpu"]) == 2
+    assert "pip install triton" in capsys.readouterr().err
+
+
 ENVIRONMENT = {"triton": "3.6.0", "device_name": "Example GPU", "date": "2026-12-01T10:00:00+00:00"}
 
 

@@ -1,5 +1,6 @@
 """``mixft tune``: measure launch configurations on this GPU and put the fastest sound ones into the files that ship."""
 
+import importlib.util
 import os
 import time
 from dataclasses import asdict
@@ -43,6 +44,8 @@ def tune(
             f"mixft tune measures on a GPU, and this would run on {where}; --from FILE ships what another machine has "
             "measured, and TRITON_INTERPRET=1 rehearses a sweep without --write"
         )
+    if importlib.util.find_spec("triton") is None:
+        raise InputError("mixft tune launches Triton kernels, and Triton is not here; pip install triton (Linux)")
     from mixft.benchmarks import revision, tuning, tuning_files, tuning_spaces
 
     spaces = _select(tuning_spaces.SPACES, ops or [])
