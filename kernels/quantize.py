@@ -404,6 +404,7 @@ def variants(arch: Architecture) -> list[Variant]:
         )
 
     square = (config.columns, config.elements // config.columns)
+    add("fp16,row 4096", quantize_resident, "fp16", True, False, (1, 4096), "rows")
     add("fp16,row 4096,factor", quantize_resident, "fp16", True, False, (1, 4096), "rows")
     add("bf16,row 16384,affine,stochastic", quantize_resident, "bf16", False, True, (1, 16384), "rows")
     add("fp32,group 128,stochastic", quantize_resident, "fp32", True, True, (32, 128), "rows")

@@ -77,7 +77,7 @@ def test_every_variant_has_a_row_that_fits(real, compiler, capsys):
         return Outcome(job, found)
 
     compiler(outcome_of)
-    assert main(["inspect", "--arch", "sm_90"]) == 0
+    assert main(["inspect", "*", "--arch", "sm_90"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 120
     assert "…" not in out
@@ -88,6 +88,26 @@ def test_every_variant_has_a_row_that_fits(real, compiler, capsys):
         kernel, bracket, rest = variant.partition("[")
         assert kernel in rows
         assert not bracket or any(row.startswith(rest[:-1]) for row in rows), variant
+
+
+def test_without_a_kernel_one_screen(real, compiler, capsys):
+    """One row for each kernel, the aligned variant where there is one; what is at fault is named all the same."""
+
+    def outcome_of(job: Job) -> Outcome:
+        spilled = 60 if job.variant == "unscale[fp16,unaligned]" else 0
+        found = replace(real.compiled, name=job.variant, spilled_bytes=spilled, loads={16: 1})
+        return Outcome(job, replace(found, wide_loads="unaligned" not in job.variant))
+
+    compiler(outcome_of)
+    assert main(["inspect", "--arch", "sm_90"]) == 1
+    out = capsys.readouterr().out
+    rows = out.partition("regs: a thread")[0].splitlines()
+    kernels = command.choose_kernels(["*"])
+    for kernel in kernels:
+        assert sum(row.partition("[")[0].split(" ")[0] == kernel for row in rows) == 1, kernel
+    assert "unscale[fp16,unaligned]: spills 60 bytes a thread" in out
+    assert f"{len(kernels)} shown" in out
+    assert "unscale[fp16] " in out
 
 
 def test_what_does_not_compile_is_a_row_and_exit_code_1(real, compiler, capsys, tmp_path):

@@ -21,7 +21,7 @@ DEFAULT_ARCHITECTURE = "sm_90"
 
 def inspect(
     kernels: Annotated[
-        list[str] | None, typer.Argument(metavar="[KERNEL]...", help="Names or patterns; else all.")
+        list[str] | None, typer.Argument(metavar="[KERNEL]...", help="Names or patterns; else an overview of all.")
     ] = None,
     arch: Annotated[
         str | None, typer.Option(help="sm_90, gfx942, ... with commas; default this machine's GPU, else sm_90.")
@@ -52,7 +52,7 @@ def inspect(
     for name in architectures:
         found = [outcome for outcome in outcomes if outcome.job.architecture == name]
         missing = [kernel for kernel in names if kernel not in {kernel_of(outcome.job.variant) for outcome in found}]
-        print_report(console, ARCHITECTURES[name], found, missing)
+        print_report(console, ARCHITECTURES[name], found, missing, overview=not kernels)
     if json is not None:
         report = {
             "versions": versions(),

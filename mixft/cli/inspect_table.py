@@ -14,19 +14,29 @@ from mixft.kernels.traffic import ELEMENTS
 from mixft.kernels.variant import MatrixProduct, kernel_of
 
 WIDTH = 120
-RESOURCES = ("regs", "smem", "warps", " occupancy")
+RESOURCES = ("regs", "smem", "warps", "occupancy")
 MEMORY = (*RESOURCES, "load\nbits", "store\nbits", "bytes/\nelement", "floor", f"us for\n{ELEMENTS // 10**6}M")
-PRODUCT = (*RESOURCES, "stages", " instruction", "op/B", "busy", "M x N x K", "us")
+PRODUCT = (*RESOURCES, "stages", "instruction", "op/B", "busy", "M x N x K", "us")
 LEGEND = """\
 regs: a thread; smem: bytes of shared memory a program; occupancy: warps at a time, of the most, and what limits them;
 bits: of the widest access; bytes/element: counted in the code, caches too; floor: each operand once; op/B: arithmetic
 per byte that a tile reads; busy: multiprocessors with a tile; us: least time at published figures, not measured yet"""
 SHORT = {"registers": "regs", "shared memory": "smem", "tensor memory": "tmem"}
-LEFT = ("", " occupancy", " instruction")
+LEFT = ("", "occupancy", "instruction")
 
 
-def print_report(console: Console, arch: Architecture, outcomes: Sequence[Outcome], missing: Sequence[str]) -> None:
-    """Print what became of the variants of one architecture; ``missing`` are kernels that it has none of."""
+def print_report(
+    console: Console, arch: Architecture, outcomes: Sequence[Outcome], missing: Sequence[str], *, overview: bool
+) -> None:
+    """Print what became of the variants of one architecture.
+
+    Args:
+        console: where to.
+        arch: the architecture.
+        outcomes: of all its variants.
+        missing: kernels that the architecture has no variant of.
+        overview: show one variant for each kernel and stated problem, and name the others at fault alone.
+    """
     gpu = arch.gpu
     units = "compute units" if arch.backend == "hip" else "multiprocessors"
     console.print(
@@ -36,8 +46,9 @@ def print_report(console: Console, arch: Architecture, outcomes: Sequence[Outcom
         highlight=False,
     )
     compiled = [outcome.compiled for outcome in outcomes if outcome.compiled is not None]
-    _print_table(console, arch, MEMORY, [it for it in compiled if not isinstance(it.work, MatrixProduct)])
-    _print_table(console, arch, PRODUCT, [it for it in compiled if isinstance(it.work, MatrixProduct)])
+    shown = _examples(compiled) if overview else compiled
+    _print_table(console, arch, MEMORY, [it for it in shown if not isinstance(it.work, MatrixProduct)], overview)
+    _print_table(console, arch, PRODUCT, [it for it in shown if isinstance(it.work, MatrixProduct)], overview)
     for kernel in missing:
         console.print(f"{kernel}: none for {arch.name}", highlight=False)
     console.print(LEGEND, style="dim", highlight=False)
@@ -49,30 +60,47 @@ def print_report(console: Console, arch: Architecture, outcomes: Sequence[Outcom
             console.print(f"{outcome.job.variant}: {complaint}", style="red", markup=False, highlight=False)
     console.print(
         f"{len(outcomes)} configurations: {len(compiled)} compile, "
-        f"{sum(it.spilled_bytes > 0 for it in compiled)} spill registers, {broken} at fault\n",
+        f"{sum(it.spilled_bytes > 0 for it in compiled)} spill registers, {broken} at fault"
+        + (f"; {len(shown)} shown, mixft inspect KERNEL shows all of a kernel's\n" if overview else "\n"),
         highlight=False,
     )
 
 
-def _print_table(console: Console, arch: Architecture, columns: Sequence[str], rows: list[CompiledVariant]) -> None:
+def _examples(compiled: Sequence[CompiledVariant]) -> list[CompiledVariant]:
+    """The first variant of each kernel and stated problem, one of aligned tensors where there is one."""
+    chosen = {}
+    for row in sorted(compiled, key=lambda row: not row.wide_loads):
+        chosen.setdefault((kernel_of(row.name), row.estimate and row.estimate.problem), row)
+    return [row for row in compiled if row in chosen.values()]
+
+
+def _print_table(
+    console: Console, arch: Architecture, columns: Sequence[str], rows: list[CompiledVariant], overview: bool
+) -> None:
     if not rows:
         return
+    order = list(dict.fromkeys(kernel_of(row.name) for row in rows))
+    rows = sorted(rows, key=lambda row: order.index(kernel_of(row.name)))
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, highlight=False)
     for column in ("", *columns):
         table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
-    for kernel in dict.fromkeys(kernel_of(row.name) for row in rows):
-        table.add_row(kernel, style="bold")
-        for row in (row for row in rows if kernel_of(row.name) == kernel):
-            label = row.name[len(kernel) + 1 : -1] or "every call"
-            cells = _resources(row) + (_traffic(row) if columns is MEMORY else _product(row))
-            table.add_row(escape(f" {label}"), *cells, style="red" if faults(row, arch) else None)
+    kernel = None
+    for row in rows:
+        label = row.name
+        if not overview:
+            if kernel_of(row.name) != kernel:
+                kernel = kernel_of(row.name)
+                table.add_row(kernel, style="bold")
+            label = f" {row.name[len(kernel) + 1 : -1] or 'every call'}"
+        cells = _resources(row) + (_traffic(row) if columns is MEMORY else _product(row))
+        table.add_row(escape(label), *cells, style="red" if faults(row, arch) else None)
     console.print(table)
 
 
 def _resources(row: CompiledVariant) -> list[str]:
     spill = f" + {row.spilled_bytes} B" if row.spilled_bytes else ""
     limits = "+".join(SHORT.get(limit, limit) for limit in row.occupancy.limits)
-    share = f"{row.occupancy.fraction:5.0%}"
+    share = f"{row.occupancy.fraction:4.0%}"
     return [
         f"{row.registers}{spill}",
         _size(row.shared_memory),
@@ -93,7 +121,7 @@ def _traffic(row: CompiledVariant) -> list[str]:
 def _product(row: CompiledVariant) -> list[str]:
     return [
         str(row.num_stages),
-        " " + (", ".join(row.matrix_instructions) or "none"),
+        ", ".join(row.matrix_instructions) or "none",
         f"{row.tiling.intensity:.0f}",
         f"{row.tiling.busy:.0%}",
         _shape(*row.estimate.problem),
