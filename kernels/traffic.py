@@ -21,14 +21,16 @@ BITS = re.compile(r"\d+$")
 def bytes_per_element(ttir: str, elements: int) -> float:
     """Bytes of global memory that a kernel's main loop reads and writes for each of its ``elements``.
 
-    The main loop is the loop that moves the most, or the whole kernel where no loop moves more than the code around
-    it; of the branches inside it, the one that moves the most counts. Accesses of a single value are left out.
+    The main loop is the innermost one that moves anything, the one that moves the most where several are as deep, and
+    the whole kernel where it has no such loop; of the branches inside it, the one that moves the most counts. Accesses
+    of a single value are left out.
     """
-    return max(_regions(ttir)) / elements
+    _, moved = max(region for region in _regions(ttir) if region[1])
+    return moved / elements
 
 
-def _regions(ttir: str) -> list[int]:
-    """Bytes moved by the function's body and by one iteration of each of its loops, inner loops left out."""
+def _regions(ttir: str) -> list[tuple[int, int]]:
+    """(depth, bytes moved) of the function's body and of one iteration of each of its loops, inner loops left out."""
     finished = []
     # One entry a nested region: whether it is a loop, its bytes, and those of an if's first branch.
     stack = [[True, 0, 0]]
@@ -44,7 +46,7 @@ def _regions(ttir: str) -> list[int]:
         if text.startswith("}") and len(stack) > 1:
             is_loop, moved, other_branch = stack.pop()
             if is_loop:
-                finished.append(moved)
+                finished.append((sum(region[0] for region in stack), moved))
             else:
                 stack[-1][1] += max(moved, other_branch)
         if text.endswith("{"):

@@ -107,6 +107,29 @@ def test_bytes_of_a_kernel_without_a_loop():
     assert bytes_per_element(straight, 2048) == 2 + 1 + 4 / 8
 
 
+def test_bytes_of_the_innermost_loop():
+    """What a program does once, after its main loop, may move more in an iteration."""
+    nested = """
+  tt.func public @kernel(%x: !tt.ptr<f16> loc("x"(#loc))) attributes {noinline = false} {
+    scf.for %i = %c0 to %n step %c1  : i32 {
+      scf.for %j = %c0 to %n step %c1  : i32 {
+        %a = tt.load %p : tensor<64x!tt.ptr<bf16>> loc(#loc1)
+      } loc(#loc)
+      scf.for %j = %c0 to %n step %c1  : i32 {
+        %bit = arith.addi %a, %b : tensor<64xi32> loc(#loc1)
+        scf.for %k = %c0 to %n step %c1  : i32 {
+          %bit = arith.addi %a, %b : tensor<64xi32> loc(#loc1)
+        } loc(#loc)
+      } loc(#loc)
+    } loc(#loc)
+    scf.for %i = %c0 to %n step %c1  : i32 {
+      %a = tt.load %p : tensor<256x!tt.ptr<i64>> loc(#loc1)
+    } loc(#loc)
+  } loc(#loc)
+"""
+    assert bytes_per_element(nested, 64) == 2
+
+
 def test_bytes_of_branches_within_a_loop():
     """One branch is taken: the one that moves more counts. A while loop's condition belongs to its body."""
     branches = """
