@@ -30,6 +30,7 @@ from .shapes import SHORT, elements, sample
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1}
 # Of 8-bit state: a code, and its share of the scale of a block of 128.
 CODE_BYTES = 1 + 4 / 128
+UNPACKED = "saves memory: a CPU has no kernel for it, so torch's operators unpack and pack the state around the step"
 CHECKED = "torch does not look for NaN and Inf: that is one more read of the gradients"
 
 
@@ -82,6 +83,7 @@ def optimizer_step(
         # Once an optimizer: it compiles for a minute.
         providers["torch.compile"] = compiled_step(torch_optimizer(optimizer, foreach=True))
     count = elements(sizes or shapes.BERT)
+    narrow = master_weights == "split" or state_dtype != torch.float32
     return Case(
         options.pop("name", f"optimizer_step/{name}"),
         inputs=inputs,
@@ -91,7 +93,7 @@ def optimizer_step(
         bytes=int(
             count * (step_bytes(optimizer, dtype, master_weights, state_dtype) + skip_nonfinite * dtype.itemsize)
         ),
-        reason_if_slower=options.pop("reason_if_slower", CHECKED if skip_nonfinite else None),
+        reason_if_slower=options.pop("reason_if_slower", UNPACKED if narrow else CHECKED if skip_nonfinite else None),
         needs=count * (4 * dtype.itemsize + 20 * len(providers)),
         **options,
     )
@@ -168,7 +170,17 @@ CASES = (
     optimizer_step("adamw", HALF, clip=True, memory=True),
     optimizer_step("adamw", BRAIN),
     optimizer_step("adamw", SINGLE, skip_nonfinite=False),
+    optimizer_step("adamw", SINGLE, state_dtype=torch.int8, memory=True),
+    optimizer_step("adamw", BRAIN, "split", torch.int8, memory=True),
+    optimizer_step("adamw", BRAIN, "split", torch.int8, clip=True, long=True),
+    optimizer_step("adamw", BRAIN, "split", BRAIN, memory=True, long=True),
+    optimizer_step("adamw", BRAIN, "split", memory=True, long=True),
+    optimizer_step("adamw", HALF, "split", memory=True, long=True),
     optimizer_step("adamw", BRAIN, "none", reason_if_slower=NARROW_MOMENTS),
+    optimizer_step("adamw", BRAIN, "none", BRAIN, long=True),
+    *(optimizer_step(rule, SINGLE, memory=True) for rule in ("adam", "sgd", "lion")),
+    *(optimizer_step(rule, HALF, memory=True, long=True) for rule in ("adam", "sgd", "lion")),
+    optimizer_step("lion", BRAIN, "split", torch.int8, memory=True, long=True),
     *(
         growth("parameters", count, [(count // 8,)] * 8, long=count > 10**7)
         for count in (10**4, 10**5, 10**6, 10**7, 10**8, 10**9)

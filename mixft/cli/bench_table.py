@@ -51,6 +51,7 @@ def case_line(rows: Sequence[Row], width: int, screen: int) -> Text:
     indent = used = width + 22
     for part in filter(None, map(_against, others)):
         if used > indent and used + len(part) > screen:
+            line.rstrip()
             line.append("\n" + " " * indent)
             used = indent
         line.append(part).append("  ")
