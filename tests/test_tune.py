@@ -203,6 +203,7 @@ def test_a_choice_ships_for_its_architecture_alone(toy, tmp_path, capsys):
     assert configurations("toy", Pace) == {("sm_86", "all"): Pace(10), ("sm_90", "all"): Pace(4)}
     document = json.loads((tmp_path / "configs/toy.json").read_text())
     measured = {"triton": "3.6.0", "device": "Example GPU", "date": "2026-12-01", "speedup": 1.5}
+    assert [entry["architectures"] for entry in document["entries"]] == [["sm_86"], ["sm_90"]]
     assert document["entries"][1]["measured"] == measured
     assert document["provenance"]["method"] == "by hand"
 
