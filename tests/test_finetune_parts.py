@@ -18,7 +18,7 @@ from mixft.cli.batching import Batches
 from mixft.cli.dataset import Examples, hold_out, load_dataset, read_examples
 from mixft.cli.job import Job, Recipe
 from mixft.cli.model_folder import UNLIMITED, load_classifier, load_tokenizer, longest_input
-from mixft.cli.precision import PRECISIONS, quantize
+from mixft.cli.precision import PRECISIONS, Storage, quantize
 from mixft.cli.progress import describe
 from mixft.cli.training import learning_rate, train_epochs
 
@@ -148,6 +148,7 @@ def test_learning_rate_rises_for_a_tenth_and_falls_to_zero(total):
 
 def job(model, **changes):
     fields = {"epochs": 2, "max_steps": None, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
+    fields |= {"master_weights": "auto", "state_dtype": "fp32"}
     data = {"train": "", "eval": None, "text_column": "", "label_column": "", "device": "cpu"}
     return Job(Recipe(model=str(model), **{**fields, **data, **changes}), "fp32", 1, "out")
 
@@ -158,7 +159,7 @@ def test_job_survives_its_journey(model):
 
 @pytest.mark.parametrize(("changes", "steps"), [({}, 102), ({"max_steps": 3}, 3), ({"epochs": 1, "max_steps": 60}, 51)])
 def test_steps(model, batches, changes, steps):
-    setup = PRECISIONS["fp32"](load_classifier(model, ["a", "b", "c"]), 1e-3)
+    setup = PRECISIONS["fp32"](load_classifier(model, ["a", "b", "c"]), 1e-3, Storage())
     events = []
     result = train_epochs(
         setup, batches, job(model, **changes), torch.device("cpu"), lambda kind, **fields: events.append((kind, fields))
@@ -176,7 +177,8 @@ def test_fp32_is_plain_torch(model, batches):
     recipe = job(model, max_steps=3)
     torch.manual_seed(1)
     plain = load_classifier(model, ["a", "b", "c"])
-    train_epochs(PRECISIONS["fp32"](trained, 1e-3), batches, recipe, torch.device("cpu"), lambda *_, **__: None)
+    setup = PRECISIONS["fp32"](trained, 1e-3, Storage())
+    train_epochs(setup, batches, recipe, torch.device("cpu"), lambda *_, **__: None)
 
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
     plain.train()
@@ -191,6 +193,12 @@ def test_fp32_is_plain_torch(model, batches):
         assert torch.equal(ours, theirs), name
 
 
+def test_the_optimizer_stores_what_was_asked_for(model):
+    storage = Storage(master_weights="split", state_dtype="int8")
+    optimizer = PRECISIONS["fp16"](load_classifier(model, ["a", "b", "c"]), 1e-3, storage).optimizer
+    assert (optimizer.master_weights, optimizer.state_dtype) == ("split", torch.int8)
+
+
 @pytest.mark.parametrize(
     ("precision", "linear", "dropout", "dtype", "autocast", "scaler", "optimizer", "clips"),
     [
@@ -201,7 +209,7 @@ def test_fp32_is_plain_torch(model, batches):
     ],
 )
 def test_what_a_precision_trains_with(model, precision, linear, dropout, dtype, autocast, scaler, optimizer, clips):
-    setup = PRECISIONS[precision](load_classifier(model, ["a", "b", "c"]), 1e-3)
+    setup = PRECISIONS[precision](load_classifier(model, ["a", "b", "c"]), 1e-3, Storage())
     layers = dict(setup.model.named_modules())
     head = layers.pop("classifier")
     inner = [layer for layer in layers.values() if hasattr(layer, "in_features")]

@@ -54,6 +54,10 @@ def finetune(
         int | None, typer.Option(**_whole_number(3), help="Tokens after which a text is cut; default 64 or fewer.")
     ] = None,
     lr: Annotated[float, typer.Option(parser=_positive_number, metavar="F", help="Peak learning rate.")] = 1e-4,
+    master_weights: Annotated[
+        str, typer.Option(help="auto, fp32, split or none, for 16-bit parameters; not in fp32 runs.")
+    ] = "auto",
+    state_dtype: Annotated[str, typer.Option(help="Of the moments: fp32, bf16 or int8; not in fp32 runs.")] = "fp32",
     seeds: Annotated[str, typer.Option(help="Each precision runs once with each.")] = "1",
     output: Annotated[Path | None, typer.Option(help="Folder for report and models; default runs/...")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --output.")] = False,
@@ -71,6 +75,7 @@ def finetune(
     from mixft.cli import runs
     from mixft.cli.device import choose_device
     from mixft.cli.output_folder import claim
+    from mixft.cli.precision import MASTER_WEIGHTS, STATE_DTYPES
 
     precisions = _precisions(precision, source)
     recipe = Recipe(
@@ -84,6 +89,8 @@ def finetune(
         batch_size=batch_size,
         max_length=max_length,
         learning_rate=lr,
+        master_weights=_choice("--master-weights", master_weights, MASTER_WEIGHTS, precisions, "auto"),
+        state_dtype=_choice("--state-dtype", state_dtype, tuple(STATE_DTYPES), precisions, "fp32"),
         device=choose_device(device),
     )
     jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
@@ -128,6 +135,14 @@ def _precisions(given: str, source: Path) -> list[str]:
             f"below its top; {others} would do"
         )
     return names
+
+
+def _choice(option: str, given: str, choices: tuple[str, ...], precisions: list[str], default: str) -> str:
+    if given not in choices:
+        raise InputError(f"{option} is {given!r}; there are {', '.join(choices)}")
+    if given != default and set(precisions) == {"fp32"}:
+        raise InputError(f"{option} is {given}; fp32 is plain torch, which has {default} only; add another --precision")
+    return given
 
 
 def _max_length(source: Path, given: int | None) -> int:

@@ -25,6 +25,8 @@ class Recipe:
     batch_size: int
     max_length: int
     learning_rate: float
+    master_weights: str
+    state_dtype: str
     device: str
 
 

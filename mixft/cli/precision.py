@@ -3,7 +3,7 @@
 ``fp32`` is plain torch, the baseline: ``torch.nn.Linear``, ``torch.optim.AdamW``, torch's own clipping. ``bf16``
 is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16, FP32 masters in the optimizer and
 a loss scaler. ``int8`` multiplies in int8, forward and backward, from FP32 parameters. These two use mixft's layers,
-dropout included.
+dropout included. What mixft's optimizer stores beside the parameters is a choice of its own, `Storage`.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,16 @@ from mixft.nn.quantization import SMALLEST_SIDE, SMALLEST_WEIGHT
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
+MASTER_WEIGHTS = ("auto", "fp32", "split", "none")
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How mixft's optimizer keeps master weights and moments: its ``master_weights``, and a key of STATE_DTYPES."""
+
+    master_weights: str = "auto"
+    state_dtype: str = "fp32"
 
 
 @dataclass
@@ -90,27 +100,27 @@ def inner_linear_layers(model: torch.nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and "." in name]
 
 
-def _fp32(model: torch.nn.Module, learning_rate: float) -> Setup:
+def _fp32(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     return Setup(model, optimizer, max_grad_norm=MAX_GRAD_NORM)
 
 
-def _bf16(model: torch.nn.Module, learning_rate: float) -> Setup:
-    return Setup(model, _fused_adamw(model, learning_rate), autocast=torch.bfloat16)
+def _bf16(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+    return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16)
 
 
-def _fp16(model: torch.nn.Module, learning_rate: float) -> Setup:
+def _fp16(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     model.half()
     _replace(model, torch.nn.Linear, mixft.nn.Linear.from_linear)
     _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
-    return Setup(model, _fused_adamw(model, learning_rate), scaler=mixft.amp.LossScaler())
+    return Setup(model, _fused_adamw(model, learning_rate, storage), scaler=mixft.amp.LossScaler())
 
 
-def _int8(model: torch.nn.Module, learning_rate: float) -> Setup:
+def _int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     quantize(model, mode="train")
     _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     on_gpu = next(model.parameters()).is_cuda
-    return Setup(model, _fused_adamw(model, learning_rate), autocast=torch.bfloat16 if on_gpu else None)
+    return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16 if on_gpu else None)
 
 
 def _replace(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
@@ -121,13 +131,18 @@ def _replace(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module
                 setattr(module, name, make(child))
 
 
-def _fused_adamw(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def _fused_adamw(model: torch.nn.Module, learning_rate: float, storage: Storage) -> torch.optim.Optimizer:
     return mixft.optim.AdamW(
-        model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM
+        model.parameters(),
+        lr=learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        master_weights=storage.master_weights,
+        state_dtype=STATE_DTYPES[storage.state_dtype],
     )
 
 
-PRECISIONS: dict[str, Callable[[torch.nn.Module, float], Setup]] = {
+PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
     "fp32": _fp32,
     "bf16": _bf16,
     "fp16": _fp16,

@@ -21,7 +21,7 @@ from mixft.cli.batching import Batches
 from mixft.cli.dataset import load_dataset
 from mixft.cli.job import Job
 from mixft.cli.measure import Emit, Meter, StepClock, finite, peak_memory
-from mixft.cli.precision import PRECISIONS, Setup, inner_linear_layers, quantize
+from mixft.cli.precision import PRECISIONS, Setup, Storage, inner_linear_layers, quantize
 
 WARMUP = 0.1  # of the steps, over which the learning rate rises
 UNTIMED_STEPS = 5  # first steps, in which caches fill and code is loaded
@@ -43,7 +43,8 @@ def run(job: Job, emit: Emit) -> dict:
     train = Batches(tokenizer, fitted, data.labels, recipe.max_length, recipe.batch_size)
     held_out = Batches(tokenizer, held, data.labels, recipe.max_length, EVAL_BATCH)
 
-    setup = PRECISIONS[job.precision](model, recipe.learning_rate)
+    storage = Storage(recipe.master_weights, recipe.state_dtype)
+    setup = PRECISIONS[job.precision](model, recipe.learning_rate, storage)
     entry = {"precision": job.precision, "seed": job.seed, **train_epochs(setup, train, job, device, emit)}
     emit("phase", name="evaluating")
     entry["eval_accuracy"] = accuracy(setup, held_out, device)
