@@ -20,7 +20,18 @@ EXCESS = {"quantize_resident[fp16,row 4096,factor]": 4}  # every row reads the f
 LAUNCHED_ON = ("sm_86", "sm_90", "gfx942")
 # A value put aside once in a kernel without a loop: eight bytes of its tile\'s thousands.
 SPILLS_ONCE = {("sm_90", "odd rows, 1: dequantize_tile")}
-SHIPPED = {"adamw", "grad", "grad_scalars", "int8_matmul", "lion", "matmul", "optimizer_state", "quantize", "sgd"}
+SHIPPED = {
+    "accumulate",
+    "adamw",
+    "grad",
+    "grad_scalars",
+    "int8_matmul",
+    "lion",
+    "matmul",
+    "optimizer_state",
+    "quantize",
+    "sgd",
+}
 
 
 def outcomes_of(modules: list[str]) -> list[Outcome]:

@@ -274,6 +274,24 @@ def _lion_case(dtype: torch.dtype) -> Case:
     return _step_case("lion_", dtype, 1, step_, exact)
 
 
+def _accumulate_case(dtype: torch.dtype) -> Case:
+    def actual(*grads: Tensor) -> list[Tensor]:
+        spoiled = grads[0].clone()
+        spoiled[-1] = float("inf")
+        sums = [torch.ones_like(grad, dtype=FP32) for grad in grads]
+        flags = torch.zeros(2, device=grads[0].device)
+        counts = torch.zeros(len(grads), dtype=torch.int64, device=grads[0].device)
+        inv_scale = torch.full((1,), 0.25, device=grads[0].device)
+        ops.accumulate_(grads, sums, found_inf=flags[:1], nonfinite=counts, inv_scale=inv_scale)
+        ops.accumulate_([spoiled], [torch.zeros_like(sums[0])], found_inf=flags[1:], nonfinite=counts[:1])
+        return [*sums, torch.cat([flags, counts[:1]])]
+
+    def exact(*grads: Tensor) -> list[Tensor]:
+        return [*(1 + grad / 4 for grad in grads), torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)]
+
+    return Case("accumulate_", dtype, _gradients, actual, exact, ROUNDING[FP32])
+
+
 def _grad_scalars_case(dtype: torch.dtype) -> Case:
     def actual(*grads: Tensor) -> list[Tensor]:
         spoiled = torch.cat([grads[0], grads[0].new_tensor([float("nan"), float("-inf")])])
@@ -301,6 +319,7 @@ CASES = [
         _dequantize_case,
         _unscale_case,
         _grad_stats_case,
+        _accumulate_case,
         _grad_scalars_case,
         _adamw_case,
         _sgd_case,

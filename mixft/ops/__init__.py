@@ -1,5 +1,6 @@
 """The ops, each registered with ``torch.library`` under ``mixft::``; they accept CPU and GPU tensors alike."""
 
+from .accumulate import accumulate_
 from .adamw import adamw_
 from .grad import grad_stats, unscale_
 from .grad_scalars import grad_scalars
@@ -11,6 +12,7 @@ from .quantize import dequantize, quantize
 from .sgd import sgd_
 
 __all__ = [
+    "accumulate_",
     "adamw_",
     "dequantize",
     "dynamic_int8_linear",
