@@ -114,7 +114,7 @@ def _traffic(row: CompiledVariant) -> list[str]:
     width = max if row.wide_loads else min
     cells = [str(8 * width(accesses)) if accesses else "-" for accesses in (row.loads, row.stores)]
     if row.work is not None:
-        cells += [f"{row.bytes_per_element:.2f}", f"{row.work.floor_bytes:.2f}", f"{row.estimate.seconds * 1e6:.1f}"]
+        cells += [f"{row.bytes_per_element:.2f}", f"{row.work.floor_bytes:.2f}", _microseconds(row.estimate.seconds)]
     return cells
 
 
@@ -125,7 +125,7 @@ def _product(row: CompiledVariant) -> list[str]:
         f"{row.tiling.intensity:.0f}",
         f"{row.tiling.busy:.0%}",
         _shape(*row.estimate.problem),
-        f"{row.estimate.seconds * 1e6:.1f}",
+        _microseconds(row.estimate.seconds),
     ]
 
 
@@ -135,3 +135,7 @@ def _shape(M: int, N: int, K: int) -> str:
 
 def _size(number: int) -> str:
     return f"{number / 1024:.0f}K" if number >= 1024 else str(number or "-")
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f}" if seconds < 1e-3 else f"{seconds * 1e6:.0f}"
