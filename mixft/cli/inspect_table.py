@@ -18,7 +18,7 @@ RESOURCES = ("regs", "smem", "warps", "occupancy")
 MEMORY = (*RESOURCES, "load\nbits", "store\nbits", "bytes/\nelement", "floor", f"us for\n{ELEMENTS // 10**6}M")
 PRODUCT = (*RESOURCES, "stages", "instruction", "op/B", "busy", "M x N x K", "us")
 LEGEND = """\
-regs: a thread; smem: bytes of shared memory a program; occupancy: warps at a time, of the most, and what limits them;
+regs: a thread, + bytes spilled; smem: bytes of shared memory; occupancy: warps at a time, of the most, and its limit;
 bits: of the widest access; bytes/element: counted in the code, caches too; floor: each operand once; op/B: arithmetic
 per byte that a tile reads; busy: multiprocessors with a tile; us: least time at published figures, not measured yet"""
 SHORT = {"registers": "regs", "shared memory": "smem", "tensor memory": "tmem"}
@@ -98,7 +98,7 @@ def _print_table(
 
 
 def _resources(row: CompiledVariant) -> list[str]:
-    spill = f" + {row.spilled_bytes} B" if row.spilled_bytes else ""
+    spill = f"+{row.spilled_bytes}" if row.spilled_bytes else ""
     limits = "+".join(SHORT.get(limit, limit) for limit in row.occupancy.limits)
     share = f"{row.occupancy.fraction:4.0%}"
     return [
