@@ -72,7 +72,7 @@ def finish(
     tl.store(scalars + 2, found)
 
 
-@triton.jit(do_not_specialize=["chunks", "first_partial", "partials", "tensors"])
+@triton.jit(do_not_specialize=["chunks", "first_partial", "partials", "tensors", "inv_scale", "found_inf"])
 def grad_scalars_kernel(
     table,
     chunk_tensor,
@@ -203,7 +203,7 @@ def variants(arch: Architecture) -> list[Variant]:
                 "CHUNK": config.chunk,
                 "BLOCK": config.block,
             },
-            divisible_by_16=tuple(pointers),
+            divisible_by_16=tuple(name for name in pointers if name not in ("inv_scale", "found_inf")),
             num_warps=config.num_warps,
             wide_loads=is_aligned,
             work=Elementwise(config.block, dtype.itemsize),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .architecture import Architecture
-from .optimizer_step import UpdateRule, launch_step, step_variant
+from .step_launch import UpdateRule, launch_step, step_variant
 from .variant import Variant
 
 

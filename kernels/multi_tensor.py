@@ -69,7 +69,7 @@ def programs_for(sizes: Sequence[int], chunk: int, device: torch.device) -> Prog
 
 def table_for(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """The cached int64 table [tensors, columns] on ``device``."""
-    return cached(_table, tuple(map(tuple, columns)), device)
+    return cached(make_table, tuple(map(tuple, columns)), device)
 
 
 def counts_for(number: int, device: torch.device) -> Tensor:
@@ -94,7 +94,8 @@ def _programs(key: tuple[tuple[int, ...], int], device: torch.device) -> Program
     )
 
 
-def _table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def make_table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """An int64 table [tensors, columns] on ``device``."""
     return to_device(torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous(), device)
 
 

@@ -9,27 +9,10 @@ Nothing is written when ``found_inf`` is not zero. ``params`` and ``grads`` are 
 parameter keep their elements in storage without gaps and in the same order.
 """
 
-import functools
-import operator
-from collections import defaultdict
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .architecture import Architecture, architecture_of
-from .configuration import configuration
-from .multi_tensor import (
-    TRITON_NAMES,
-    TRITON_TYPES,
-    MultiTensorConfig,
-    addresses,
-    programs_for,
-    table_for,
-    tensor_pointer,
-)
+from .multi_tensor import tensor_pointer
 from .optimizer_state import (
     FIRST_MOMENT,
     GROUP_SIZE,
@@ -44,27 +27,11 @@ from .optimizer_state import (
     store_state,
 )
 from .update_rule import adam_rule, lion_rule, one_minus_power, sgd_rule
-from .variant import Elementwise, Variant
 
 # Table columns; zero where the launch has no such tensor. FIRST and SECOND are the moments, MAXIMUM is AMSGrad's.
 SIZE, STEP, PARAM, GRAD, MASTERS, FIRST, SECOND, MAXIMUM = (tl.constexpr(i) for i in range(8))
 FIRST_SCALE, SECOND_SCALE, MAXIMUM_SCALE = (tl.constexpr(i) for i in range(8, 11))
 COLUMNS = tl.constexpr(11)
-STATE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "code", torch.uint8: "code"}
-MASTER_FORMATS = {torch.float32: "fp32", torch.int16: "split"}
-
-
-HYPERPARAMETERS = (
-    "log_beta1",
-    "log_beta2",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "eps",
-    "momentum",
-    "one_minus_dampening",
-    "weight_decay",
-)
 
 
 @triton.jit
@@ -215,7 +182,8 @@ def advance_step(table, program_tensor, tickets, CHUNK: tl.constexpr):
         tl.store(tickets + tensor, 0)
 
 
-@triton.jit
+# The scalars may be views of one buffer: whether 16 bytes divide their addresses is not worth a compilation.
+@triton.jit(do_not_specialize=["lr", "inv_scale", "clip_coef", "found_inf"])
 def optimizer_step_kernel(
     table,
     program_tensor,
@@ -329,159 +297,3 @@ def optimizer_step_kernel(
             BLOCK=BLOCK,
         )
     advance_step(table, program_tensor, tickets, CHUNK)
-
-
-@dataclass(frozen=True)
-class UpdateRule:
-    """What a rule passes to the kernel: compile-time choices, and hyperparameters, None for those it does not have."""
-
-    rule: str
-    maximize: bool
-    weight_decay: float
-    decoupled: bool = False
-    nesterov: bool = False
-    log_beta1: float | None = None
-    log_beta2: float | None = None
-    one_minus_beta1: float | None = None
-    beta2: float | None = None
-    one_minus_beta2: float | None = None
-    eps: float | None = None
-    momentum: float | None = None
-    one_minus_dampening: float | None = None
-
-
-def launch_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    states: list[list[Tensor]],
-    scales: list[list[Tensor]],
-    steps: list[Tensor],
-    lr: Tensor,
-    inv_scale: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
-    stochastic_rounding: bool,
-    rule: UpdateRule,
-) -> None:
-    """Launch the kernel once for each (parameter dtype, gradient dtype, alignment); empty lists mean "none".
-
-    Args:
-        states: first moments, second moments and AMSGrad's maxima, as many as the rule has.
-        scales: the scales of each.
-    """
-    device = params[0].device
-    absent = [0] * len(params)
-    tensors = [params, grads, masters, *states, *[[]] * (3 - len(states)), *scales]
-    columns = [addresses(listed) if listed else absent for listed in tensors]
-    columns += [absent] * (COLUMNS.value - 2 - len(columns))
-    unaligned = functools.reduce(lambda a, b: list(map(operator.or_, a, b)), columns)
-    rows = zip(map(Tensor.numel, params), addresses(steps), *columns, strict=True)
-    groups = defaultdict(list)
-    for param, grad, bits, row in zip(params, grads, unaligned, rows, strict=True):
-        groups[param.dtype, grad.dtype, bits % 16 == 0].append(row)
-
-    hyperparameters = [getattr(rule, name) for name in HYPERPARAMETERS]
-    state = STATE_FORMATS[states[0][0].dtype] if states[0] else "none"
-    with torch.cuda.device_of(params[0]):
-        config = _config(architecture_of(device), state)
-        for (param_dtype, grad_dtype, is_aligned), members in groups.items():
-            columns = list(zip(*members, strict=True))
-            programs = programs_for(columns[SIZE.value], config.chunk, device)
-            optimizer_step_kernel[(programs.count,)](
-                table_for(columns, device),
-                programs.tensor,
-                programs.chunk,
-                programs.tickets,
-                lr,
-                inv_scale,
-                clip_coef,
-                found_inf,
-                *hyperparameters,
-                RULE=rule.rule,
-                PARAM_TYPE=TRITON_TYPES[param_dtype],
-                GRAD_TYPE=TRITON_TYPES[grad_dtype],
-                MASTER=MASTER_FORMATS[masters[0].dtype] if masters else "none",
-                STATE=state,
-                AMSGRAD=len(states) == 3 and bool(states[2]),
-                DECOUPLED=rule.decoupled,
-                NESTEROV=rule.nesterov,
-                MAXIMIZE=rule.maximize,
-                STOCHASTIC=stochastic_rounding,
-                ALIGNED=is_aligned,
-                CHUNK=config.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
-                num_stages=1,
-            )
-
-
-def step_variant(
-    arch: Architecture,
-    rule: UpdateRule,
-    param: torch.dtype,
-    grad: torch.dtype,
-    *,
-    master: str = "none",
-    state: str = "fp32",
-    amsgrad: bool = False,
-    scaled: bool = True,
-    stochastic: bool = False,
-    aligned: bool = True,
-) -> Variant:
-    """The variant of one launch; ``scaled`` is whether it has ``inv_scale``, ``clip_coef`` and ``found_inf``."""
-    config = _config(arch, state)
-    moments = 2 + amsgrad if rule.rule == "adam" else 1
-    flags = {
-        "decoupled": rule.decoupled,
-        "nesterov": rule.nesterov,
-        "amsgrad": amsgrad,
-        "maximize": rule.maximize,
-        "stochastic": stochastic,
-        "unscaled": not scaled,
-        "unaligned": not aligned,
-    }
-    types = [TRITON_NAMES[param], TRITON_NAMES[grad], f"{master} master", f"{state} state"]
-    scalars = ("inv_scale", "clip_coef", "found_inf")
-    pointers = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32", "tickets": "*i64", "lr": "*fp32"}
-    pointers |= dict.fromkeys(scalars, "*fp32") if scaled else {}
-    hyperparameters = {name: getattr(rule, name) for name in HYPERPARAMETERS}
-    return Variant(
-        name=f"{rule.rule}[{','.join(types + [name for name, is_set in flags.items() if is_set])}]",
-        function=optimizer_step_kernel,
-        signature=pointers | {name: "fp32" for name, value in hyperparameters.items() if value is not None},
-        constexprs={name: None for name, value in hyperparameters.items() if value is None}
-        | ({} if scaled else dict.fromkeys(scalars))
-        | {
-            "RULE": rule.rule,
-            "PARAM_TYPE": TRITON_TYPES[param],
-            "GRAD_TYPE": TRITON_TYPES[grad],
-            "MASTER": master,
-            "STATE": state,
-            "AMSGRAD": amsgrad,
-            "DECOUPLED": rule.decoupled,
-            "NESTEROV": rule.nesterov,
-            "MAXIMIZE": rule.maximize,
-            "STOCHASTIC": stochastic,
-            "ALIGNED": aligned,
-            "CHUNK": config.chunk,
-            "BLOCK": config.block,
-        },
-        divisible_by_16=tuple(pointers),
-        num_warps=config.num_warps,
-        wide_loads=aligned,
-        work=Elementwise(config.block, _floor_bytes(param, grad, master, state, moments)),
-    )
-
-
-def _config(arch: Architecture, state: str) -> MultiTensorConfig:
-    bucket = "narrow state" if state in ("bf16", "code") else "fp32 state"
-    return configuration("optimizer_step", MultiTensorConfig, arch, bucket)
-
-
-def _floor_bytes(param: torch.dtype, grad: torch.dtype, master: str, state: str, moments: int) -> float:
-    """Bytes an element: the gradient read, everything else read and written."""
-    # With a master the parameter is only written, with a remainder it is half of the master.
-    weights = {"none": 2 * param.itemsize, "fp32": param.itemsize + 8, "split": 2 * param.itemsize + 4}[master]
-    each = {"none": 0.0, "fp32": 4.0, "bf16": 2.0, "code": 1 + 1 / GROUP_SIZE.value}[state]
-    return grad.itemsize + weights + 2 * moments * each

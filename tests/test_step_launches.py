@@ -79,6 +79,8 @@ def test_nothing_else_runs_on_the_device(launches):
 def test_elements_beyond_2_to_the_31():
     """The last chunk of a tensor that is said to be that long: only its own elements exist."""
     from mixft.kernels import optimizer_step as kernels
+    from mixft.kernels.multi_tensor import TRITON_TYPES
+    from mixft.kernels.step_launch import HYPERPARAMETERS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chunk, left, before = 16384, 17, 2**31
@@ -87,7 +89,7 @@ def test_elements_beyond_2_to_the_31():
     row = [before + left, step.data_ptr(), param.data_ptr() - 4 * before, grad.data_ptr() - 4 * before]
     table = torch.tensor([row + [0] * (kernels.COLUMNS.value - len(row))], device=device)
     index = torch.tensor([before // chunk], dtype=torch.int32, device=device)
-    rule = dict.fromkeys(kernels.HYPERPARAMETERS) | {"weight_decay": 0.0}
+    rule = dict.fromkeys(HYPERPARAMETERS) | {"weight_decay": 0.0}
     kernels.optimizer_step_kernel[(1,)](
         table,
         torch.zeros_like(index),
@@ -99,8 +101,8 @@ def test_elements_beyond_2_to_the_31():
         None,
         *rule.values(),
         RULE="sgd",
-        PARAM_TYPE=kernels.TRITON_TYPES[torch.float32],
-        GRAD_TYPE=kernels.TRITON_TYPES[torch.float32],
+        PARAM_TYPE=TRITON_TYPES[torch.float32],
+        GRAD_TYPE=TRITON_TYPES[torch.float32],
         MASTER="none",
         STATE="none",
         AMSGRAD=False,

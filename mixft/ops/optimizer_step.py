@@ -25,6 +25,7 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
     shaped = [name for name in tensors if not (name == "steps" or name.endswith("_scales"))]
     if all_contiguous(*(tensors[name] for name in shaped)):
         advance(*tensors.values(), *scalars)
+        _tell_autograd(params, advance is op)
         return
     references = list(map(dense_copy, params))
     arranged = tensors | {
@@ -33,11 +34,19 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
     }
     arranged["params"] = references
     advance(*arranged.values(), *scalars)
+    _tell_autograd(params, advance is op)
     for name in shaped:
         if name != "grads":
             for tensor, worked_on in zip(tensors[name], arranged[name], strict=True):
                 if worked_on is not tensor:
                     tensor.copy_(worked_on)
+
+
+def _tell_autograd(params: list[Tensor], dispatched: bool) -> None:
+    """Count the change of ``params`` as one in place, where neither the dispatcher nor torch's kernels have."""
+    if not dispatched and params[0].is_cuda:
+        for param in params:
+            torch.autograd.graph.increment_version(param)
 
 
 def dense_copy(param: Tensor) -> Tensor:

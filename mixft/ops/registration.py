@@ -101,19 +101,20 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         )
         op.register_kernel("cuda")(on_cuda)
         op.register_fake(fake)
-        op.on_cpu = on_cpu
+        op.without_dispatch = {"cpu": on_cpu, "cuda": on_cuda}
         return op
 
     return decorate
 
 
 def without_dispatch(op, tensor: Tensor):
-    """``op``, or its CPU implementation where the dispatcher has nothing to do for ``tensor``'s call.
+    """``op``, or its implementation where the dispatcher has nothing to do for ``tensor``'s call.
 
-    That is in eager mode on a plain CPU tensor, with no dispatch mode to see the call: the dispatcher takes 12 us, and
-    1 us a tensor in lists, which torch's own operators inside the routine spend again. The caller sees to it that no
-    gradient is wanted.
+    That is in eager mode on a plain CPU or GPU tensor, with no dispatch mode to see the call: the dispatcher takes
+    12 us, and 1 us a tensor in lists. The caller sees to it that no gradient is wanted, and that autograd hears of
+    what is changed in place.
     """
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device == CPU and not interpreting()
+    implementation = op.without_dispatch.get(tensor.device.type)
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and implementation is not None and not interpreting()
     observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return op.on_cpu if plain and not observed else op
+    return implementation if plain and not observed else op

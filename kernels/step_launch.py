@@ -1,0 +1,214 @@
+"""The host's side of the optimizer step: one launch for each (parameter dtype, gradient dtype, alignment).
+
+What a launch needs of a thousand tensors is their addresses; all that follows from those is kept under them.
+"""
+
+import functools
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .architecture import Architecture, architecture_of
+from .configuration import configuration
+from .device_cache import cached
+from .multi_tensor import TRITON_NAMES, TRITON_TYPES, MultiTensorConfig, addresses, make_table, programs_for
+from .optimizer_state import GROUP_SIZE
+from .optimizer_step import SIZE, optimizer_step_kernel
+from .variant import Elementwise, Variant
+
+STATE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "code", torch.uint8: "code"}
+MASTER_FORMATS = {torch.float32: "fp32", torch.int16: "split"}
+HYPERPARAMETERS = (
+    "log_beta1",
+    "log_beta2",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "eps",
+    "momentum",
+    "one_minus_dampening",
+    "weight_decay",
+)
+Column = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """What a rule passes to the kernel: compile-time choices, and hyperparameters, None for those it does not have."""
+
+    rule: str
+    maximize: bool
+    weight_decay: float
+    decoupled: bool = False
+    nesterov: bool = False
+    log_beta1: float | None = None
+    log_beta2: float | None = None
+    one_minus_beta1: float | None = None
+    beta2: float | None = None
+    one_minus_beta2: float | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    one_minus_dampening: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The tensors of one launch, ``columns`` as in its table; hashed by identity, which costs nothing."""
+
+    param_dtype: torch.dtype
+    grad_dtype: torch.dtype
+    is_aligned: bool
+    columns: tuple[tuple[int, ...], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def groups_of(
+    param_dtypes: tuple[torch.dtype, ...], grad_dtypes: tuple[torch.dtype, ...], columns: tuple[Column, ...]
+) -> list[Group]:
+    """The launches that a step takes, from the dtypes and the table's columns; a column of no tensors is None."""
+    absent = (0,) * len(param_dtypes)
+    rows = list(zip(*(absent if column is None else column for column in columns), strict=True))
+    groups = defaultdict(list)
+    for param_dtype, grad_dtype, row in zip(param_dtypes, grad_dtypes, rows, strict=True):
+        # All but the size and the step count are accessed in vectors.
+        is_aligned = functools.reduce(operator.or_, row[2:]) % 16 == 0
+        groups[param_dtype, grad_dtype, is_aligned].append(row)
+    return [Group(*kind, tuple(zip(*members, strict=True))) for kind, members in groups.items()]
+
+
+def launch_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    masters: list[Tensor],
+    states: list[list[Tensor]],
+    scales: list[list[Tensor]],
+    steps: list[Tensor],
+    lr: Tensor,
+    inv_scale: Tensor | None,
+    clip_coef: Tensor | None,
+    found_inf: Tensor | None,
+    stochastic_rounding: bool,
+    rule: UpdateRule,
+) -> None:
+    """Launch the kernel once for each group; empty lists mean "none".
+
+    Args:
+        states: first moments, second moments and AMSGrad's maxima, as many as the rule has.
+        scales: the scales of each.
+    """
+    device = params[0].device
+    none = [[]] * (3 - len(states))
+    tensors = [steps, params, grads, masters, *states, *none, *scales, *none]
+    columns = (tuple(map(Tensor.numel, params)), *(tuple(addresses(listed)) if listed else None for listed in tensors))
+    dtype = operator.attrgetter("dtype")
+    groups = groups_of(tuple(map(dtype, params)), tuple(map(dtype, grads)), columns)
+    hyperparameters = [getattr(rule, name) for name in HYPERPARAMETERS]
+    state = STATE_FORMATS[states[0][0].dtype] if states[0] else "none"
+    with torch.cuda.device_of(params[0]):
+        config = _config(architecture_of(device), state)
+        for group in groups:
+            programs = programs_for(group.columns[SIZE.value], config.chunk, device)
+            optimizer_step_kernel[(programs.count,)](
+                cached(_table, group, device),
+                programs.tensor,
+                programs.chunk,
+                programs.tickets,
+                lr,
+                inv_scale,
+                clip_coef,
+                found_inf,
+                *hyperparameters,
+                RULE=rule.rule,
+                PARAM_TYPE=TRITON_TYPES[group.param_dtype],
+                GRAD_TYPE=TRITON_TYPES[group.grad_dtype],
+                MASTER=MASTER_FORMATS[masters[0].dtype] if masters else "none",
+                STATE=state,
+                AMSGRAD=len(states) == 3 and bool(states[2]),
+                DECOUPLED=rule.decoupled,
+                NESTEROV=rule.nesterov,
+                MAXIMIZE=rule.maximize,
+                STOCHASTIC=stochastic_rounding,
+                ALIGNED=group.is_aligned,
+                CHUNK=config.chunk,
+                BLOCK=config.block,
+                num_warps=config.num_warps,
+                num_stages=1,
+            )
+
+
+def _table(group: Group, device: torch.device) -> Tensor:
+    return make_table(group.columns, device)
+
+
+def step_variant(
+    arch: Architecture,
+    rule: UpdateRule,
+    param: torch.dtype,
+    grad: torch.dtype,
+    *,
+    master: str = "none",
+    state: str = "fp32",
+    amsgrad: bool = False,
+    scaled: bool = True,
+    stochastic: bool = False,
+    aligned: bool = True,
+) -> Variant:
+    """The variant of one launch; ``scaled`` is whether it has ``inv_scale``, ``clip_coef`` and ``found_inf``."""
+    config = _config(arch, state)
+    moments = 2 + amsgrad if rule.rule == "adam" else 1
+    flags = {
+        "decoupled": rule.decoupled,
+        "nesterov": rule.nesterov,
+        "amsgrad": amsgrad,
+        "maximize": rule.maximize,
+        "stochastic": stochastic,
+        "unscaled": not scaled,
+        "unaligned": not aligned,
+    }
+    types = [TRITON_NAMES[param], TRITON_NAMES[grad], f"{master} master", f"{state} state"]
+    scalars = ("inv_scale", "clip_coef", "found_inf")
+    pointers = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32", "tickets": "*i64", "lr": "*fp32"}
+    pointers |= dict.fromkeys(scalars, "*fp32") if scaled else {}
+    hyperparameters = {name: getattr(rule, name) for name in HYPERPARAMETERS}
+    return Variant(
+        name=f"{rule.rule}[{','.join(types + [name for name, is_set in flags.items() if is_set])}]",
+        function=optimizer_step_kernel,
+        signature=pointers | {name: "fp32" for name, value in hyperparameters.items() if value is not None},
+        constexprs={name: None for name, value in hyperparameters.items() if value is None}
+        | ({} if scaled else dict.fromkeys(scalars))
+        | {
+            "RULE": rule.rule,
+            "PARAM_TYPE": TRITON_TYPES[param],
+            "GRAD_TYPE": TRITON_TYPES[grad],
+            "MASTER": master,
+            "STATE": state,
+            "AMSGRAD": amsgrad,
+            "DECOUPLED": rule.decoupled,
+            "NESTEROV": rule.nesterov,
+            "MAXIMIZE": rule.maximize,
+            "STOCHASTIC": stochastic,
+            "ALIGNED": aligned,
+            "CHUNK": config.chunk,
+            "BLOCK": config.block,
+        },
+        divisible_by_16=tuple(name for name in pointers if name not in ("lr", *scalars)),
+        num_warps=config.num_warps,
+        wide_loads=aligned,
+        work=Elementwise(config.block, _floor_bytes(param, grad, master, state, moments)),
+    )
+
+
+def _config(arch: Architecture, state: str) -> MultiTensorConfig:
+    bucket = "narrow state" if state in ("bf16", "code") else "fp32 state"
+    return configuration("optimizer_step", MultiTensorConfig, arch, bucket)
+
+
+def _floor_bytes(param: torch.dtype, grad: torch.dtype, master: str, state: str, moments: int) -> float:
+    """Bytes an element: the gradient read, everything else read and written."""
+    # With a master the parameter is only written, with a remainder it is half of the master.
+    weights = {"none": 2 * param.itemsize, "fp32": param.itemsize + 8, "split": 2 * param.itemsize + 4}[master]
+    each = {"none": 0.0, "fp32": 4.0, "bf16": 2.0, "code": 1 + 1 / GROUP_SIZE.value}[state]
+    return grad.itemsize + weights + 2 * moments * each
