@@ -14,6 +14,7 @@ _ATTRIBUTES = {
     "save_quantized": "mixft.nn.checkpoint",
     "load_quantized": "mixft.nn.checkpoint",
     "PrecisionPolicy": "mixft.precision",
+    "PrecisionController": "mixft.precision",
 }
 
 __all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]

@@ -13,7 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.precision")
-ATTRIBUTES = ("quantize_", "dequantize_", "save_quantized", "load_quantized", "PrecisionPolicy")
+ATTRIBUTES = (
+    "quantize_",
+    "dequantize_",
+    "save_quantized",
+    "load_quantized",
+    "PrecisionPolicy",
+    "PrecisionController",
+)
 
 # The packages of this repository that each part may import, and the modules from elsewhere beside Python's own.
 PARTS = {

@@ -1,5 +1,8 @@
 """Which layer computes in which dtype: set by rules, changed for evaluation, or following the run."""
 
-from .policy import ModulePrecision, PolicyReport, PrecisionPolicy
+from .controller import PrecisionController
+from .event import PrecisionEvent
+from .policy import PrecisionPolicy
+from .report import ModulePrecision, PolicyReport
 
-__all__ = ["ModulePrecision", "PolicyReport", "PrecisionPolicy"]
+__all__ = ["ModulePrecision", "PolicyReport", "PrecisionController", "PrecisionEvent", "PrecisionPolicy"]
