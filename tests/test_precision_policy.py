@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_within_budget
 from optimizer_cases import bits
+from precision_runs import BF16, F16, F32, TOKENS, Net, cpu_routines, dtypes, train  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,50 +17,7 @@ import mixft
 from mixft.optim import AdamW
 from mixft.precision.border import border_of, cast
 
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-
-
-class Net(nn.Module):
-    """A norm called by its place and one called by its class, a head, a residual sum and an additive mask."""
-
-    def __init__(self, width=6):
-        super().__init__()
-        self.embed = nn.Embedding(10, width)
-        self.block = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width)})
-        self.norm1 = nn.LayerNorm(width)
-        self.classifier = nn.Linear(width, 3)
-        self.register_buffer("positions", torch.arange(width))
-        self.register_buffer("frequencies", torch.rand(width))
-        self.seen = {}
-        for name, module in self.named_modules():
-            module.register_forward_hook(self._note(name))
-
-    def _note(self, name):
-        return Note(self.seen, name)
-
-    def forward(self, tokens, *, mask=None):
-        hidden = self.embed(tokens)
-        hidden = self.block["LayerNorm"](self.block["dense"](hidden) + hidden)
-        hidden = self.norm1(hidden)
-        if mask is not None:
-            hidden = hidden * mask.softmax(-1).unsqueeze(-1)
-        return self.classifier(hidden)
-
-
-class Note:
-    def __init__(self, seen, name):
-        self.seen, self.name = seen, name
-
-    def __call__(self, module, args, output):
-        self.seen[self.name] = (args[0].dtype, output.dtype)
-
-
-TOKENS = torch.tensor([[1, 2, 3], [4, 5, 9]])
 RULES = {"*": "fp16", "*LayerNorm*": "fp32", "classifier": "fp32"}
-
-
-def dtypes(model):
-    return {name: param.dtype for name, param in model.named_parameters()}
 
 
 def test_names_and_classes_match_and_the_last_rule_wins():
@@ -346,7 +304,7 @@ def test_compiled_and_checkpointed_forward_are_the_eager_one():
         assert all(torch.equal(param.grad, grad) for param, grad in zip(model.parameters(), gradients, strict=True))
 
 
-@pytest.mark.parametrize("master_weights", ["fp32", "none"])
+@pytest.mark.parametrize("master_weights", ["fp32", "split", "none"])
 def test_the_optimizer_keeps_parameters_and_fp32_values(master_weights):
     model = Net()
     values = {name: param.detach().clone() for name, param in model.named_parameters()}
@@ -360,13 +318,6 @@ def test_the_optimizer_keeps_parameters_and_fp32_values(master_weights):
     for name, param in model.named_parameters():
         rounded = master_weights == "none" and not name.startswith("norm1")
         assert torch.equal(param, values[name].bfloat16().float() if rounded else values[name]), name
-
-
-def train(model, optimizer, steps=3):
-    for _ in range(steps):
-        model(TOKENS).float().square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def test_training_goes_on_after_apply_with_the_same_moments_and_masters():
@@ -385,76 +336,6 @@ def test_training_goes_on_after_apply_with_the_same_moments_and_masters():
         ]
     train(model, optimizer)
     assert all(torch.equal(param, optimizer.state[param]["master"].half()) for param in model.parameters())
-
-
-class TestEvaluating:
-    """16-bit training, FP32 evaluation."""
-
-    def trained(self, dtype=F16, **options):
-        model = Net()
-        optimizer = AdamW(model.parameters(), lr=1e-2, **options)
-        policy = mixft.PrecisionPolicy({"*": dtype})
-        policy.apply(model, optimizer)
-        train(model, optimizer)
-        return policy, model, optimizer
-
-    @pytest.mark.parametrize("dtype", [F16, BF16])
-    def test_runs_in_fp32_from_the_masters_and_restores_every_bit(self, dtype):
-        policy, model, optimizer = self.trained(dtype)
-        before = [(id(param), param.data_ptr(), bits(param)) for param in model.parameters()]
-        masters = [bits(optimizer.state[param]["master"]) for param in model.parameters()]
-        low = model(TOKENS)
-        with policy.evaluating(model, optimizer) as evaluated:
-            assert evaluated is model
-            assert {param.dtype for param in model.parameters()} == {F32}
-            assert [bits(param) for param in model.parameters()] == masters
-            pointers = [optimizer.state[param]["master"].data_ptr() for param in model.parameters()]
-            assert [param.data_ptr() for param in model.parameters()] == pointers
-            high = model(TOKENS)
-            reference = Net()
-            reference.load_state_dict(model.state_dict())
-            assert torch.equal(high, reference(TOKENS))
-        assert [(id(param), param.data_ptr(), bits(param)) for param in model.parameters()] == before
-        assert [bits(optimizer.state[param]["master"]) for param in model.parameters()] == masters
-        assert low.dtype == model(TOKENS).dtype == dtype
-        assert torch.equal(model(TOKENS), low)
-        assert not torch.equal(high, low.float())
-
-    def test_training_after_it_is_as_without_it(self):
-        runs = []
-        for evaluate in (True, False):
-            torch.manual_seed(1)
-            policy, model, optimizer = self.trained()
-            if evaluate:
-                with policy.evaluating(model, optimizer):
-                    model(TOKENS)
-            train(model, optimizer)
-            runs.append([bits(param) for param in model.parameters()])
-        assert runs[0] == runs[1]
-
-    def test_without_masters_it_widens_the_parameters(self):
-        policy, model, _ = self.trained()
-        narrow = [param.detach().float() for param in model.parameters()]
-        with policy.evaluating(model):
-            assert all(torch.equal(param, value) for param, value in zip(model.parameters(), narrow, strict=True))
-
-    def test_restores_after_an_error_and_refuses_a_step(self):
-        policy, model, optimizer = self.trained()
-        before = [bits(param) for param in model.parameters()]
-        with pytest.raises(RuntimeError, match="outside of policy"), policy.evaluating(model, optimizer):
-            optimizer.step()
-        assert [bits(param) for param in model.parameters()] == before
-        assert model(TOKENS).dtype == F16
-        train(model, optimizer, 1)
-
-    def test_buffers_too(self):
-        model = nn.BatchNorm1d(3).half()
-        policy = mixft.PrecisionPolicy({"*": "fp32"})
-        policy.apply(model)
-        with policy.evaluating(model.eval()):
-            assert model.running_mean.dtype == F32
-            assert model(torch.ones(2, 3)).dtype == F32
-        assert model.running_mean.dtype == F16
 
 
 def test_bert():

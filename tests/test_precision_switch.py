@@ -38,30 +38,36 @@ class TestSwitch:
         controller.step(torch.ones((), device=self.inputs.device))
         assert controller.raised[-1] == name
 
-    @pytest.mark.parametrize("master_weights", ["fp32", "none"])
-    def test_raising_and_lowering_keep_every_bit(self, device, master_weights):
-        model, optimizer, controller = self.trained(device, master_weights=master_weights)
+    @pytest.mark.parametrize("state_dtype", [torch.float32, torch.int8])
+    @pytest.mark.parametrize("master_weights", ["fp32", "split", "none"])
+    def test_raising_and_lowering_keep_every_bit(self, device, master_weights, state_dtype):
+        model, optimizer, controller = self.trained(device, master_weights=master_weights, state_dtype=state_dtype)
         params = list(model.parameters())
-        state = {
-            param: {name: bits(value) for name, value in optimizer.state[param].items() if name != "master"}
-            for param in params
-        }
-        narrow = {param: bits(param) for param in params}
-        wide = {param: bits(optimizer.state[param].get("master", param.float())) for param in params}
+        kept = {"fp32": "master", "split": "remainder"}.get(master_weights)
+
+        def moments():
+            return [
+                {name: bits(value) for name, value in optimizer.state[param].items() if name != kept}
+                for param in params
+            ]
+
+        before, narrow = moments(), [bits(param) for param in params]
+        saved = optimizer.state_dict()["state"]
+        wide = [bits(saved[place].get("master", param.float())) for place, param in enumerate(params)]
+        masters = [bits(optimizer.state[param][kept]) for param in params] if kept else []
         self.overflow(model, controller)
-        raised = list(model[2].parameters())
-        for param in params:
-            is_raised = any(param is other for other in raised)
-            assert param.dtype == param.grad.dtype == (F32 if is_raised else F16)
-            assert bits(param) == (wide if is_raised else narrow)[param]
-            assert ("master" in optimizer.state[param]) == (master_weights == "fp32" and not is_raised)
+        raised = [param.dtype == F32 for param in params]
+        assert raised == [name.startswith("2.") for name, _ in model.named_parameters()]
+        for place, param in enumerate(params):
+            assert param.grad.dtype == param.dtype
+            assert bits(param) == (wide if raised[place] else narrow)[place]
+            assert (kept in optimizer.state[param]) == (kept is not None and not raised[place])
         controller._lower("2", "calm", {})
-        for param in params:
-            assert (param.dtype, bits(param)) == (F16, narrow[param])
-            if master_weights == "fp32":
-                assert bits(optimizer.state[param]["master"]) == wide[param]
-            kept = {name: bits(value) for name, value in optimizer.state[param].items() if name != "master"}
-            assert kept == state[param]
+        assert [param.dtype for param in params] == [F16] * len(params)
+        assert [bits(param) for param in params] == narrow
+        assert moments() == before
+        # An FP16 remainder is exact from 2^-16 up, and every weight here is.
+        assert not kept or [bits(optimizer.state[param][kept]) for param in params] == masters
         assert all(ours is param for ours, param in zip(model.parameters(), params, strict=True))
         assert all(ours is param for ours, param in zip(optimizer.param_groups[0]["params"], params, strict=True))
         assert border_of(model[2]) is None
