@@ -202,7 +202,7 @@ def step_variant(
 
 
 def _config(arch: Architecture, state: str) -> MultiTensorConfig:
-    bucket = "narrow state" if state in ("bf16", "code") else "fp32 state"
+    bucket = {"bf16": "bf16 state", "code": "8-bit state"}.get(state, "fp32 state")
     return configuration("optimizer_step", MultiTensorConfig, arch, bucket)
 
 
