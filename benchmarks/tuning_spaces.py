@@ -132,9 +132,16 @@ SPACES = (
     Space("optimizer_step", "fp32 state", "adamw", optimizer_step("adamw", HALF), multi_tensor()),
     Space(
         "optimizer_step",
-        "narrow state",
+        "8-bit state",
         "adamw",
         optimizer_step("adamw", torch.bfloat16, "split", torch.int8),
+        multi_tensor(),
+    ),
+    Space(
+        "optimizer_step",
+        "bf16 state",
+        "adamw",
+        optimizer_step("adamw", torch.bfloat16, "split", torch.bfloat16),
         multi_tensor(),
     ),
     Space("grad", "all", "grad", grad_stats(HALF), multi_tensor()),
