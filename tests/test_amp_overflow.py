@@ -75,6 +75,28 @@ def test_after_unscale(device, make):
     assert scaler.overflow_report() == [("second.weight", 4)]
 
 
+def test_an_optimizer_that_clips_is_the_only_one_to_read_the_gradients(device, monkeypatch):
+    model = model_of(device)
+    optimizer = mixft.optim.AdamW(model.named_parameters(), lr=1e-3, max_grad_norm=1.0)
+    before = [param.detach().clone() for param in model.parameters()]
+    scaler = LossScaler(8.0, device=device.type)
+    monkeypatch.delattr("mixft.amp.loss_scaler.grad_scalars")
+    iterate(scaler, optimizer, [(0, 2, 3, NAN)])
+    assert scaler.overflow_report() == [("second.weight", 3)]
+    # Finite elements whose norm is beyond FP32: the step is skipped, and the scale has to come down.
+    iterate(scaler, optimizer, [(0, 2, 3, 3e38)])
+    assert scaler.overflow_report() == []
+    assert [step.iteration for step in scaler.overflow_history()] == [1, 2]
+    assert (scaler.get_scale(), scaler.overflow_steps) == (2.0, 2)
+    assert all(map(torch.equal, model.parameters(), before))
+    iterate(scaler, optimizer)
+    assert (scaler.get_scale(), scaler.overflow_steps) == (2.0, 2)
+    optimizer.zero_grad()
+    scaler.step(optimizer)
+    with pytest.raises(AssertionError, match="No inf checks were recorded prior to update"):
+        scaler.update()
+
+
 def test_parameters_without_a_gradient_and_gradients_of_other_kinds():
     table = torch.nn.Embedding(6, 2, sparse=True)
     wide = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))

@@ -1,16 +1,20 @@
 """``LossScaler``: ``torch.amp.GradScaler`` for pure-FP16 training, which says where gradients overflowed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 
 from mixft.ops import grad_scalars, unscale_
 
 from .floor_watch import FloorWatch
 from .gradients import gradients_of, has_gradient
 from .overflow import OverflowRing, OverflowStep, merge
+
+if TYPE_CHECKING:
+    from .grad_accumulator import GradAccumulator
 
 # What GradScaler saves, and what this class saves of its options and of its counters.
 ENTRIES = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
@@ -149,12 +153,22 @@ class LossScaler(torch.amp.GradScaler):
         Raises:
             RuntimeError: a second call for ``optimizer`` since the last ``update``, or a closure.
             AssertionError: no loss was scaled, or ``optimizer`` has no gradients.
+            ValueError: ``optimizer`` has a GradAccumulator that was made for another scaler.
         """
-        if self._enabled and any(map(callable, args)):
+        if not self._enabled:
+            return optimizer.step(*args, **kwargs)
+        if any(map(callable, args)):
             raise RuntimeError("a closure cannot be used with an enabled LossScaler: it would scale no loss")
+        accumulator = self._accumulator_of(optimizer)
+        if accumulator is not None:
+            self._check_scale_growth_tracker("step")
+            if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+                # Its buffers hold no scale any more.
+                self.unscale_(optimizer)
         result = super().step(optimizer, *args, **kwargs)
-        if self._enabled:
-            self._note_step(optimizer)
+        self._note_step(optimizer)
+        if accumulator is not None:
+            accumulator.reset()
         return result
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
@@ -187,6 +201,18 @@ class LossScaler(torch.amp.GradScaler):
         self._counters["iteration"].add_(1)
         if self._dynamic:
             self._floor_watch.look(self._counters["floor_steps"], list(self._rings.values()))
+
+    def inverse_scale(self) -> Tensor | None:
+        """1 / scale, 0-d FP32 on the scale's device, without waiting for it; None where the scaler is not enabled.
+
+        Raises:
+            AssertionError: no loss was scaled.
+        """
+        if not self._enabled:
+            return None
+        scale, _ = self._check_scale_growth_tracker("inverse_scale")
+        # As GradScaler.unscale_ computes it.
+        return scale.double().reciprocal().float()
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Set the growth factor; ValueError unless it is above 1."""
@@ -302,6 +328,12 @@ class LossScaler(torch.amp.GradScaler):
             ring = self._rings[optimizer] = OverflowRing(optimizer, self._scale.device)
         ring.record(optimizer, state["nonfinite"], overflowed, self._counters["iteration"])
 
+    def _accumulator_of(self, optimizer: torch.optim.Optimizer) -> "GradAccumulator | None":
+        accumulator = getattr(optimizer, "grad_accumulator", None)
+        if accumulator is not None and accumulator.scaler is not self:
+            raise ValueError("the optimizer has a GradAccumulator that was made without this scaler; give it this one")
+        return accumulator
+
     def _found_of(self, state: dict[str, Any]) -> list[Tensor]:
         """What was found for one optimizer, on the scale's device."""
         return [found.to(self._scale.device, non_blocking=True) for found in state["found_inf_per_device"].values()]
@@ -309,6 +341,10 @@ class LossScaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
+        accumulator = self._accumulator_of(optimizer)
+        if accumulator is not None:
+            self._per_optimizer_states[id(optimizer)]["nonfinite"] = accumulator.counts()
+            return accumulator.found_inf_per_device()
         found, nonfinite = {}, []
         for device, gradients in gradients_of(optimizer).items():
             found[device] = found_inf.to(device, non_blocking=True, copy=True)

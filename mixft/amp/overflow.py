@@ -59,7 +59,7 @@ class OverflowRing:
         counts = [values.to(device, non_blocking=True) for _, values in counted]
         row = torch.cat(counts) if counts else self._counts.new_zeros(0)
         if params != self._params:
-            row = self._counts.new_zeros(len(self.names)).index_copy_(0, self._columns(params), row)
+            row = self._counts.new_zeros(len(self.names)).index_add_(0, self._columns(params), row)
         self._counts.index_copy_(0, self._row, row[None])
         self._iterations.index_copy_(0, self._row, iteration[None])
         self._row.add_(overflowed).remainder_(KEPT + 1)

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from mixft.ops.optimizer_step import advance_
 
 from .hyperparameters import check_precision
-from .members import Members, arrange, check_gradients, check_parameters, signature
+from .members import GradientOf, Members, arrange, check_gradients, check_parameters, signature
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
@@ -36,6 +37,10 @@ class MixedPrecisionOptimizer(Optimizer):
             before the first step and where ``max_grad_norm`` is None.
         last_found_inf: 0-d FP32 tensor, 1 where the last step was skipped; None before the first step, and where
             nothing looked.
+        last_nonfinite: what the last step found where it looked: pairs of parameters and int64 [parameters], the number
+            of NaN and Inf elements in the gradient of each.
+        main_grads: FP32 gradients by parameter, without a loss scale, to step with in place of ``.grad``; set around a
+            step by ``mixft.amp.GradAccumulator``.
     """
 
     # Tells torch.amp.GradScaler to hand over its scale and its finding (the attributes grad_scale and found_inf).
@@ -48,6 +53,7 @@ class MixedPrecisionOptimizer(Optimizer):
     needs_step: ClassVar[bool] = False
     # Whether mixft.optim.release_gradients is on: parameters are stepped inside backward.
     releases_gradients: bool = False
+    main_grads: dict[Tensor, Tensor] | None = None
     # Whether a state tensor made late makes the next step the parameter's first.
     restarts_with_new_state: ClassVar[bool] = False
 
@@ -74,10 +80,20 @@ class MixedPrecisionOptimizer(Optimizer):
     def _forget_last_step(self) -> None:
         self.last_grad_norm: Tensor | None = None
         self.last_found_inf: Tensor | None = None
+        self.last_nonfinite: list[tuple[list[Tensor], Tensor]] = []
         self._work: list[Members] = []
         self._work_signature: list[Any] | None = None
         self._rates: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
         self._found_in_backward: Tensor | None = None
+
+    @property
+    def finds_overflows(self) -> bool:
+        """Whether every step looks at the gradients, so that a loss scaler need not: where it clips."""
+        return self.max_grad_norm is not None
+
+    @property
+    def _gradient_of(self) -> GradientOf:
+        return attrgetter("grad") if self.main_grads is None else self.main_grads.get
 
     @property
     def master_weights(self) -> str:
@@ -168,7 +184,7 @@ class MixedPrecisionOptimizer(Optimizer):
         Raises:
             TypeError: as ``step``.
         """
-        check_gradients([param], type(self).__name__)
+        check_gradients([param], self._gradient_of, type(self).__name__)
         self._update(self._arrange(group, [param]))
         found = self.last_found_inf
         if found is not None and self._found_in_backward is not None:
@@ -180,25 +196,27 @@ class MixedPrecisionOptimizer(Optimizer):
         found = self._signature()
         if found != self._work_signature:
             params = [param for group in self.param_groups for param in group["params"]]
-            check_gradients(params, type(self).__name__)
+            check_gradients(params, self._gradient_of, type(self).__name__)
             self._work = [members for group in self.param_groups for members in self._arrange(group, group["params"])]
             self._work_signature = self._signature()
         return self._work
 
     def _signature(self) -> list[Any]:
         names = list(map(self.state_names, self.param_groups))
-        return signature(self.param_groups, names, self.state, self.state_dtype == torch.int8)
+        return signature(self.param_groups, names, self._gradient_of, self.state, self.state_dtype == torch.int8)
 
     def _arrange(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[Members]:
         names = self.state_names(group)
-        return arrange(group, params, self.state, self.storage, names, self.restarts_with_new_state)
+        return arrange(group, params, self._gradient_of, self.state, self.storage, names, self.restarts_with_new_state)
 
     def _update(self, work: list[Members]) -> None:
         """Change parameters and state of ``work``, or nothing where a gradient of any is not finite."""
         grads: dict[torch.device, list[Tensor]] = defaultdict(list)
-        listed = [members.gradients() for members in work]
+        params: dict[torch.device, list[Tensor]] = defaultdict(list)
+        listed = [members.gradients(self._gradient_of) for members in work]
         for members, own in zip(work, listed, strict=True):
             grads[members.device] += own
+            params[members.device] += members.tensors["params"]
         scalars = step_scalars(
             grads,
             # Set by torch.amp.GradScaler around the step.
@@ -209,6 +227,7 @@ class MixedPrecisionOptimizer(Optimizer):
         )
         self.last_grad_norm = scalars.norm
         self.last_found_inf = None if scalars.found_inf is None else scalars.found_inf.reshape(())
+        self.last_nonfinite = list(zip(params.values(), scalars.nonfinite, strict=True)) if scalars.nonfinite else []
         local = {device: scalars.on(device) for device in grads}
         for members, own in zip(work, listed, strict=True):
             lr = self._learning_rate(members.group, members.device)

@@ -1,6 +1,6 @@
 """Which parameters are updated together, and the lists of their tensors that an op takes."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,6 +14,8 @@ from .state import lay_steps_side_by_side
 from .storage import SCALE, Storage
 
 State = dict[Tensor, dict[str, Any]]
+# The gradient that a parameter is to be stepped with, None for none.
+GradientOf = Callable[[Tensor], Tensor | None]
 
 
 @dataclass
@@ -32,8 +34,8 @@ class Members:
     def device(self) -> torch.device:
         return self.tensors["params"][0].device
 
-    def gradients(self) -> list[Tensor]:
-        return [param.grad for param in self.tensors["params"]]
+    def gradients(self, gradient_of: GradientOf) -> list[Tensor]:
+        return list(map(gradient_of, self.tensors["params"]))
 
 
 def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
@@ -57,10 +59,9 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
             )
 
 
-def check_gradients(params: Iterable[Tensor], optimizer: str) -> None:
+def check_gradients(params: Iterable[Tensor], gradient_of: GradientOf, optimizer: str) -> None:
     """Raise TypeError for a gradient that no op takes."""
-    for param in params:
-        grad = param.grad
+    for grad in map(gradient_of, params):
         if grad is not None and (grad.layout != torch.strided or grad.dtype not in FLOATS):
             raise TypeError(
                 f"a gradient of shape {tuple(grad.shape)} is a {grad.layout} tensor of {grad.dtype}; "
@@ -71,6 +72,7 @@ def check_gradients(params: Iterable[Tensor], optimizer: str) -> None:
 def arrange(
     group: dict[str, Any],
     params: Iterable[Tensor],
+    gradient_of: GradientOf,
     state: State,
     storage: Storage,
     names: tuple[str, ...],
@@ -84,7 +86,7 @@ def arrange(
     """
     alike: dict[tuple[torch.device, str | None], list[Tensor]] = {}
     for param in params:
-        if param.grad is not None:
+        if gradient_of(param) is not None:
             alike.setdefault((param.device, storage.master_name(param)), []).append(param)
     return [
         Members(group, _lists(together, kept, state, storage, names, restarts)) for (_, kept), together in alike.items()
@@ -115,7 +117,11 @@ def _lists(
 
 
 def signature(
-    param_groups: list[dict[str, Any]], names: list[tuple[str, ...]], state: State, with_strides: bool
+    param_groups: list[dict[str, Any]],
+    names: list[tuple[str, ...]],
+    gradient_of: GradientOf,
+    state: State,
+    with_strides: bool,
 ) -> list[Any]:
     """What the lists of all members depend on, to tell at every step whether they still hold.
 
@@ -126,7 +132,7 @@ def signature(
         [(id(group), len(group["params"]), named) for group, named in zip(param_groups, names, strict=True)],
         list(map(id, params)),
         [
-            (param.dtype, None) if (grad := param.grad) is None else (param.dtype, grad.dtype, grad.layout)
+            (param.dtype, None) if (grad := gradient_of(param)) is None else (param.dtype, grad.dtype, grad.layout)
             for param in params
         ],
         [param.stride() for param in params] if with_strides else None,

@@ -17,12 +17,15 @@ class Scalars:
         clip_coef: what they are multiplied by next, to be clipped.
         found_inf: not zero where the step is not to be taken.
         norm: of the unscaled gradients, before clipping; None where nothing asked for it.
+        nonfinite: int64, for every device of the step the number of NaN and Inf elements of each gradient; empty where
+            nobody looked.
     """
 
     inv_scale: Tensor | None = None
     clip_coef: Tensor | None = None
     found_inf: Tensor | None = None
     norm: Tensor | None = None
+    nonfinite: tuple[Tensor, ...] = ()
 
     def on(self, device: torch.device) -> "Scalars":
         """The same on ``device``."""
@@ -55,20 +58,22 @@ def step_scalars(
     if len(grads) == 1:
         found = scalars_of(grads[home], inv_scale, found_inf, max_norm)
         norm, clip_coef, found_inf = found.norm, found.clip_coef, found.found_inf
+        nonfinite = (found.nonfinite,)
     else:
         parts = [scalars_of(listed, None, None, None) for listed in grads.values()]
         norm = torch.stack([at(part.norm, home) for part in parts]).square().sum().sqrt()
         if inv_scale is not None:
             norm = norm * inv_scale.reshape(())
+        nonfinite = tuple(part.nonfinite for part in parts)
         findings = [at(part.found_inf, home) for part in parts]
         findings += [] if found_inf is None else [found_inf.reshape(())]
         # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
         findings += [] if max_norm is None else [(~norm.isfinite()).float()]
         found_inf = torch.stack(findings).amax()
         clip_coef = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return (
-        Scalars(inv_scale, clip_coef, found_inf, norm) if max_norm is not None else Scalars(inv_scale, None, found_inf)
-    )
+    if max_norm is None:
+        return Scalars(inv_scale, None, found_inf, None, nonfinite)
+    return Scalars(inv_scale, clip_coef, found_inf, norm, nonfinite)
 
 
 def at(scalar: Tensor, device: torch.device) -> Tensor:

@@ -1,0 +1,217 @@
+"""``GradAccumulator``: the gradients of several backward passes summed in FP32, for one optimizer step."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixft.ops.accumulate import add_
+from mixft.ops.validation import FLOATS
+
+from .loss_scaler import LossScaler
+from .overflow import Counts
+
+
+class GradAccumulator:
+    """Add the gradients of every micro-batch to FP32 buffers, unscaled and checked, in one launch a dtype.
+
+    Gradients of 16-bit parameters lose what is below half a unit in the last place of their sum, the more the longer it
+    gets; these buffers lose next to nothing. ::
+
+        accumulator = GradAccumulator(optimizer, scaler)
+        for _ in range(steps):
+            for batch in micro_batches:
+                scaler.scale(loss_of(batch) / len(micro_batches)).backward()
+                accumulator.accumulate()
+            scaler.step(optimizer)
+            scaler.update()
+
+    The optimizer steps with the buffers in place of the gradients: mixft's optimizers with the FP32 sums themselves,
+    any other with the sums rounded once to each parameter's dtype. A NaN or Inf in any micro-batch skips the whole
+    step, and the scaler's report says where. Every micro-batch is unscaled by the scale of its own time, so a scale
+    that changes between two of them does no harm. Nothing waits for the device.
+
+    Costs 4 bytes a parameter. Gradients are not divided by the number of micro-batches.
+
+    Args:
+        optimizer_or_params: an optimizer, which steps with the buffers until :meth:`remove`; or parameters, whose
+            sums are then in ``buffers`` for the caller, who calls :meth:`reset` after use.
+        scaler: the LossScaler that scales the losses and steps the optimizer; None for losses that are not scaled.
+
+    Attributes:
+        buffers: FP32 tensors, one a parameter, in order and laid out alike. A buffer holds a sum where its parameter
+            has had a gradient since the last step (see :meth:`gradients`), else what is left of an earlier one.
+        scaler: as given.
+
+    Raises:
+        TypeError: ``scaler`` is no LossScaler, or a parameter is not a dense FP16, BF16 or FP32 tensor.
+        ValueError: there are no parameters, or the optimizer has an accumulator already.
+    """
+
+    def __init__(
+        self, optimizer_or_params: torch.optim.Optimizer | Iterable[Tensor], scaler: LossScaler | None = None
+    ) -> None:
+        if scaler is not None and not isinstance(scaler, LossScaler):
+            raise TypeError(
+                f"scaler is a {type(scaler).__name__}; it must be a mixft.amp.LossScaler, which knows that the sums "
+                f"are unscaled, or None"
+            )
+        self.scaler = scaler
+        self.buffers: list[Tensor] = []
+        self._params: list[Tensor] = []
+        self._optimizer = optimizer_or_params if isinstance(optimizer_or_params, torch.optim.Optimizer) else None
+        if self._optimizer is None:
+            self._extend(list(optimizer_or_params))
+        elif getattr(self._optimizer, "grad_accumulator", None) is not None:
+            raise ValueError("the optimizer has a GradAccumulator already; call its remove() first")
+        else:
+            self._extend(_parameters(self._optimizer))
+        if not self._params:
+            raise ValueError("optimizer_or_params holds no parameters")
+        self._aside: list[tuple[Tensor, Tensor | None]] = []
+        self._keeps_gradients = False
+        self._lends_finding = False
+        self.reset()
+        self._hooks = []
+        if self._optimizer is not None:
+            self._hooks = [
+                self._optimizer.register_step_pre_hook(self._before_step),
+                self._optimizer.register_step_post_hook(self._after_step),
+            ]
+            self._optimizer.grad_accumulator = self
+
+    @torch.no_grad()
+    def accumulate(self, set_to_none: bool = True) -> None:
+        """Add the gradients to the buffers and clear them; call it after each backward.
+
+        Args:
+            set_to_none: leave ``.grad`` None, as ``Optimizer.zero_grad`` does, which is the least work for the next
+                backward. False sets it to zero in the same launch, for gradients that have to stay where they are.
+
+        Raises:
+            TypeError: a gradient is sparse, or of a dtype that is not served; no buffer is changed.
+            ValueError: a parameter has moved to another device since the accumulator was made; no buffer is changed.
+            AssertionError: the scaler has scaled no loss.
+        """
+        if self._optimizer is not None:
+            self._extend(_parameters(self._optimizer)[len(self._params) :])
+        work: dict[tuple[torch.device, bool], list[int]] = defaultdict(list)
+        for position, (param, buffer) in enumerate(zip(self._params, self.buffers, strict=True)):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided or grad.dtype not in FLOATS:
+                raise TypeError(
+                    f"the gradient of parameter {position} is a {grad.layout} tensor of {grad.dtype}; GradAccumulator "
+                    f"takes dense float32, float16 and bfloat16 gradients"
+                )
+            if grad.device != buffer.device:
+                raise ValueError(
+                    f"the gradient of parameter {position} is on {grad.device} and its buffer on {buffer.device}; make "
+                    f"the GradAccumulator after moving the model"
+                )
+            work[grad.device, position not in self._summed].append(position)
+        inv_scale = None if self.scaler is None else self.scaler.inverse_scale()
+        for (device, is_first), positions in work.items():
+            found_inf = self._found_inf.get(device)
+            if found_inf is None:
+                found_inf = self._found_inf[device] = torch.zeros((), dtype=torch.float32, device=device)
+            counts = self._counts.get((device, *positions))
+            if counts is None:
+                counts = torch.zeros(len(positions), dtype=torch.int64, device=device)
+                self._counts[(device, *positions)] = counts
+            add_(
+                [self._params[position].grad for position in positions],
+                [self.buffers[position] for position in positions],
+                None if inv_scale is None else inv_scale.to(device, non_blocking=True),
+                found_inf,
+                counts,
+                overwrite=is_first,
+                clear=not set_to_none,
+            )
+        self._keeps_gradients = not set_to_none
+        for positions in work.values():
+            self._summed.update(positions)
+            if set_to_none:
+                for position in positions:
+                    self._params[position].grad = None
+
+    def gradients(self) -> dict[Tensor, Tensor]:
+        """The buffer of every parameter that has had a gradient since the last step."""
+        return {self._params[position]: self.buffers[position] for position in sorted(self._summed)}
+
+    def found_inf_per_device(self) -> dict[torch.device, Tensor]:
+        """0-d FP32 on each device of the parameters: 1 where a micro-batch since the last step held a NaN or Inf."""
+        return dict(self._found_inf)
+
+    def counts(self) -> list[Counts]:
+        """Pairs of parameters and int64 [parameters], NaN and Inf elements of their gradients since the last step.
+
+        A parameter may be in several pairs; its counts then add up.
+        """
+        return [([self._params[at] for at in positions], count) for (_, *positions), count in self._counts.items()]
+
+    def reset(self) -> None:
+        """Begin a new sum; a step of the optimizer, taken or skipped, does it."""
+        self._summed: set[int] = set()
+        self._found_inf: dict[torch.device, Tensor] = {}
+        self._counts: dict[tuple, Tensor] = {}
+
+    def remove(self) -> None:
+        """Let the optimizer step with the gradients themselves again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._optimizer is not None:
+            self._optimizer.grad_accumulator = None
+
+    def _extend(self, params: list[Tensor]) -> None:
+        for position, param in enumerate(params, start=len(self._params)):
+            if param.layout != torch.strided or param.dtype not in FLOATS:
+                raise TypeError(
+                    f"parameter {position} is a {param.layout} tensor of {param.dtype}; GradAccumulator takes dense "
+                    f"float32, float16 and bfloat16 parameters"
+                )
+        self._params += params
+        self.buffers += [torch.zeros_like(param, dtype=torch.float32, requires_grad=False) for param in params]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if any(map(callable, (*args[1:], *kwargs.values()))):
+            raise RuntimeError("a closure cannot be used with a GradAccumulator: its gradients would not be added up")
+        # After a launch that cleared in place, gradients that are there may be the zeros that it left.
+        missed = 0 if self._keeps_gradients else sum(param.grad is not None for param in self._params)
+        if missed:
+            raise RuntimeError(
+                f"{missed} parameters have a gradient that was not added to its buffer; call accumulate() after each "
+                f"backward"
+            )
+        gradients = self.gradients()
+        if hasattr(optimizer, "main_grads"):
+            optimizer.main_grads = gradients
+            if optimizer.skip_nonfinite and getattr(optimizer, "found_inf", None) is None and self._found_inf:
+                home = next(iter(self._found_inf))
+                found = [value.to(home, non_blocking=True) for value in self._found_inf.values()]
+                optimizer.found_inf = torch.stack(found).amax()
+                self._lends_finding = True
+            return
+        self._aside = [(param, param.grad) for param in self._params]
+        for param in self._params:
+            param.grad = gradients[param].to(param.dtype) if param in gradients else None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        if hasattr(optimizer, "main_grads"):
+            optimizer.main_grads = None
+        if self._lends_finding:
+            del optimizer.found_inf
+            self._lends_finding = False
+        for param, grad in self._aside:
+            param.grad = grad
+        self._aside = []
+        self.reset()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))

@@ -1,0 +1,293 @@
+"""GradAccumulator: FP32 sums of micro-batch gradients, steps with them, and overflow in one of the micro-batches."""
+
+import pytest
+import torch
+from conftest import error
+
+import mixft.optim
+from mixft.amp import GradAccumulator, LossScaler
+
+INF, NAN = float("inf"), float("nan")
+MAKERS = {
+    "torch SGD": lambda params: torch.optim.SGD(params, lr=0.5),
+    "torch AdamW": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "mixft SGD": lambda params: mixft.optim.SGD(params, lr=0.5),
+    "mixft AdamW": lambda params: mixft.optim.AdamW(params, lr=0.01),
+    "mixft AdamW, clipped": lambda params: mixft.optim.AdamW(params, lr=0.01, max_grad_norm=0.5),
+}
+every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def parameters(device, dtype=torch.float32):
+    """Contiguous, transposed and empty parameters."""
+    values = [torch.randn(17), torch.randn(5, 3).t(), torch.randn(0, 4), torch.randn(66)]
+    return [torch.nn.Parameter(value.to(device, dtype)) for value in values]
+
+
+def named(params):
+    return [(f"layer{number}.weight", param) for number, param in enumerate(params)]
+
+
+def backward(params, scaler, factors, spoilt=None):
+    """What the backward of a loss ``sum(param * factor)`` leaves; one element of parameter ``spoilt`` is Inf."""
+    for number, (param, factor) in enumerate(zip(params, factors, strict=True)):
+        grad = scaler.scale(factor) if scaler is not None else factor
+        param.grad = grad.to(param.dtype)
+        if number == spoilt:
+            param.grad.view(-1)[-1] = INF
+
+
+def micro_batches(params, count):
+    return [[torch.randn(param.shape, device=param.device) for param in params] for _ in range(count)]
+
+
+def snapshot(optimizer):
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    return [tensor.detach().clone() for tensor in (*params, *state)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_64_micro_batches_match_fp64_where_16_bit_accumulation_drifts(device, dtype):
+    generator = torch.Generator().manual_seed(5)
+    batches = [(1 + torch.rand(300, generator=generator)).to(device, dtype) for _ in range(64)]
+    exact = torch.stack([batch.double() for batch in batches]).sum(0)
+    plain = torch.nn.Parameter(torch.zeros(300, dtype=dtype, device=device))
+    ours = torch.nn.Parameter(torch.zeros(300, dtype=dtype, device=device))
+    accumulator = GradAccumulator([ours])
+    for batch in batches:
+        (plain * batch).sum().backward()
+        (ours * batch).sum().backward()
+        accumulator.accumulate()
+    errors = {
+        "plain": error(plain.grad, exact) / exact.max().item(),
+        "FP32 buffers": error(accumulator.buffers[0], exact) / exact.max().item(),
+    }
+    print(f"64 {dtype} micro-batches, relative error: {errors}")
+    assert errors["plain"] > (1e-3 if dtype == torch.float16 else 1e-2)
+    assert errors["FP32 buffers"] < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@every_optimizer
+def test_steps_are_those_on_the_summed_gradients(device, make, dtype):
+    params = parameters(device, dtype)
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    optimizer, reference = make(params), make(twins)
+    scaler = LossScaler(8.0, device=device.type)
+    accumulator = GradAccumulator(optimizer, scaler)
+    for _ in range(3):
+        batches = [[factor.to(dtype).float() for factor in factors] for factors in micro_batches(params, 4)]
+        for factors in batches:
+            backward(params, scaler, factors)
+            accumulator.accumulate()
+            assert all(param.grad is None for param in params)
+        sums = [torch.stack(factors).sum(0) for factors in zip(*batches, strict=True)]
+        for buffer, total in zip(accumulator.buffers, sums, strict=True):
+            assert buffer.dtype == torch.float32
+            torch.testing.assert_close(buffer, total, rtol=1e-6, atol=1e-6)
+        scaler.step(optimizer)
+        scaler.update()
+        for twin, total in zip(twins, sums, strict=True):
+            twin.grad = total.to(dtype)
+        reference.step()
+        assert all(param.grad is None for param in params)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3}
+        for param, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(param, twin, **tolerance)
+    assert scaler.overflow_steps == 0
+
+
+@pytest.mark.parametrize("spoilt_batch", [0, 1, 2])
+@every_optimizer
+def test_an_overflow_in_any_micro_batch_skips_the_whole_step_and_is_named(device, make, spoilt_batch):
+    params = parameters(device, torch.float16)
+    optimizer = make(named(params))
+    scaler = LossScaler(8.0, device=device.type)
+    accumulator = GradAccumulator(optimizer, scaler)
+
+    def iterate(spoilt=None):
+        for number, factors in enumerate(micro_batches(params, 3)):
+            backward(params, scaler, factors, 1 if number == spoilt else None)
+            accumulator.accumulate()
+        scaler.step(optimizer)
+        scaler.update()
+
+    iterate()
+    before = snapshot(optimizer)
+    iterate(spoilt_batch)
+    assert all(map(torch.equal, snapshot(optimizer), before))
+    assert (scaler.get_scale(), scaler.overflow_steps) == (4.0, 1)
+    assert scaler.overflow_report() == [("layer1.weight", 1)]
+    iterate()
+    assert not torch.equal(params[0], before[0])
+    assert all(tensor.isfinite().all() for tensor in snapshot(optimizer))
+    assert (scaler.get_scale(), scaler.overflow_steps) == (4.0, 1)
+
+
+def test_a_scale_that_changes_between_micro_batches(device):
+    params = parameters(device, torch.float16)
+    scaler = LossScaler(8.0, device=device.type)
+    optimizer = mixft.optim.SGD(params, lr=1.0)
+    accumulator = GradAccumulator(optimizer, scaler)
+    for scale in (8.0, 2.0, 64.0):
+        scaler.scale(torch.ones((), device=device))
+        scaler.update(scale)
+        backward(params, scaler, [torch.ones(param.shape, device=device) for param in params])
+        accumulator.accumulate()
+    assert all((buffer == 3).all() for buffer in accumulator.buffers)
+
+
+def test_overflows_of_several_micro_batches_and_parameters_add_up():
+    params = parameters("cpu", torch.float16)
+    optimizer = torch.optim.SGD(named(params), lr=0.1)
+    scaler = LossScaler(8.0, device="cpu")
+    accumulator = GradAccumulator(optimizer, scaler)
+    for factors, spoilt in zip(micro_batches(params, 4), (3, None, 3, 0), strict=True):
+        backward(params, scaler, factors, spoilt)
+        if spoilt == 0:
+            params[3].grad = None
+        accumulator.accumulate()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.overflow_report() == [("layer0.weight", 1), ("layer3.weight", 2)]
+
+
+@every_optimizer
+def test_parameters_without_a_gradient_are_not_stepped_and_late_ones_are(device, make):
+    params = parameters(device)
+    optimizer = make(params)
+    accumulator = GradAccumulator(optimizer)
+    for step in range(2):
+        before = [param.detach().clone() for param in params]
+        ones = [torch.ones_like(param) for param in params]
+        for wanted in ((0,), (0, 1)):
+            for position in wanted:
+                params[position].grad = ones[position].clone()
+            accumulator.accumulate()
+        assert list(accumulator.gradients()) == params[:2]
+        assert (accumulator.buffers[0] == 2).all(), step
+        assert (accumulator.buffers[1] == 1).all(), step
+        optimizer.step()
+        moved = [not torch.equal(param, kept) for param, kept in zip(params, before, strict=True)]
+        assert moved == [True, True, False, False]
+
+
+@pytest.mark.parametrize("make", [MAKERS["mixft SGD"], MAKERS["mixft AdamW, clipped"]])
+def test_without_a_scaler_an_overflow_skips_mixft_s_step(device, make):
+    params = parameters(device, torch.bfloat16)
+    optimizer = make(params)
+    accumulator = GradAccumulator(optimizer)
+    before = snapshot(optimizer)
+    for spoilt in (None, 0):
+        backward(params, None, [torch.ones(param.shape, device=device) for param in params], spoilt)
+        accumulator.accumulate()
+    optimizer.step()
+    assert optimizer.last_found_inf.item() == 1
+    assert not hasattr(optimizer, "found_inf")
+    assert all(map(torch.equal, snapshot(optimizer)[: len(params)], before))
+
+
+@every_optimizer
+def test_gradients_that_stay_in_place(make):
+    params = parameters("cpu")
+    optimizer = make(params)
+    scaler = LossScaler(2.0, device="cpu")
+    accumulator = GradAccumulator(optimizer, scaler)
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    addresses = [param.grad.data_ptr() for param in params]
+    for _ in range(2):
+        for _ in range(2):
+            for param in params:
+                param.grad += scaler.scale(torch.ones_like(param))
+            accumulator.accumulate(set_to_none=False)
+        assert all((buffer == 2).all() for buffer in accumulator.buffers)
+        scaler.step(optimizer)
+        scaler.update()
+        assert [param.grad.data_ptr() for param in params] == addresses
+        assert not any(param.grad.any() for param in params)
+
+
+def test_a_group_that_is_added_later():
+    params = parameters("cpu")
+    optimizer = mixft.optim.SGD(params[:2], lr=1.0)
+    accumulator = GradAccumulator(optimizer)
+    optimizer.add_param_group({"params": params[2:]})
+    before = [param.detach().clone() for param in params]
+    backward(params, None, [torch.ones(param.shape) for param in params])
+    accumulator.accumulate()
+    optimizer.step()
+    assert all(torch.equal(param, kept - 1) for param, kept in zip(params, before, strict=True))
+
+
+def test_nothing_is_read_on_the_host(monkeypatch):
+    params = parameters("cpu", torch.float16)
+    optimizer = mixft.optim.AdamW(params)
+    scaler = LossScaler(8.0, device="cpu")
+    accumulator = GradAccumulator(optimizer, scaler)
+    backward(params, scaler, [torch.ones(param.shape) for param in params])
+
+    def refuse(tensor):
+        raise AssertionError("a value was read on the host")
+
+    monkeypatch.setattr("mixft.amp.grad_accumulator.add_", lambda *args, **kwargs: None)
+    monkeypatch.setattr("mixft.optim.base.advance_", lambda *args: None)
+    for reader in ("item", "__bool__", "__float__", "__int__", "tolist"):
+        monkeypatch.setattr(torch.Tensor, reader, refuse)
+    accumulator.accumulate()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_removed_the_optimizer_steps_with_gradients_again():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = mixft.optim.SGD([param], lr=1.0)
+    GradAccumulator(optimizer).remove()
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(param, torch.zeros(3))
+    GradAccumulator(optimizer)
+
+
+def test_a_disabled_scaler():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=1.0)
+    scaler = LossScaler(enabled=False, device="cpu")
+    accumulator = GradAccumulator(optimizer, scaler)
+    for _ in range(2):
+        scaler.scale(param.sum()).backward()
+        accumulator.accumulate()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(param, torch.full((3,), -1.0))
+
+
+def test_refusals():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = mixft.optim.SGD([param], lr=1.0)
+    scaler = LossScaler(device="cpu")
+    with pytest.raises(TypeError, match="scaler is a GradScaler"):
+        GradAccumulator(optimizer, torch.amp.GradScaler("cpu"))
+    with pytest.raises(ValueError, match="holds no parameters"):
+        GradAccumulator([])
+    with pytest.raises(TypeError, match=r"parameter 1 is a torch\.strided tensor of torch\.float64"):
+        GradAccumulator([param, torch.nn.Parameter(torch.ones(2, dtype=torch.float64))])
+    accumulator = GradAccumulator(optimizer, scaler)
+    with pytest.raises(ValueError, match="has a GradAccumulator already"):
+        GradAccumulator(optimizer)
+    param.grad = torch.ones(3)
+    with pytest.raises(AssertionError, match="_scale is None"):
+        accumulator.accumulate()
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match="1 parameters have a gradient that was not added"):
+        optimizer.step()
+    other = LossScaler(device="cpu")
+    other.scale(torch.ones(()))
+    with pytest.raises(ValueError, match="made without this scaler"):
+        other.step(optimizer)
+    with pytest.raises(RuntimeError, match="a closure cannot be used"):
+        optimizer.step(lambda: None)
+    param.grad = torch.eye(3)[0].to_sparse()
+    with pytest.raises(TypeError, match="gradient of parameter 0 is a "):
+        accumulator.accumulate()
