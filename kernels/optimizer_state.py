@@ -80,10 +80,10 @@ def round_stochastically(value, bits, TYPE: tl.constexpr):
 def join_weight(param, remainder, TYPE: tl.constexpr):
     """The FP32 weight of a parameter and its remainder; a BF16 parameter comes as int16 bits."""
     if tl.bfloat16 == TYPE:
-        # A parameter that was set to zero by hand has no smaller magnitude for an old remainder to make.
-        is_zero = (param & 0x7FFF) == 0
-        remainder = tl.where(is_zero, tl.maximum(remainder, 0), remainder)
-        return ((param.to(tl.int32) << 16) + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+        bits = param.to(tl.int32) << 16
+        joined = bits + remainder.to(tl.int32)
+        # Below a zero that was written by hand, an old remainder would turn the sign bit, into a NaN: zero it stays.
+        return tl.where((joined ^ bits) < 0, bits, joined).to(tl.float32, bitcast=True)
     else:
         return param.to(tl.float32) + remainder.to(tl.float32) * power_of_two(_half_exponent(param) - 25)
 

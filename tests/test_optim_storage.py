@@ -1,5 +1,8 @@
 """Masters whole, split and none, and state in FP32, BF16 and 8 bits: values, conversions, bytes."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from optimizer_cases import (
@@ -152,6 +155,31 @@ def test_the_memory_report_tells_everything_apart(device):
     assert [line.split()[0] for line in lines[1:6]] == ["parameters", "masters", *list(report.state)[:3]]
     assert lines[2].endswith("2.560 bytes a parameter")
     assert "17.36" in lines[-2]
+
+
+def readme_rows():
+    """The memory table of the README: the options in each row, and its figures."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(r"^\| `AdamW\((.*)\)` \| ([\d. |]+) \|$", text, flags=re.MULTILINE)
+    return [(options, figures.split(" | ")) for options, figures in rows]
+
+
+@pytest.mark.parametrize(("options", "figures"), readme_rows())
+def test_the_readme_s_memory_table_is_what_the_report_says(options, figures):
+    named = dict(pair.split("=") for pair in options.split(", ") if pair)
+    values = {"torch.bfloat16": torch.bfloat16, "torch.int8": torch.int8, "True": True}
+    params = parameters("cpu", torch.bfloat16, [(1024, 256)])
+    optimizer = AdamW(params, **{name: values.get(value, value.strip('"')) for name, value in named.items()})
+    give_gradients(params)
+    optimizer.step()
+    report = optimizer.memory_report()
+    moments = sum(report.state.values()) + report.scales
+    sizes = (report.parameters, report.masters + report.remainders, moments, report.parameters + report.optimizer)
+    assert [f"{size / report.elements:.2f}" for size in sizes] == figures
+
+
+def test_the_readme_s_memory_table_has_rows():
+    assert len(readme_rows()) == 5
 
 
 def test_8_bit_state_follows_a_new_layout(device):

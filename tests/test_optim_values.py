@@ -16,6 +16,8 @@ from optimizer_cases import (
     weight,
 )
 
+from mixft.ops.optimizer_state import join_master
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_variation
@@ -135,6 +137,14 @@ def test_parameters_that_are_views_of_one_buffer(device, case):
     for param, twin in zip(params, members(exact), strict=True):
         torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-5)
     assert torch.equal(buffer[43:60:3], between), "elements between those of a parameter changed"
+
+
+def test_a_parameter_zeroed_by_hand_stays_near_zero_beside_any_remainder(device):
+    remainder = torch.tensor([-32768, -1, 0, 1, 32767], dtype=torch.int16, device=device)
+    for dtype in (torch.float16, torch.bfloat16):
+        for zero in (0.0, -0.0):
+            joined = join_master(torch.full((5,), zero, dtype=dtype, device=device), remainder)
+            assert (joined.abs() <= 2.0**-24).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

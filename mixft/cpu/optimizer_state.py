@@ -63,9 +63,10 @@ def split_(master: Tensor, param: Tensor, remainder: Tensor) -> None:
 def join(param: Tensor, remainder: Tensor) -> Tensor:
     """The FP32 weights of ``param`` and ``remainder``."""
     if param.dtype == torch.bfloat16:
-        # A parameter that was set to zero by hand has no smaller magnitude for an old remainder to make.
-        remainder = torch.where(param == 0, remainder.clamp(min=0), remainder)
-        return param.view(torch.int16).int().bitwise_left_shift_(16).add_(remainder).view(torch.float32)
+        bits = param.view(torch.int16).int().bitwise_left_shift_(16)
+        joined = bits + remainder
+        # Below a zero that was written by hand, an old remainder would turn the sign bit, into a NaN: zero it stays.
+        return torch.where((joined ^ bits) < 0, bits, joined).view(torch.float32)
     return param.float().add_(remainder.float().mul_(_remainder_unit(param)))
 
 
