@@ -18,7 +18,10 @@ from optimizer_cases import (
     run_beside,
     snapshot,
     through_a_file,
+    weight,
 )
+
+from mixft.optim import AdamW
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +152,12 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(device, case):
     with pytest.raises(ValueError, match="different number of parameter groups"):
         optimizer.load_state_dict({"state": {}, "param_groups": []})
     assert snapshot(optimizer) == before
+
+
+def test_a_master_loaded_into_a_remainder_sets_the_parameter(device):
+    first = AdamW(mixed_parameters(device), lr=0.1)
+    run_beside(first, [], 2)
+    second = AdamW(mixed_parameters(device), lr=0.1, master_weights="split")
+    second.load_state_dict(through_a_file(first.state_dict()))
+    for param, twin in zip(members(first)[:6], members(second)[:6], strict=True):
+        torch.testing.assert_close(weight(second, twin), weight(first, param), rtol=0, atol=2.0**-40)

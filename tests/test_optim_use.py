@@ -16,6 +16,8 @@ from optimizer_cases import (
 )
 from torch._dynamo.testing import CompileCounter
 
+from mixft.optim import SGD
+
 
 @pytest.fixture(autouse=True)
 def device(native_device):
@@ -173,3 +175,14 @@ def test_a_compiled_function_may_step(case):
     assert graphs.frame_count == 2
     for param, twin in zip(params, members(beside), strict=True):
         torch.testing.assert_close(param, twin, rtol=1e-6, atol=1e-6)
+
+
+def test_momentum_that_begins_late_begins_with_a_gradient(device):
+    params = parameters(device)
+    options = {"lr": 0.01, "dampening": 0.5}
+    ours = SGD(params, **options)
+    exact = torch.optim.SGD(copies(params, torch.float64), **options)
+    run_beside(ours, [exact], 2)
+    ours.param_groups[0]["momentum"] = exact.param_groups[0]["momentum"] = 0.9
+    run_beside(ours, [exact], 2)
+    assert_same_weights(ours, exact)
