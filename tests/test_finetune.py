@@ -16,7 +16,7 @@ from mixft.cli import main
 from mixft.cli.dataset import load_dataset
 from mixft.cli.model_folder import TOKENIZERS, quiet_transformers
 
-PRECISIONS = ["fp32", "bf16", "fp16", "int8"]
+PRECISIONS = ["fp32", "bf16", "fp16", "auto", "int8"]
 ROWS, HELD_OUT, BATCH, EPOCHS = 193, 24, 8, 3
 # As the installed command starts: without the current folder on the path.
 START = "import sys; sys.path[:] = filter(None, sys.path); from mixft.cli import main; sys.exit(main())"
@@ -36,6 +36,7 @@ RUN_KEYS = {
     "eval_accuracy",
     "eval_accuracy_int8",
     "overflow_steps",
+    "precision_events",
     "losses",
 }
 
@@ -105,7 +106,7 @@ def test_every_precision_learns(finished):
 def test_every_precision_sees_the_same_batches(finished):
     losses = {run["precision"]: run["losses"] for run in finished[2]["runs"]}
     for precision in PRECISIONS[1:]:
-        count = 1 if precision == "fp16" else 2  # its first steps are skipped until the loss scale fits
+        count = 1 if precision in ("fp16", "auto") else 2  # its first steps are skipped until the loss scale fits
         assert losses[precision][:count] == pytest.approx(losses["fp32"][:count], abs=0.05)
 
 
@@ -146,7 +147,7 @@ def test_table_and_curves(finished):
     assert "int8 seed 3" in done.stderr
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "auto"])
 @pytest.mark.parametrize("options", [[], ["--int8"]])
 def test_predict(finished, capsys, precision, options):
     saved = str(finished[0] / f"{precision}-seed3")

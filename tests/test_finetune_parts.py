@@ -1,6 +1,7 @@
 """The pieces of `mixft finetune`, each by itself: reading, splitting, batching, the schedule, the plain baseline."""
 
 import json
+import math
 import random
 import statistics
 from types import SimpleNamespace
@@ -205,6 +206,7 @@ def test_the_optimizer_stores_what_was_asked_for(model):
         ("fp32", torch.nn.Linear, torch.nn.Dropout, torch.float32, None, None, torch.optim.AdamW, 1.0),
         ("bf16", torch.nn.Linear, torch.nn.Dropout, torch.float32, torch.bfloat16, None, mixft.optim.AdamW, None),
         ("fp16", mixft.nn.Linear, mixft.nn.Dropout, torch.float16, None, LossScaler, mixft.optim.AdamW, None),
+        ("auto", mixft.nn.Linear, mixft.nn.Dropout, torch.float16, None, LossScaler, mixft.optim.AdamW, None),
         ("int8", mixft.nn.QuantLinear, mixft.nn.Dropout, torch.float32, None, None, mixft.optim.AdamW, None),
     ],
 )
@@ -215,7 +217,7 @@ def test_what_a_precision_trains_with(model, precision, linear, dropout, dtype, 
     inner = [layer for layer in layers.values() if hasattr(layer, "in_features")]
     assert len(inner) == 2 * 6 + 1
     assert {type(layer) for layer in inner} == {linear}
-    assert type(head) is (mixft.nn.Linear if precision == "fp16" else torch.nn.Linear)
+    assert type(head) is (mixft.nn.Linear if precision in ("fp16", "auto") else torch.nn.Linear)
     assert {getattr(layer, "mode", None) for layer in inner} == {"train" if precision == "int8" else None}
     assert {type(layer) for layer in layers.values() if isinstance(layer, torch.nn.Dropout)} == {dropout}
     assert {parameter.dtype for parameter in setup.model.parameters()} == {dtype}
@@ -224,7 +226,8 @@ def test_what_a_precision_trains_with(model, precision, linear, dropout, dtype, 
     assert type(setup.optimizer) is optimizer
     assert setup.max_grad_norm == clips
     ours = any(type(layer).__module__.startswith("mixft") for layer in layers.values())
-    assert ours == (precision in ("fp16", "int8"))
+    assert ours == (precision in ("fp16", "auto", "int8"))
+    assert (setup.controller is not None) == (precision == "auto")
 
 
 @pytest.mark.parametrize(("widths", "expected"), [([32, 64], ["inner.32", "inner.64"]), ([32, 128], ["inner.128"])])
@@ -268,7 +271,7 @@ def test_longest_input_of_a_model_without_positions():
 
 def run(precision, seed, seconds, accuracy, losses):
     measured = {"seconds_per_step_median": seconds, "eval_accuracy": accuracy, "eval_accuracy_int8": accuracy}
-    sizes = {"peak_memory_bytes": 3 * 2**30, "optimizer_bytes": 2**19, "overflow_steps": 2}
+    sizes = {"peak_memory_bytes": 3 * 2**30, "optimizer_bytes": 2**19, "overflow_steps": 2, "precision_events": []}
     return {"precision": precision, "seed": seed, "losses": losses, **measured, **sizes}
 
 
@@ -286,6 +289,37 @@ def test_curves_of_unequal_seeds_and_lost_losses(tmp_path):
     runs = [run("fp32", seed, 1, 1, [0.7 - seed / 10 - step / 1000 for step in range(200)]) for seed in (1, 2)]
     report.draw_curves([*runs, run("fp16", 1, 1, 1, [None, 0.5])], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def switch(step, before, after):
+    event = {"step": step, "layer": "classifier", "cause": "loss spike", "before": before, "after": after}
+    return {**event, "figures": {"loss": 2.5}}
+
+
+def test_switches_of_precision_are_listed_and_marked(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path, dpi: drawn.extend(figure.axes[0].lines))
+    auto = run("auto", 2, 1, 1, [1.0, 0.5, 0.25])
+    auto["precision_events"] = [switch(2, "fp16", "fp32"), switch(3, "fp32", "fp16")]
+    runs = [run("fp32", 2, 1, 1, [1.0, 0.5, 0.25]), auto]
+    assert report.switches(runs) == [
+        "auto seed 2, step 2: classifier fp16 -> fp32, loss spike (loss 2.5)",
+        "auto seed 2, step 3: classifier fp32 -> fp16, loss spike (loss 2.5)",
+    ]
+    report.draw_curves(runs, tmp_path / "loss.png")
+    marks = {line.get_marker(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn}
+    assert marks["^"] == ([2], [0.5])
+    assert marks["v"] == ([3], [0.25])
+
+
+def test_a_controller_that_raises_a_layer_trains_on(model, batches):
+    setup = PRECISIONS["auto"](load_classifier(model, ["a", "b", "c"]), 1e-3, Storage())
+    setup.controller._layout.raise_("classifier")
+    result = train_epochs(setup, batches, job(model, max_steps=4), torch.device("cpu"), lambda *_, **__: None)
+    assert result["precision_events"] == []
+    assert all(map(math.isfinite, result["losses"]))
+    assert {str(parameter.dtype) for parameter in setup.model.parameters()} == {"torch.float16", "torch.float32"}
+    assert setup.widest_dtype() == torch.float32
 
 
 def test_report_has_no_nan(tmp_path):

@@ -229,10 +229,16 @@ class TestSignalToNoise:
     def test_not_when_switched_off_nor_at_the_start(self, options):
         assert not by_hand(80, self.gradients, **options)[1].events
 
+    def test_a_layer_without_gradients_is_not_noise(self):
+        def gradients(step, name):
+            return noise(step, name) if name == "a" else torch.zeros(8, 64)
+
+        assert not by_hand(60, gradients, snr_drop=0.01)[1].events
+
     def test_the_ratio_is_that_of_the_moments(self):
         param = nn.Parameter(torch.zeros(3, 5))
         optimizer = AdamW([param], betas=(0.5, 0.75))
-        assert signal_to_noise(optimizer, [[param]]) is None
+        assert signal_to_noise(optimizer, [[param]]).tolist() == [0.0]
         grads = [torch.randn(3, 5, dtype=torch.float64) for _ in range(4)]
         for grad in grads:
             param.grad = grad.float()

@@ -46,7 +46,7 @@ def finetune(
     eval: Annotated[str | None, typer.Option(help="Held-out file; else one row in eight is held out.")] = None,
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
-    precision: Annotated[str, typer.Option(help="Some of fp32,bf16,fp16,int8; the first is the base.")] = "fp32,int8",
+    precision: Annotated[str, typer.Option(help="Some of fp32,bf16,fp16,auto,int8; first is base.")] = "fp32,int8",
     epochs: Annotated[int, typer.Option(**_whole_number(1), help="Passes over the training rows.")] = 1,
     max_steps: Annotated[int | None, typer.Option(**_whole_number(1), help="Stop after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(**_whole_number(1), help="Texts to a step.")] = 32,

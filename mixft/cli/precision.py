@@ -2,12 +2,13 @@
 
 ``fp32`` is plain torch, the baseline: ``torch.nn.Linear``, ``torch.optim.AdamW``, torch's own clipping. ``bf16``
 is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16, FP32 masters in the optimizer and
-a loss scaler. ``int8`` multiplies in int8, forward and backward, from FP32 parameters. These two use mixft's layers,
-dropout included. What mixft's optimizer stores beside the parameters is a choice of its own, `Storage`.
+a loss scaler. ``auto`` starts as ``fp16`` under a precision controller, which raises to FP32 what needs it. ``int8``
+multiplies in int8, forward and backward, from FP32 parameters. These three use mixft's layers, dropout included. What
+mixft's optimizer stores beside the parameters is a choice of its own, `Storage`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -38,6 +39,7 @@ class Setup:
         autocast: dtype of torch's autocast in the forward pass, None for none.
         scaler: a loss scaler, None for none.
         max_grad_norm: clip to this norm before the step; None where the optimizer clips inside it.
+        controller: changes the precision of layers on the way, None for none.
     """
 
     model: torch.nn.Module
@@ -45,6 +47,7 @@ class Setup:
     autocast: torch.dtype | None = None
     scaler: "mixft.amp.LossScaler | None" = None
     max_grad_norm: float | None = None
+    controller: "mixft.PrecisionController | None" = None
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The model's logits, FP32 [batch, classes]."""
@@ -54,9 +57,8 @@ class Setup:
 
     def update(self, loss: torch.Tensor) -> None:
         """Backward and one optimizer step; gradients are cleared after it."""
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        loss.backward()
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         if self.scaler is None:
@@ -64,6 +66,8 @@ class Setup:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        if self.controller is not None:
+            self.controller.step(loss)
         self.optimizer.zero_grad()
 
     def loss_scale(self) -> float | None:
@@ -71,6 +75,10 @@ class Setup:
 
     def overflow_steps(self) -> int:
         return 0 if self.scaler is None else int(self.scaler.overflow_steps)
+
+    def precision_events(self) -> list[dict]:
+        """The switches of the controller, as ``report.json`` has them."""
+        return [] if self.controller is None else [asdict(event) for event in self.controller.events]
 
     def optimizer_bytes(self) -> int:
         """Bytes of all tensors in the optimizer's state."""
@@ -80,6 +88,10 @@ class Setup:
     def model_bytes(self) -> int:
         """Bytes of all parameters and buffers, shared ones counted once."""
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    def widest_dtype(self) -> torch.dtype:
+        """The dtype that holds every parameter's value."""
+        return max((parameter.dtype for parameter in self.model.parameters()), key=lambda dtype: dtype.itemsize)
 
 
 def quantize(model: torch.nn.Module, mode: str) -> None:
@@ -116,6 +128,12 @@ def _fp16(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Set
     return Setup(model, _fused_adamw(model, learning_rate, storage), scaler=mixft.amp.LossScaler())
 
 
+def _auto(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+    setup = _fp16(model, learning_rate, storage)
+    setup.controller = mixft.PrecisionController(setup.model, setup.optimizer, setup.scaler)
+    return setup
+
+
 def _int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     quantize(model, mode="train")
     _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
@@ -146,5 +164,6 @@ PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
     "fp32": _fp32,
     "bf16": _bf16,
     "fp16": _fp16,
+    "auto": _auto,
     "int8": _int8,
 }

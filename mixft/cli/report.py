@@ -11,8 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from mixft.cli.output_folder import REPORT
+from mixft.precision import PrecisionEvent
 
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00")  # Okabe and Ito: distinct for the colour-blind
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito: distinct for the colour-blind
 SMOOTHING = 0.05  # share of the steps that one point of a curve averages
 
 
@@ -85,13 +86,35 @@ def draw_curves(runs: list[dict], path: Path) -> None:
         for curve in curves:
             axes.plot(range(1, len(curve) + 1), curve, color=color, alpha=0.2 / len(group), linewidth=0.8)
         mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        axes.plot(range(1, len(mean) + 1), _smooth(mean), color=color, linewidth=1.8, label=precision)
+        smooth = _smooth(mean)
+        axes.plot(range(1, len(mean) + 1), smooth, color=color, linewidth=1.8, label=precision)
+        _mark_switches(axes, [event for run in group for event in run["precision_events"]], smooth, color, precision)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.set_title("Training loss, running mean" + (" over seeds" if len(curves) > 1 else ""))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def switches(runs: list[dict]) -> list[str]:
+    """A line for every switch of precision in every run."""
+    return [
+        f"{run['precision']} seed {run['seed']}, {PrecisionEvent(**event)}"
+        for run in runs
+        for event in run["precision_events"]
+    ]
+
+
+def _mark_switches(axes, events: list[dict], curve: list[float], color: str, precision: str) -> None:
+    """A triangle on ``curve`` at every step that raised a layer to FP32, upside down where one was lowered."""
+    for marker, raised, label in (("^", True, "layer to FP32"), ("v", False, "layer back to FP16")):
+        steps = [
+            event["step"] for event in events if (event["after"] == "fp32") == raised and event["step"] <= len(curve)
+        ]
+        if steps:
+            heights = [curve[step - 1] for step in steps]
+            axes.plot(steps, heights, marker, color=color, markersize=8, label=f"{precision}: {label}")
 
 
 def _smooth(values: list[float]) -> list[float]:

@@ -55,5 +55,7 @@ def run_all(jobs: list[Job], data: Dataset, folder: Path, old_runs: OldRuns) -> 
     if finished:
         report.draw_curves(finished, folder / CURVES)
         Console().print(report.comparison(finished))
+        for line in report.switches(finished):
+            print(line)
         print(f"report, curves and models: {folder}")
     return code

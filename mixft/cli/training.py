@@ -52,7 +52,7 @@ def run(job: Job, emit: Emit) -> dict:
     if job.precision == "int8":
         mixft.dequantize_(setup.model)
     plain = plain_model(setup.model, device)
-    save(plain, tokenizer, output, setup.model.dtype)
+    save(plain, tokenizer, output, setup.widest_dtype())
     entry["eval_accuracy_int8"] = None
     if inner_linear_layers(plain):
         emit("phase", name="evaluating in int8")
@@ -100,6 +100,7 @@ def train_epochs(setup: Setup, train: Batches, job: Job, device: torch.device, e
         "optimizer_bytes": setup.optimizer_bytes(),
         "final_train_loss": finite(meter.recent_loss()),
         "overflow_steps": setup.overflow_steps(),
+        "precision_events": setup.precision_events(),
         "losses": [finite(loss) for loss in losses],
     }
 

@@ -125,9 +125,9 @@ class Diagnosis:
 
     def _noise(self, last_step: int, in_fp32: Callable[[str], bool]) -> list[Symptom]:
         drop = self.thresholds.snr_drop
-        ratios = None if drop is None else signal_to_noise(self.optimizer, list(self.layers.values()))
-        if ratios is None:
+        if drop is None:
             return []
+        ratios = signal_to_noise(self.optimizer, list(self.layers.values()))
         growth, means, reads = self.ratios.growth(ratios), self.ratios.mean, self.ratios.count
         self.ratios.add(ratios)
         if reads < LEAST_READS or last_step <= self.thresholds.warmup_steps:

@@ -53,10 +53,10 @@ class MeanTrend:
     mean: Tensor | None = None
 
     def growth(self, values: Tensor) -> Tensor:
-        """``values`` over their means; 1 before there are any."""
+        """``values`` over their means; 1 where there is none yet, or it is zero."""
         if self.mean is None:
             return torch.ones_like(values)
-        return values / self.mean.clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.where(self.mean > 0, values / self.mean, 1.0)
 
     def add(self, values: Tensor) -> None:
         self.count += 1
@@ -70,7 +70,7 @@ def has_moments(optimizer: MixedPrecisionOptimizer) -> bool:
 
 
 @torch.no_grad()
-def signal_to_noise(optimizer: MixedPrecisionOptimizer, layers: list[list[Tensor]]) -> Tensor | None:
+def signal_to_noise(optimizer: MixedPrecisionOptimizer, layers: list[list[Tensor]]) -> Tensor:
     """Of every layer ``|m|^2 / (sum(v) - |m|^2)`` with Adam's bias-corrected moments m of g and v of g^2.
 
     The signal is the square of the mean gradient, the noise its variance (the ratio of both is the signal-to-noise
@@ -78,20 +78,20 @@ def signal_to_noise(optimizer: MixedPrecisionOptimizer, layers: list[list[Tensor
     https://arxiv.org/abs/2001.07384). Gradients that are nothing but noise give about (1 - beta1) / (2 beta1).
 
     Returns:
-        FP64 [layers] on the host; None where a layer has not been stepped yet. Waits for the device.
+        FP64 [layers] on the host; 0 for a layer that has not been stepped yet. Waits for the device.
     """
     betas = {param: group["betas"] for group in optimizer.param_groups for param in group["params"]}
     sums = []
     for params in layers:
-        signal = power = 0.0
+        signal = power = torch.zeros(())
         for param in params:
             state = optimizer.state.get(param, {})
             if "exp_avg" not in state:
-                return None
+                continue
             beta1, beta2 = betas[param]
             first, second, step = _moment(state, "exp_avg"), _moment(state, "exp_avg_sq"), state["step"]
-            signal = signal + first.square().sum() / (1 - beta1**step) ** 2
-            power = power + second.sum() / (1 - beta2**step)
+            signal = signal.to(first.device) + first.square().sum() / (1 - beta1**step) ** 2
+            power = power.to(first.device) + second.sum() / (1 - beta2**step)
         sums.append(torch.stack([signal, power]).cpu())
     signal, power = torch.stack(sums).double().unbind(1)
     return signal / (power - signal).clamp_min(torch.finfo(torch.float32).tiny)
