@@ -19,9 +19,9 @@ from mixft.cli.batching import Batches
 from mixft.cli.dataset import Examples, hold_out, load_dataset, read_examples
 from mixft.cli.job import Job, Recipe
 from mixft.cli.model_folder import UNLIMITED, load_classifier, load_tokenizer, longest_input
-from mixft.cli.precision import PRECISIONS, Storage, quantize
+from mixft.cli.precision import PRECISIONS, Storage, quantize, set_up
 from mixft.cli.progress import describe
-from mixft.cli.training import learning_rate, train_epochs
+from mixft.cli.training import learning_rate, micro_batches, train_epochs
 
 TEXTS = ["plain", 'said "so", twice', "two\nlines", " padded ", "naïve 映画 🎬", ",,,", "#", "a" * 200_000]
 
@@ -149,7 +149,7 @@ def test_learning_rate_rises_for_a_tenth_and_falls_to_zero(total):
 
 def job(model, **changes):
     fields = {"epochs": 2, "max_steps": None, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
-    fields |= {"master_weights": "auto", "state_dtype": "fp32"}
+    fields |= {"master_weights": "auto", "state_dtype": "fp32", "grad_accumulation": 1}
     data = {"train": "", "eval": None, "text_column": "", "label_column": "", "device": "cpu"}
     return Job(Recipe(model=str(model), **{**fields, **data, **changes}), "fp32", 1, "out")
 
@@ -192,6 +192,35 @@ def test_fp32_is_plain_torch(model, batches):
         optimizer.zero_grad()
     for (name, ours), theirs in zip(trained.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "sizes"), [(8, 1, [8]), (8, 2, [4, 4]), (7, 3, [2, 2, 3]), (3, 8, [1, 1, 1]), (1, 2, [1])]
+)
+def test_micro_batches_are_the_batch_in_order(size, count, sizes):
+    parts = micro_batches(list(range(size)), count)
+    assert list(map(len, parts)) == sizes
+    assert [index for part in parts for index in part] == list(range(size))
+
+
+@pytest.mark.parametrize(("precision", "sums_in_fp32"), [("fp32", False), ("fp16", True)])
+def test_accumulated_gradients_train_as_whole_batches_do(model, batches, precision, sums_in_fp32):
+    losses = []
+    for count in (1, 3):
+        torch.manual_seed(1)
+        trained = load_classifier(model, ["a", "b", "c"])
+        recipe = job(model, max_steps=4, grad_accumulation=count)
+        setup = set_up(precision, trained, recipe.recipe)
+        assert (setup.accumulator is not None) == (sums_in_fp32 and count > 1)
+        for module in trained.modules():
+            if hasattr(module, "p"):
+                module.p = 0.0  # dropout would draw once a micro-batch
+        result = train_epochs(setup, batches, recipe, torch.device("cpu"), lambda *_, **__: None)
+        assert result["steps"] == len(result["losses"]) == 4
+        assert result["overflow_steps"] == 0
+        losses.append(result["losses"])
+    assert losses[0][0] != losses[0][-1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if precision == "fp32" else 5e-3)
 
 
 def test_the_optimizer_stores_what_was_asked_for(model):

@@ -50,6 +50,9 @@ def finetune(
     epochs: Annotated[int, typer.Option(**_whole_number(1), help="Passes over the training rows.")] = 1,
     max_steps: Annotated[int | None, typer.Option(**_whole_number(1), help="Stop after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(**_whole_number(1), help="Texts to a step.")] = 32,
+    grad_accumulation: Annotated[
+        int, typer.Option(**_whole_number(1), help="Parts that each step's texts are split in to save memory.")
+    ] = 1,
     max_length: Annotated[
         int | None, typer.Option(**_whole_number(3), help="Tokens after which a text is cut; default 64 or fewer.")
     ] = None,
@@ -87,6 +90,7 @@ def finetune(
         epochs=epochs,
         max_steps=max_steps,
         batch_size=batch_size,
+        grad_accumulation=_grad_accumulation(grad_accumulation, batch_size, precisions),
         max_length=max_length,
         learning_rate=lr,
         master_weights=_choice("--master-weights", master_weights, MASTER_WEIGHTS, precisions, "auto"),
@@ -142,6 +146,17 @@ def _choice(option: str, given: str, choices: tuple[str, ...], precisions: list[
         raise InputError(f"{option} is {given!r}; there are {', '.join(choices)}")
     if given != default and set(precisions) == {"fp32"}:
         raise InputError(f"{option} is {given}; fp32 is plain torch, which has {default} only; add another --precision")
+    return given
+
+
+def _grad_accumulation(given: int, batch_size: int, precisions: list[str]) -> int:
+    if given > batch_size:
+        raise InputError(f"--grad-accumulation is {given}; a step's {batch_size} texts make {batch_size} parts at most")
+    if given > 1 and "auto" in precisions:
+        raise InputError(
+            "--grad-accumulation with --precision auto: the precision controller looks at the gradients themselves, "
+            "which are gone once they are added up; fp16 would do"
+        )
     return given
 
 

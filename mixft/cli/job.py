@@ -23,6 +23,7 @@ class Recipe:
     epochs: int
     max_steps: int | None
     batch_size: int
+    grad_accumulation: int
     max_length: int
     learning_rate: float
     master_weights: str

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import mixft
+from mixft.cli.job import Recipe
 from mixft.nn.quantization import SMALLEST_SIDE, SMALLEST_WEIGHT
 
 WEIGHT_DECAY = 0.01
@@ -39,6 +40,7 @@ class Setup:
         autocast: dtype of torch's autocast in the forward pass, None for none.
         scaler: a loss scaler, None for none.
         max_grad_norm: clip to this norm before the step; None where the optimizer clips inside it.
+        accumulator: sums the gradients of 16-bit parameters over micro-batches, None where ``.grad`` does it.
         controller: changes the precision of layers on the way, None for none.
     """
 
@@ -47,6 +49,7 @@ class Setup:
     autocast: torch.dtype | None = None
     scaler: "mixft.amp.LossScaler | None" = None
     max_grad_norm: float | None = None
+    accumulator: "mixft.amp.GradAccumulator | None" = None
     controller: "mixft.PrecisionController | None" = None
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -55,10 +58,15 @@ class Setup:
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
             return self.model(**inputs).logits.float()
 
-    def update(self, loss: torch.Tensor) -> None:
-        """Backward and one optimizer step; gradients are cleared after it."""
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one micro-batch to those since the last step."""
         scaled = loss if self.scaler is None else self.scaler.scale(loss)
         scaled.backward()
+        if self.accumulator is not None:
+            self.accumulator.accumulate()
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One optimizer step for a batch of this loss; gradients are cleared after it."""
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         if self.scaler is None:
@@ -110,6 +118,15 @@ def quantize(model: torch.nn.Module, mode: str) -> None:
 def inner_linear_layers(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers below the model's top, where its output head is."""
     return [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and "." in name]
+
+
+def set_up(precision: str, model: torch.nn.Module, recipe: Recipe) -> Setup:
+    """What trains ``model`` in that precision."""
+    storage = Storage(recipe.master_weights, recipe.state_dtype)
+    setup = PRECISIONS[precision](model, recipe.learning_rate, storage)
+    if recipe.grad_accumulation > 1 and setup.widest_dtype().itemsize < 4:
+        setup.accumulator = mixft.amp.GradAccumulator(setup.optimizer, setup.scaler)
+    return setup
 
 
 def _fp32(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:

@@ -21,7 +21,7 @@ from mixft.cli.batching import Batches
 from mixft.cli.dataset import load_dataset
 from mixft.cli.job import Job
 from mixft.cli.measure import Emit, Meter, StepClock, finite, peak_memory
-from mixft.cli.precision import PRECISIONS, Setup, Storage, inner_linear_layers, quantize
+from mixft.cli.precision import Setup, inner_linear_layers, quantize, set_up
 
 WARMUP = 0.1  # of the steps, over which the learning rate rises
 UNTIMED_STEPS = 5  # first steps, in which caches fill and code is loaded
@@ -43,8 +43,7 @@ def run(job: Job, emit: Emit) -> dict:
     train = Batches(tokenizer, fitted, data.labels, recipe.max_length, recipe.batch_size)
     held_out = Batches(tokenizer, held, data.labels, recipe.max_length, EVAL_BATCH)
 
-    storage = Storage(recipe.master_weights, recipe.state_dtype)
-    setup = PRECISIONS[job.precision](model, recipe.learning_rate, storage)
+    setup = set_up(job.precision, model, recipe)
     entry = {"precision": job.precision, "seed": job.seed, **train_epochs(setup, train, job, device, emit)}
     emit("phase", name="evaluating")
     entry["eval_accuracy"] = accuracy(setup, held_out, device)
@@ -78,12 +77,18 @@ def train_epochs(setup: Setup, train: Batches, job: Job, device: torch.device, e
         rate = learning_rate(step, total, recipe.learning_rate)
         for group in setup.optimizer.param_groups:
             group["lr"] = rate
-        inputs, labels = train.collate(indices, device)
-        logits = setup.logits(inputs)
-        loss = torch.nn.functional.cross_entropy(logits, labels)
-        setup.update(loss)
+        loss = torch.zeros((), device=device)
+        for part in micro_batches(indices, recipe.grad_accumulation):
+            inputs, labels = train.collate(part, device)
+            logits = setup.logits(inputs)
+            # The parts' losses add up to the mean over the batch.
+            share = torch.nn.functional.cross_entropy(logits, labels) * (len(part) / len(indices))
+            setup.backward(share)
+            loss += share.detach()
+            meter.count(logits, labels, sum(train.lengths[index] for index in part))
+        setup.step(loss)
         clock.step(started)
-        meter.add(loss, logits, labels, sum(train.lengths[index] for index in indices))
+        meter.losses.append(loss)
         if meter.due() or step + 1 == total:
             meter.show(emit, rate, setup.loss_scale())
     losses = torch.stack(meter.losses).tolist()
@@ -103,6 +108,12 @@ def train_epochs(setup: Setup, train: Batches, job: Job, device: torch.device, e
         "precision_events": setup.precision_events(),
         "losses": [finite(loss) for loss in losses],
     }
+
+
+def micro_batches(indices: list[int], count: int) -> list[list[int]]:
+    """A batch in ``count`` parts of sizes as equal as can be, or in single examples where there are fewer."""
+    bounds = [len(indices) * part // count for part in range(count + 1)]
+    return [indices[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
 def endless_batches(train: Batches, seed: int) -> Iterator[list[int]]:
