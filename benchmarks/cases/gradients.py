@@ -1,4 +1,4 @@
-"""Unscaling with the overflow check, and gradient statistics, over all gradients of a small BERT."""
+"""Unscaling with the overflow check, statistics, clipping and accumulation of all gradients of a small BERT."""
 
 import torch
 
@@ -7,6 +7,9 @@ from mixft.benchmarks.case import Call, Case, compiled, each
 
 from . import shapes
 from .shapes import SHORT, elements, sample
+
+# Far below the norm of the inputs, and their elements still normal numbers in FP16.
+MAX_NORM = 10.0
 
 
 def _gradients(dtype: torch.dtype):
@@ -69,10 +72,93 @@ def grad_stats(dtype: torch.dtype) -> Case:
     )
 
 
+def clip(dtype: torch.dtype) -> Case:
+    """``clip_grad_norm_`` against torch's; both multiply at every call, though only the first changes much."""
+
+    def provider(clip_grad_norm_):
+        def prepare(inputs):
+            parameters = [torch.nn.Parameter(torch.empty_like(grad)) for grad in inputs]
+            for parameter, grad in zip(parameters, inputs, strict=True):
+                parameter.grad = grad.clone()
+            grads = [parameter.grad for parameter in parameters]
+
+            def call():
+                clip_grad_norm_(parameters, MAX_NORM)
+                return sample(grads)
+
+            return Call(call)
+
+        return prepare
+
+    return Case(
+        f"clip_grad_norm/{SHORT[dtype]}",
+        inputs=_gradients(dtype),
+        exact=_clipped,
+        providers={
+            "mixft": provider(mixft.amp.clip_grad_norm_),
+            "torch": provider(torch.nn.utils.clip_grad_norm_),
+        },
+        bound=1e-4 if dtype == torch.float32 else 1e-2,
+        own_bounds={"torch": 2e-3} if dtype == torch.float32 else {},
+        bytes=3 * dtype.itemsize * elements(shapes.BERT),
+    )
+
+
+def _clipped(grads):
+    norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt()
+    return [grad.double() * MAX_NORM / norm for grad in sample(grads)]
+
+
+def accumulate(dtype: torch.dtype) -> Case:
+    """A micro-batch's scaled gradients added to FP32 buffers and checked, against doing so by hand."""
+
+    def prepare(inputs):
+        buffers, found_inf, inverse = _sums(inputs)
+        counts = torch.zeros(len(inputs), dtype=torch.int64, device=inputs[0].device)
+
+        def call():
+            mixft.ops.accumulate_(inputs, buffers, found_inf=found_inf, nonfinite=counts, inv_scale=inverse)
+            return [*sample(buffers), found_inf]
+
+        return Call(call)
+
+    return Case(
+        f"accumulate/{SHORT[dtype]}",
+        inputs=_gradients(dtype),
+        exact=lambda grads: [*(1 + grad.double() / 2 for grad in sample(grads)), torch.zeros(1, dtype=torch.float64)],
+        providers={"mixft": prepare, "torch": _by_hand},
+        bound=1e-6,
+        bytes=(dtype.itemsize + 8) * elements(shapes.BERT),
+    )
+
+
+def _sums(inputs):
+    """FP32 buffers of ones, the flag of an overflow, and the inverse scale."""
+    device = inputs[0].device
+    buffers = [torch.ones(grad.shape, device=device) for grad in inputs]
+    return buffers, torch.zeros(1, device=device), torch.full((1,), 0.5, device=device)
+
+
+def _by_hand(inputs):
+    buffers, found_inf, inverse = _sums(inputs)
+
+    def call():
+        wide = [grad.float() for grad in inputs]
+        torch._amp_foreach_non_finite_check_and_unscale_(wide, found_inf, inverse)
+        torch._foreach_add_(buffers, wide)
+        return [*sample(buffers), found_inf]
+
+    return Call(call)
+
+
 CASES = (
     unscale(torch.float32),
     unscale(torch.bfloat16),
     grad_stats(torch.float32),
     grad_stats(torch.float16),
     grad_stats(torch.bfloat16),
+    clip(torch.float32),
+    clip(torch.float16),
+    accumulate(torch.float16),
+    accumulate(torch.bfloat16),
 )
