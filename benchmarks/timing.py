@@ -128,7 +128,7 @@ def _gpu_clock(call: Call, device: torch.device) -> Callable[[], float]:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(device)
         flush.add_(1)
-        torch.cuda._sleep(cycles)
+        _sleep(cycles, device)
         start.record(stream)
         call()
         stop.record(stream)
@@ -136,6 +136,12 @@ def _gpu_clock(call: Call, device: torch.device) -> Callable[[], float]:
         return start.elapsed_time(stop) / 1e3
 
     return clock
+
+
+def _sleep(cycles: int, device: torch.device) -> None:
+    """Keep ``device``, which may not be the current one, waiting for so many cycles."""
+    with torch.cuda.device(device):
+        torch.cuda._sleep(cycles)
 
 
 @functools.cache
@@ -150,7 +156,7 @@ def _sleep_rate(device: torch.device, cycles: int = 10**6) -> float:
     for _ in range(3):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record(torch.cuda.current_stream(device))
-        torch.cuda._sleep(cycles)
+        _sleep(cycles, device)
         stop.record(torch.cuda.current_stream(device))
         stop.synchronize()
         seconds.append(start.elapsed_time(stop) / 1e3)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .architecture import Architecture, architecture_of
 from .grad import COLUMNS, GRAD, POSITION, SIZE, groups_of, is_nonfinite, multi_tensor_config, plan
-from .multi_tensor import TRITON_NAMES, TRITON_TYPES, counts_for, tensor_pointer
+from .multi_tensor import TRITON_NAMES, TRITON_TYPES, counts_for, tensor_pointer, zero_counts
 from .variant import Elementwise, Variant
 
 # Programs of one launch: enough to fill every supported GPU, few enough for one program to add what they leave.
@@ -145,9 +145,10 @@ def gradient_scalars(
     nonfinite = torch.empty(len(grads), dtype=torch.int64, device=device)
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        # One for all launches: the last of them finds what the others counted.
-        counts = counts_for(len(grads), device)
         launches = [(kind, *plan(grads, positions, config)) for kind, positions in groups_of(grads).items()]
+        # One for all launches: the last of them finds what the others counted, and leaves zeros. Of several launches
+        # the last may never come, as after Ctrl-C while it compiles, so that theirs are not kept for another call.
+        counts = (counts_for if len(launches) == 1 else zero_counts)(len(grads), device)
         grids = [min(programs.count, PROGRAMS) for *_, programs in launches]
         partial_sum = torch.empty(sum(grids), dtype=torch.float32, device=device)
         first_partial = 0
@@ -164,7 +165,8 @@ def gradient_scalars(
                 len(grads),
                 inv_scale,
                 found_inf,
-                max_norm,
+                # An integer would be compiled for, apart from other numbers.
+                None if max_norm is None else float(max_norm),
                 scalars,
                 nonfinite,
                 GRAD_TYPE=TRITON_TYPES[dtype],

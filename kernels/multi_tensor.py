@@ -74,7 +74,12 @@ def table_for(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 def counts_for(number: int, device: torch.device) -> Tensor:
     """A cached int64 [number + 1] that every launch finds zero and leaves zero: counts, and tickets at the end."""
-    return _zeros(number + 1, device) if capturing(device) else cached(_zeros, number + 1, device)
+    return zero_counts(number, device) if capturing(device) else cached(zero_counts, number, device)
+
+
+def zero_counts(number: int, device: torch.device) -> Tensor:
+    """As ``counts_for``, for this call alone."""
+    return _zeros(number + 1, device)
 
 
 def addresses(tensors: Sequence[Tensor]) -> list[int]:

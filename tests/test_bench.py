@@ -1,5 +1,6 @@
 """The benchmarks' core: an unchecked output is never timed, nobody vanishes, and figures are what they are called."""
 
+import contextlib
 import json
 import statistics
 from dataclasses import replace
@@ -197,12 +198,13 @@ def test_a_gpu_is_kept_waiting_while_the_host_queues_the_call(monkeypatch):
     monkeypatch.setattr(timing, "_flush_buffer", lambda device: flush)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(events.append(f"on {device}")))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append(f"sleep {cycles}"))
     monkeypatch.setattr(timing, "_sleep_rate", lambda device: 1e6)
     monkeypatch.setattr(timing, "host_seconds", lambda call, device, rounds: 0.25)
-    clock = timing._gpu_clock(lambda: events.append("call"), torch.device("cuda"))
+    clock = timing._gpu_clock(lambda: events.append("call"), torch.device("cuda:1"))
     assert clock() == pytest.approx(3e-3)
-    assert events == ["call", "flush", "sleep 500000", "record", "call", "record", "wait"]
+    assert events == ["call", "flush", "on cuda:1", "sleep 500000", "record", "call", "record", "wait"]
 
 
 def test_quartiles_of_few_values():

@@ -132,6 +132,7 @@ if HAS_GPU:
             problem.run(lr=lr, clip_coef=found.clip_coef, found_inf=found.found_inf)
 
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step(graphed)
         torch.cuda.synchronize()

@@ -55,7 +55,8 @@ class FloorWatch:
             return
         self._copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         self._arrival = torch.cuda.Event()
-        self._arrival.record()
+        # The current device may be another one than the scale's.
+        self._arrival.record(torch.cuda.current_stream(values.device))
 
     def _message(self, steps: int, counts: list[int]) -> str:
         overflowed = sorted(nonzero(self._names, counts), key=lambda item: -item[1])
