@@ -4,6 +4,8 @@ import pytest
 import torch
 from optimizer_cases import CASES, every_optimizer
 
+from mixft.optim import AdamW
+
 
 def one_parameter():
     return torch.nn.Parameter(torch.ones(2))
@@ -43,6 +45,23 @@ OWN = {"AdamW": ADAM, "Adam": ADAM, "SGD": MOMENTUM, "Lion": BETAS}
 def test_bad_hyperparameters(case, options, message):
     with pytest.raises(ValueError, match=message):
         case.ours([one_parameter()], **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": "0.1"}, {"lr": None}, {"weight_decay": torch.tensor(0.1)}, {"weight_decay": "0"}, {"max_grad_norm": "1"}],
+    ids=str,
+)
+@every_optimizer
+def test_what_is_no_number_is_refused_by_name(case, options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is .*; it must be a"):
+        case.ours([one_parameter()], **options)
+
+
+@pytest.mark.parametrize("betas", [0.9, None, ("0.9", 0.9), (None, 0.9)])
+def test_betas_that_are_no_numbers_are_refused_by_name(betas):
+    with pytest.raises(TypeError, match=r"betas is .*; it must be two numbers"):
+        AdamW([one_parameter()], betas=betas)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.int32])

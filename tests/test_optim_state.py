@@ -21,7 +21,7 @@ from optimizer_cases import (
     weight,
 )
 
-from mixft.optim import AdamW
+from mixft.optim import SGD, Adam, AdamW
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +161,27 @@ def test_a_master_loaded_into_a_remainder_sets_the_parameter(device):
     second.load_state_dict(through_a_file(first.state_dict()))
     for param, twin in zip(members(first)[:6], members(second)[:6], strict=True):
         torch.testing.assert_close(weight(second, twin), weight(first, param), rtol=0, atol=2.0**-40)
+
+
+def test_loaded_hyperparameters_are_read_once_and_refused_where_there_are_none_such():
+    params = parameters("cpu")
+    betas = (torch.tensor(0.5), torch.tensor(0.75))
+    theirs = torch.optim.AdamW(params, betas=betas, foreach=False)
+    run_beside(AdamW(copies(params)), [theirs], 1)
+    ours = AdamW(copies(params))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["betas"] == (0.5, 0.75)
+    assert type(ours.param_groups[0]["betas"][0]) is float
+
+    decayed = torch.optim.SGD(params, weight_decay=torch.tensor(0.5)).state_dict()
+    decoupled = torch.optim.Adam(params).state_dict()
+    decoupled["param_groups"][0]["decoupled_weight_decay"] = True
+    rows = [
+        (SGD(params), decayed, TypeError, "the loaded weight_decay is a tensor"),
+        (Adam(params), decoupled, ValueError, "decoupled_weight_decay is True and Adam's False; load it into AdamW"),
+    ]
+    for optimizer, saved, error, message in rows:
+        before = [dict(group) for group in optimizer.param_groups]
+        with pytest.raises(error, match=message):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups == before

@@ -22,7 +22,8 @@ from optimizer_cases import (
     weight,
 )
 
-from mixft.optim import SGD, Adam, AdamW, swap
+from mixft.amp import GradAccumulator
+from mixft.optim import SGD, Adam, AdamW, release_gradients, swap
 
 TORCH_CASES = [case for case in CASES if case.reference.__module__.startswith("torch.optim")]
 every_torch_optimizer = pytest.mark.parametrize("case", TORCH_CASES, ids=str)
@@ -102,8 +103,12 @@ def test_the_old_optimizer_is_retired(case):
     ours = swap(theirs)
     assert not theirs.state
     before = [bits(param) for param in params]
-    with pytest.raises(RuntimeError, match=f"swapped for a mixft.optim.{case}; step that one"):
+    with pytest.raises(RuntimeError, match=f"swapped for a mixft.optim.{case}; use that one"):
         theirs.step()
+    with pytest.raises(RuntimeError, match=f"swapped for a mixft.optim.{case}"):
+        theirs.state_dict()
+    with pytest.raises(RuntimeError, match=f"swapped for a mixft.optim.{case}"):
+        theirs.load_state_dict(ours.state_dict())
     assert [bits(param) for param in params] == before
     run_beside(ours, [], 1)
     assert calls == [ours]
@@ -165,6 +170,9 @@ def test_what_is_not_served_is_refused_and_nothing_changes():
     broken.state[params[1]]["momentum_buffer"] = torch.zeros(3)
     tensor_decay = torch.optim.SGD(params, weight_decay=torch.tensor(0.1))
     plain = torch.optim.AdamW(params)
+    released, accumulated = AdamW(params), torch.optim.AdamW(params)
+    release_gradients(released)
+    GradAccumulator(accumulated)
     rows = [
         (Own(params), {}, TypeError, "Own; swap takes"),
         (torch.optim.Adagrad(params), {}, TypeError, "Adagrad; swap takes"),
@@ -173,6 +181,8 @@ def test_what_is_not_served_is_refused_and_nothing_changes():
         (mixed, {}, ValueError, "decoupled_weight_decay differs"),
         (broken, {}, ValueError, r"momentum_buffer of parameter \d+ has shape \(3,\)"),
         (tensor_decay, {}, TypeError, "weight_decay is a tensor"),
+        (released, {}, ValueError, "released inside backward, which would go on stepping it"),
+        (accumulated, {}, ValueError, "optimizer has a GradAccumulator"),
         (plain, {"lr": 0.1, "fused": True}, TypeError, "swap takes max_grad_norm.*, not fused, lr"),
         (plain, {"state_dtype": torch.float16}, ValueError, "state_dtype is torch.float16"),
         (plain, {"max_grad_norm": -1.0}, ValueError, "max_grad_norm is -1.0"),

@@ -29,7 +29,6 @@ class Adam(MixedPrecisionOptimizer):
     op = adamw_step_
     signed_state = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}  # noqa: RUF012
     needs_step = True
-    decoupled = False
 
     def __init__(
         self,

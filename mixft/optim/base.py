@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from mixft.ops.optimizer_step import advance_
 
-from .hyperparameters import check_precision
+from .hyperparameters import check_precision, loaded_group
 from .members import GradientOf, Members, arrange, check_gradients, check_parameters, signature
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
@@ -54,6 +54,8 @@ class MixedPrecisionOptimizer(Optimizer):
     # Whether mixft.optim.release_gradients is on: parameters are stepped inside backward.
     releases_gradients: bool = False
     main_grads: dict[Tensor, Tensor] | None = None
+    # Whether weight decay leaves the gradients alone.
+    decoupled: ClassVar[bool] = False
     # Whether a state tensor made late makes the next step the parameter's first.
     restarts_with_new_state: ClassVar[bool] = False
 
@@ -285,11 +287,16 @@ class MixedPrecisionOptimizer(Optimizer):
         parameter, to the value that is stored with the remainder.
 
         Raises:
-            ValueError: groups or state do not fit this optimizer's parameters; nothing is changed then.
+            TypeError: a hyperparameter that has to be a number is a tensor; nothing is changed then.
+            ValueError: groups or state do not fit this optimizer's parameters, or are of an Adam whose weight decay is
+                decoupled where this one's is not, or the reverse; nothing is changed then.
         """
 
         # Registered last, so that the user's own hooks see the dictionary as it is.
         def prepare(_, loaded: dict[str, Any]) -> dict[str, Any]:
+            kind = type(self).__name__
+            groups = [loaded_group(group, self.defaults, self.decoupled, kind) for group in loaded["param_groups"]]
+            loaded = {**loaded, "param_groups": groups}
             check_loaded_state(loaded, self.param_groups, self.state_names, self.storage, self.needs_step)
             return shield_loaded_state(loaded)
 

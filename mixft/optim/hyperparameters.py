@@ -1,5 +1,8 @@
 """Checks of hyperparameters; each error names the hyperparameter, what it was and what would do."""
 
+from collections.abc import Sequence
+from numbers import Real
+from types import NoneType
 from typing import Any
 
 import torch
@@ -9,7 +12,9 @@ from .storage import MASTER_WEIGHTS, STATE_DTYPES
 
 
 def check_rate(group: dict[str, Any]) -> None:
-    """Raise ValueError unless ``lr`` is a number or a one-element tensor, and not negative."""
+    """Raise TypeError unless ``lr`` is a number or a tensor, ValueError unless it is one, and not negative."""
+    if not isinstance(group["lr"], (Real, Tensor)):
+        raise TypeError(f"lr is {group['lr']!r}; it must be a number or a one-element tensor")
     if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
         raise ValueError(f"lr is a tensor of shape {tuple(group['lr'].shape)}; it must hold one element")
     if not group["lr"] >= 0.0:
@@ -17,10 +22,11 @@ def check_rate(group: dict[str, Any]) -> None:
 
 
 def check_not_negative(group: dict[str, Any], *names: str) -> None:
-    """Raise TypeError for a tensor and ValueError for a negative number or NaN."""
+    """Raise TypeError for what is no number, a tensor included, and ValueError for a negative number or NaN."""
     for name in names:
-        if isinstance(group[name], Tensor):
-            raise TypeError(f"{name} is a tensor; it must be a number")
+        if not isinstance(group[name], Real):
+            what = "a tensor" if isinstance(group[name], Tensor) else repr(group[name])
+            raise TypeError(f"{name} is {what}; it must be a number")
         if not group[name] >= 0.0:
             raise ValueError(f"{name} is {group[name]}; it must not be negative")
 
@@ -35,14 +41,35 @@ def as_numbers(betas: tuple[float | Tensor, ...]) -> tuple[float, ...]:
     """``betas`` with one-element tensors read.
 
     Raises:
+        TypeError: it is no sequence of numbers or tensors.
         ValueError: some are numbers and some tensors, or a tensor has not one element.
     """
+    if not isinstance(betas, Sequence) or not all(isinstance(beta, (Real, Tensor)) for beta in betas):
+        raise TypeError(f"betas is {betas!r}; it must be two numbers in [0, 1)")
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError(f"betas is {betas}; they must be both numbers or both tensors")
     for beta in betas:
         if isinstance(beta, Tensor) and beta.numel() != 1:
             raise ValueError(f"betas has a tensor of shape {tuple(beta.shape)}; it must hold one element")
     return tuple(map(float, betas))
+
+
+def loaded_group(group: dict[str, Any], defaults: dict[str, Any], decoupled: bool, optimizer: str) -> dict[str, Any]:
+    """A group of a state dictionary for an ``optimizer`` of these ``defaults``: one-element betas are read.
+
+    Raises:
+        TypeError: a hyperparameter that has to be a number is a tensor.
+        ValueError: the group is of an Adam whose weight decay is decoupled and not ``decoupled``, or the reverse.
+    """
+    for name in defaults.keys() - {"lr", "betas"}:
+        if isinstance(group.get(name), Tensor):
+            raise TypeError(f"the loaded {name} is a tensor; it must be a number")
+    if group.get("decoupled_weight_decay", decoupled) != decoupled:
+        raise ValueError(
+            f"the loaded decoupled_weight_decay is {not decoupled} and {optimizer}'s {decoupled}; load it into "
+            f"{'Adam' if decoupled else 'AdamW'}"
+        )
+    return {**group, "betas": as_numbers(group["betas"])} if "betas" in group else group
 
 
 def check_precision(
@@ -52,7 +79,9 @@ def check_precision(
     stochastic_rounding: bool,
     skip_nonfinite: bool,
 ) -> None:
-    """Raise ValueError for an option out of range, and for options that exclude each other."""
+    """Raise TypeError or ValueError for an option out of range, ValueError for options that exclude each other."""
+    if not isinstance(max_grad_norm, (Real, NoneType)):
+        raise TypeError(f"max_grad_norm is {max_grad_norm!r}; it must be a positive number or None")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be a positive number or None")
     if master_weights not in MASTER_WEIGHTS:

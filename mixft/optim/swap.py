@@ -30,11 +30,11 @@ HOOKS = (
 def swap(optimizer: Optimizer, **overrides: Any) -> MixedPrecisionOptimizer:
     """Go on with mixft's optimizer where ``optimizer`` is, and retire that.
 
-    The new optimizer takes over the state, the hooks and the very same parameter group dictionaries, so that a
-    learning rate scheduler made for ``optimizer`` goes on working. 16-bit parameters get masters, made from the
-    parameters as they are, and 16-bit state is widened. ``optimizer`` holds no state any more, and its ``step`` raises
-    RuntimeError. Hyperparameters stay as they are in the groups; ``foreach``, ``fused`` and ``capturable``, which
-    choose between implementations of the same values, are dropped.
+    The new optimizer takes over the state, the hooks and the very same parameter group dictionaries, so that a learning
+    rate scheduler made for ``optimizer`` goes on working. 16-bit parameters get masters, made from the parameters as
+    they are, and 16-bit state is widened. ``optimizer`` holds no state any more, and its ``step``, ``state_dict`` and
+    ``load_state_dict`` raise RuntimeError. Hyperparameters stay as they are in the groups; ``foreach``, ``fused`` and
+    ``capturable``, which choose between implementations of the same values, are dropped.
 
     Args:
         optimizer: a ``torch.optim`` AdamW, Adam or SGD, or one of mixft's, whose state is then kept in another way.
@@ -48,12 +48,14 @@ def swap(optimizer: Optimizer, **overrides: Any) -> MixedPrecisionOptimizer:
     Raises:
         TypeError: ``optimizer`` is of another class, a subclass included, whose step may differ; an override is not
             one of the above; or a parameter is not served. Nothing is changed then.
-        ValueError: ``optimizer`` is differentiable, or an override has a value that will not do. Nothing is changed.
+        ValueError: ``optimizer`` is differentiable, has its gradients released inside backward or accumulated, or an
+            override has a value that will not do. Nothing is changed.
     """
     kind = _counterpart(optimizer)
     unknown = sorted(overrides.keys() - set(PRECISION_OPTIONS))
     if unknown:
         raise TypeError(f"swap takes {', '.join(PRECISION_OPTIONS)}, not {', '.join(unknown)}")
+    _check_no_one_else_steps(optimizer)
     if isinstance(optimizer, MixedPrecisionOptimizer):
         overrides = {name: getattr(optimizer, name) for name in PRECISION_OPTIONS} | overrides
     hyperparameters = inspect.signature(kind).parameters.keys() - {"params", *PRECISION_OPTIONS}
@@ -90,6 +92,19 @@ def _counterpart(optimizer: Optimizer) -> type[MixedPrecisionOptimizer]:
     return COUNTERPARTS[kind]
 
 
+def _check_no_one_else_steps(optimizer: Optimizer) -> None:
+    if getattr(optimizer, "releases_gradients", False):
+        raise ValueError(
+            "the gradients of optimizer are released inside backward, which would go on stepping it; "
+            "remove() that first and release those of the new optimizer"
+        )
+    if getattr(optimizer, "grad_accumulator", None) is not None:
+        raise ValueError(
+            "optimizer has a GradAccumulator, whose scaler would not find it at the new optimizer; "
+            "remove() it first and make another there"
+        )
+
+
 def _group(group: dict[str, Any]) -> dict[str, Any]:
     """A copy of ``group`` without what mixft's groups do not have."""
     own = {name: value for name, value in group.items() if name not in TORCH_IMPLEMENTATION_OPTIONS}
@@ -124,7 +139,7 @@ def _retire(optimizer: Optimizer, swapped: MixedPrecisionOptimizer) -> None:
     name = type(swapped).__name__
 
     def refuse(*_: Any) -> None:
-        raise RuntimeError(f"this optimizer was swapped for a mixft.optim.{name}; step that one")
+        raise RuntimeError(f"this optimizer was swapped for a mixft.optim.{name}; use that one")
 
     old = weakref.ref(optimizer)
 
@@ -134,4 +149,7 @@ def _retire(optimizer: Optimizer, swapped: MixedPrecisionOptimizer) -> None:
             old()._opt_called = True
 
     optimizer.register_step_pre_hook(refuse)
+    # A checkpoint of it would lack the state, and say nothing.
+    optimizer.register_state_dict_pre_hook(refuse)
+    optimizer.register_load_state_dict_pre_hook(refuse)
     swapped.register_step_post_hook(note_step)
