@@ -52,7 +52,7 @@ print(tables.machine(recording), tables.summary(recording), sep="\\n")
 # Shares of the time, in the order that the stages run. The first two are part of every run.
 SHARES = {"install": 30, "inventory": 20, "doctor": 40, "tests": 160, "bench": 200, "tune": 80}
 GRACE = 8.0  # seconds that a process has to write what it has, after it was asked to stop
-OUTPUT = 6000  # characters of a stage's output that are kept, from its end
+OUTPUT = 20000  # characters of a stage's output that are kept, from its end
 NO_TESTS = 5  # pytest's exit code when nothing was collected, as on a machine without a GPU
 
 
@@ -205,7 +205,9 @@ def run_all(session: Session, quick: bool, patterns: Sequence[str] = ("*",)) -> 
     session.add(inventory)
     session.stage("doctor", [*MIXFT, "doctor"])
     workers = ["-n", "8"] if on_gpu and importlib.util.find_spec("xdist") else []
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-rf", *workers]
+    # Eight processes with as many threads each as the machine has processors would take turns.
+    threads = ["env", f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 8)}"] if workers else []
+    tests = [*threads, sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--tb=short", *workers]
     session.stage("tests", tests, fine=(0,) if on_gpu else (0, NO_TESTS))
     if "bench" in session.stages and found["cases"]:
         benchmark(session, found["cases"], ["--quick"] if quick else [])

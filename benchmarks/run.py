@@ -12,7 +12,7 @@ from .machine import Machine
 from .memory import available_bytes, measure_memory
 from .peers import quiet
 from .recording import Row
-from .timing import Effort, host_seconds, quartiles, ratios, sampler, take_turns
+from .timing import Effort, host_seconds, quartiles, ratios, sampler, take_turns, wait
 
 try:
     from triton import TritonError  # a kernel that does not compile; no subclass of RuntimeError
@@ -29,7 +29,11 @@ HOST_ROUNDS = 7
 
 
 def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine) -> list[Row]:
-    """A row for every provider of ``case``; one that is missing, refuses or gives a wrong output has no time."""
+    """A row for every provider of ``case``; one that is missing, refuses or gives a wrong output has no time.
+
+    Raises:
+        RuntimeError: a provider has broken the GPU for this process.
+    """
     torch.manual_seed(0)
     if case.needs > available_bytes(device):
         reason = f"needs {case.needs / 1e9:.0f} GB of memory, {available_bytes(device) / 1e9:.0f} GB are free"
@@ -47,6 +51,8 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
             calls[name] = call
         else:
             excuses[name] = excuse
+            # After an illegal access the GPU serves this process no more: end it here, at the case that did it.
+            wait(device)
     samplers = {}
     for name, call in calls.items():
         try:
@@ -54,6 +60,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
                 samplers[name] = sampler(call.run, device)
         except FAILURES as failure:  # memory for a second call, for one
             excuses[name] = ("refused", first_line(failure))
+            wait(device)
     samples = take_turns(samplers, effort)
     rows = []
     for name in case.providers:

@@ -66,10 +66,10 @@ def sampler(call: Call, device: torch.device) -> Callable[[], float]:
     """Takes one sample: the mean seconds of as many calls as fill the clock's grain."""
     clock = _gpu_clock(call, device) if device.type == "cuda" else _cpu_clock(call)
     call()
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     repeats = round(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7))
     repeats = max(1, min(MOST_REPEATS, repeats))
     return lambda: statistics.fmean(clock() for _ in range(repeats))
@@ -100,7 +100,8 @@ def ratios(numerators: list[float], denominators: list[float]) -> tuple[float, f
     return quartiles([above / below for above, below in zip(numerators, denominators, strict=True)])
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait for a GPU to finish; an error on it since the last time is raised here."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

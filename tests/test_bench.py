@@ -95,6 +95,18 @@ def test_who_is_missing_or_refuses_has_a_row_that_says_why():
     assert not failed(rows)
 
 
+def test_a_provider_that_breaks_the_gpu_ends_the_run(monkeypatch):
+    def breaks(x):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def wait(device):
+        raise RuntimeError(f"{device} is gone")
+
+    monkeypatch.setattr(run, "wait", wait)
+    with pytest.raises(RuntimeError, match="cpu is gone"):
+        run_case(toy(more={"broken": each(breaks)}), CPU, EFFORT, MACHINE)
+
+
 def test_a_provider_that_fails_only_when_it_is_timed_does_not_end_the_run():
     def prepare(x):
         calls = iter([[2 * x]])

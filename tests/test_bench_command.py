@@ -1,6 +1,7 @@
 """``mixft bench``: what is shown, written and refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_the_table_and_the_file(one_case, tmp_path, capsys):
     assert report["quick"] is True
     assert [row["provider"] for row in report["rows"]] == ["mixft", "torch", "absent"]
     assert [row["status"] for row in report["rows"]] == ["timed", "timed", "missing"]
+
+
+def test_cases_run_in_the_order_in_which_they_are_named(monkeypatch, tmp_path):
+    """What ``make gpu`` builds on: the first case without a row is the one that ended the process."""
+    monkeypatch.setattr(registry, "CASES", tuple(replace(toy(), name=f"toy/{size}") for size in (1, 2, 3)))
+    file = tmp_path / "results.json"
+    assert main(["bench", "toy/3", "toy/1", "toy/2", "--quick", "--device", "cpu", "--json", str(file)]) == 0
+    cases = dict.fromkeys(row["case"] for row in json.loads(file.read_text())["rows"])
+    assert list(cases) == ["toy/3", "toy/1", "toy/2"]
 
 
 def test_the_plot(one_case, tmp_path):
@@ -126,9 +136,9 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, said):
 
 def test_cases_are_chosen_by_name_family_or_pattern():
     names = ["linear/1", "linear/16", "adamw/fp32"]
-    assert select(names, ["linear"]) == {"linear/1", "linear/16"}
-    assert select(names, ["linear/1", "adamw/*"]) == {"linear/1", "adamw/fp32"}
-    assert select(names, ["*"]) == set(names)
+    assert select(names, ["linear"]) == ["linear/1", "linear/16"]
+    assert select(names, ["linear/16", "adamw/*", "linear"]) == ["linear/16", "adamw/fp32", "linear/1"]
+    assert select(names, ["*"]) == names
 
 
 def test_a_case_that_does_not_fit_the_screen_goes_on_below_its_ratios():

@@ -42,9 +42,9 @@ def bench(
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)
     effort = timing.QUICK if quick else timing.FULL
-    available = registry.cases_for(where)
-    names = select([case.name for case in available], cases or ["*"])
-    chosen = [case for case in available if case.name in names and (effort.long or not case.long or cases)]
+    available = {case.name: case for case in registry.cases_for(where)}
+    selected = [available[name] for name in select(list(available), cases or ["*"])]
+    chosen = [case for case in selected if effort.long or not case.long or cases]
     for option, file in (("--json", json), ("--plot", plot)):
         check_writable(option, file)
     console = Console(soft_wrap=True, highlight=False)
@@ -79,7 +79,7 @@ def bench(
     console.print(bench_table.summary(recording.rows))
     for line in bench_table.remarks(recording.rows, base):
         console.print(line, markup=False)
-    if left := sum(case.long for case in available if case.name in names and case not in chosen):
+    if left := len(selected) - len(chosen):
         console.print(f"{left} cases that take longer: without --quick")
     if plot is not None:
         from mixft.benchmarks.plots import ratio_bars
@@ -116,17 +116,17 @@ def check_writable(option: str, file: Path | None) -> None:
         raise InputError(f"{option} {file} cannot be written; a file in a folder that exists would do")
 
 
-def select(names: list[str], patterns: list[str]) -> set[str]:
-    """The case names that a pattern matches, as a whole or as a family.
+def select(names: list[str], patterns: list[str]) -> list[str]:
+    """The case names that a pattern matches, as a whole or as a family, in the order of the patterns.
 
     Raises:
         InputError: a pattern matches none.
     """
-    chosen = set()
+    chosen: dict[str, None] = {}
     for pattern in patterns:
-        found = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")}
+        found = [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}/*")]
         if not found:
             families = dict.fromkeys(name.split("/")[0] for name in names)
             raise InputError(f"no case is named {pattern!r}; there are {', '.join(families)}, each with /* sizes")
-        chosen |= found
-    return chosen
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
