@@ -186,3 +186,16 @@ def test_momentum_that_begins_late_begins_with_a_gradient(device):
     ours.param_groups[0]["momentum"] = exact.param_groups[0]["momentum"] = 0.9
     run_beside(ours, [exact], 2)
     assert_same_weights(ours, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_optimizer
+def test_backward_through_weights_of_before_the_step_is_an_error(device, case, dtype):
+    param = torch.nn.Parameter(torch.randn(17, device=device).to(dtype))
+    optimizer = case.ours([param])
+    for _ in range(2):
+        loss = (param * param).sum()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

@@ -43,8 +43,8 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
 
 
 def _tell_autograd(params: list[Tensor], dispatched: bool) -> None:
-    """Count the change of ``params`` as one in place, where neither the dispatcher nor torch's kernels have."""
-    if not dispatched and params[0].is_cuda:
+    """Count the change of ``params`` as one in place where the dispatcher has not; torch's fused routines do not."""
+    if not dispatched:
         for param in params:
             torch.autograd.graph.increment_version(param)
 
