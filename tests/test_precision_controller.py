@@ -13,6 +13,7 @@ from mixft.optim import AdamW
 from mixft.precision.border import border_of
 from mixft.precision.memory import free_share
 from mixft.precision.trend import LossTrend, signal_to_noise
+from mixft.precision.watch import OutputWatch
 
 
 class TestGradientOverflow:
@@ -60,10 +61,10 @@ class TestGradientOverflow:
 
             def __init__(self):
                 super().__init__()
-                self.last, self.first = nn.Linear(2, 2), nn.Linear(2, 2)
+                self.middle, self.last, self.first = (nn.Linear(2, 2) for _ in range(3))
 
             def forward(self, inputs):
-                return self.last(self.first(inputs))
+                return self.last(self.middle(self.first(inputs)))
 
         model = Backwards().half()
         controller = mixft.PrecisionController(
@@ -149,6 +150,21 @@ class TestActivationOverflow:
         assert [name for name, module in model.named_modules() if module._forward_hooks] == ["1"]
         assert controller.raised == ["1"]
 
+    def test_evaluation_is_not_looked_at(self):
+        layer = nn.Linear(2, 2)
+        watch = OutputWatch({"layer": layer})
+        watch.start_counting()
+        broken = torch.full((1, 2), math.nan)
+        layer.eval()(broken)
+        with torch.no_grad():
+            layer.train()(broken)
+        assert watch.first_nonfinite() is None
+        layer(torch.ones(1, 2))
+        assert watch.first_nonfinite() is None
+        layer(broken)
+        layer(torch.ones(1, 2))
+        assert watch.first_nonfinite() == "layer"
+
     def test_the_model_itself_is_the_last_resort(self):
         model = Damped().half()
         with torch.no_grad():
@@ -164,11 +180,14 @@ class TestActivationOverflow:
         assert output.isfinite().all()
 
 
-def by_hand(steps, gradients, losses=None, **options):
-    """Steps with gradients set by hand on two layers: ``gradients(step, layer)``."""
+def by_hand(steps, gradients, losses=None, raised=(), **options):
+    """Steps with gradients set by hand on two layers, ``gradients(step, layer)``; some may be raised from the start."""
     model = nn.ModuleDict({"a": nn.Linear(64, 8, bias=False), "b": nn.Linear(64, 8, bias=False)}).half()
     optimizer = AdamW(model.parameters(), lr=1e-4)
     controller = mixft.PrecisionController(model, optimizer, **{**QUIET, "interval": 5, "warmup_steps": 20, **options})
+    controller._watch.order = {"a": 0, "b": 1, "": 2}
+    controller._layout.set_raised(raised)
+    controller._last_cause = dict.fromkeys(raised, 0)
     for step in range(1, steps + 1):
         for name, layer in model.items():
             layer.weight.grad = gradients(step, name).to(layer.weight.dtype)
@@ -196,6 +215,10 @@ class TestLossSpike:
         assert figures["mean"] == pytest.approx(1.0, abs=0.05)
         assert figures["deviations"] > 50
         assert figures["growth"] == pytest.approx(2 * 16 / 17, rel=0.1)
+
+    def test_a_layer_in_fp32_is_not_blamed(self):
+        _, controller = by_hand(60, self.gradients, self.losses, raised=["b"], spike_deviations=6.0)
+        assert switches(controller) == [(45, "a", "loss spike", "fp16", "fp32")]
 
     @pytest.mark.parametrize("options", [{"spike_deviations": None}, {"spike_deviations": 200.0}, {"warmup_steps": 43}])
     def test_not_below_the_threshold_nor_at_the_start(self, options):
@@ -228,6 +251,9 @@ class TestSignalToNoise:
     @pytest.mark.parametrize("options", [{"snr_drop": None}, {"snr_drop": 0.25, "warmup_steps": 80}])
     def test_not_when_switched_off_nor_at_the_start(self, options):
         assert not by_hand(80, self.gradients, **options)[1].events
+
+    def test_a_layer_in_fp32_is_left(self):
+        assert not by_hand(60, self.gradients, raised=["a"], snr_drop=0.25)[1].events
 
     def test_a_layer_without_gradients_is_not_noise(self):
         def gradients(step, name):
@@ -267,13 +293,17 @@ class TestLowering:
         assert controller.raised == []
 
     def test_short_memory_lowers_the_calmest_and_only_overflows_raise(self, monkeypatch):
-        free = iter([0.5, 0.5, 0.04, 0.04, 0.04, *[0.5] * 20])
+        free = iter([0.5, 0.5, 0.04, 0.04, 0.04, *[0.5] * 20])  # a spike in the last of the short ones
         monkeypatch.setattr("mixft.precision.controller.free_share", lambda device: next(free))
 
         def gradients(step, name):
             return torch.full((8, 64), math.inf if step == {"b": 3, "a": 8}[name] else 1.0)
 
-        model, controller = by_hand(30, gradients, overflow_limit=1, memory_reserve=0.05)
+        def losses(step):
+            return 9.0 if step == 22 else 1.0 + 0.1 * math.sin(step)
+
+        options = {"overflow_limit": 1, "memory_reserve": 0.05, "spike_deviations": 6.0}
+        model, controller = by_hand(30, gradients, losses, **options)
         assert switches(controller) == [
             (5, "b", "gradient overflow", "fp16", "fp32"),
             (10, "a", "gradient overflow", "fp16", "fp32"),
