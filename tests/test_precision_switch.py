@@ -174,6 +174,7 @@ class TestSwitch:
         for layer in model:
             layer.weight.grad = None
         controller.step(torch.ones(()))
+        assert not controller._record.rows().nonfinite.any()
         controller.step(torch.ones(()))
         assert sorted(controller.raised) == ["0", "2"]
 
