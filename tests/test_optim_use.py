@@ -143,6 +143,25 @@ def test_the_step_never_reads_a_value(device, case, dtype, max_grad_norm):
 
 
 @every_optimizer
+def test_no_state_is_made_in_a_capture(device, case, monkeypatch):
+    """Every replay would begin with new state."""
+    params = parameters(device)
+    optimizer = case.ours(params, **case.options)
+    give_gradients(params)
+    before = [param.detach().clone() for param in params]
+    with monkeypatch.context() as patch:
+        patch.setattr("mixft.optim.members.capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match=r"step of a parameter of shape .* take one step before the capture"):
+            optimizer.step()
+    assert all(map(torch.equal, before, params))
+    assert not any(optimizer.state.values())
+    optimizer.step()
+    monkeypatch.setattr("mixft.optim.members.capturing", lambda device: True)
+    params[0].grad = None
+    optimizer.step()
+
+
+@every_optimizer
 def test_no_gradients(device, case):
     optimizer = case.ours(parameters(device), max_grad_norm=1.0)
     assert optimizer.step() is None

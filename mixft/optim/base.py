@@ -156,7 +156,8 @@ class MixedPrecisionOptimizer(Optimizer):
 
         Raises:
             TypeError: a gradient is sparse, or of a dtype that is not served.
-            RuntimeError: gradients were released inside backward with a GradScaler's scale still in them.
+            RuntimeError: gradients were released inside backward with a GradScaler's scale still in them; or a CUDA
+                graph is being captured and state would have to be made, which every replay would do again.
         """
         if self.releases_gradients and getattr(self, "found_inf", None) is not None:
             raise RuntimeError(

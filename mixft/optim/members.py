@@ -93,10 +93,23 @@ def arrange(
     ]
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _lists(
     params: list[Tensor], kept: str | None, state: State, storage: Storage, names: tuple[str, ...], restarts: bool
 ) -> dict[str, list[Tensor]]:
     states = [state[param] for param in params]
+    if capturing(params[0].device):
+        for param, values in zip(params, states, strict=True):
+            missing = [name for name in (*names, storage.master_name(param), "step") if name and name not in values]
+            if missing:
+                raise RuntimeError(
+                    f"{', '.join(missing)} of a parameter of shape {tuple(param.shape)} would be made anew by every "
+                    f"replay of this CUDA graph; take one step before the capture"
+                )
     for param, values in zip(params, states, strict=True):
         if storage.complete(param, values, names) and restarts:
             values.pop("step", None)
