@@ -204,9 +204,11 @@ def run_all(session: Session, quick: bool, patterns: Sequence[str] = ("*",)) -> 
     session.document["environment"] = found["environment"]
     session.add(inventory)
     session.stage("doctor", [*MIXFT, "doctor"])
-    workers = ["-n", "8"] if on_gpu and importlib.util.find_spec("xdist") else []
-    # Eight processes with as many threads each as the machine has processors would take turns.
-    threads = ["env", f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 8)}"] if workers else []
+    # Most of the time goes into compiling, each kernel on one processor; every process holds half a gigabyte of the GPU.
+    count = min(16, os.cpu_count() or 1)
+    workers = ["-n", str(count)] if on_gpu and importlib.util.find_spec("xdist") else []
+    # Processes with as many threads each as the machine has processors would take turns.
+    threads = ["env", f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // count)}"] if workers else []
     tests = [*threads, sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--tb=short", *workers]
     session.stage("tests", tests, fine=(0,) if on_gpu else (0, NO_TESTS))
     if "bench" in session.stages and found["cases"]:
