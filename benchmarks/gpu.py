@@ -204,7 +204,7 @@ def run_all(session: Session, quick: bool, patterns: Sequence[str] = ("*",)) -> 
     session.document["environment"] = found["environment"]
     session.add(inventory)
     session.stage("doctor", [*MIXFT, "doctor"])
-    # Most of the time goes into compiling, each kernel on one processor; every process holds half a gigabyte of the GPU.
+    # Most of the time goes into compiling, each kernel on one processor; a process holds half a gigabyte of the GPU.
     count = min(16, os.cpu_count() or 1)
     workers = ["-n", str(count)] if on_gpu and importlib.util.find_spec("xdist") else []
     # Processes with as many threads each as the machine has processors would take turns.
