@@ -48,6 +48,22 @@ AIMS = (
         ("optimizer_step/adamw-*split-int8",),
         "by hand, fused",
     ),
+    Aim("AdamW step, FP32", "cuda", "≥ 90% of the floor", ("optimizer_step/adamw-fp32",), None),
+    Aim(
+        "FP16 step: unscale, clip, AdamW, cast",
+        "cuda",
+        "≥ 1.5x by hand, torch fused",
+        ("optimizer_step/adamw-fp16-clip",),
+        "by hand, fused",
+    ),
+    Aim("AdamW step, int8 states", "cuda", "≥ 1.0x bitsandbytes", ("optimizer_step/adamw-fp32-int8",), "bitsandbytes"),
+    Aim(
+        "AdamW step, split masters, int8 states",
+        "cuda",
+        "≥ 1.3x FlashOptim",
+        ("optimizer_step/adamw-bf16-split-int8",),
+        "flashoptim",
+    ),
     Aim("quantize", "cuda", "≥ 90% of the floor", ("quantize/*",), None),
     Aim("quantize", "cuda", "≥ 1.0x bitsandbytes", ("quantize/*",), "bitsandbytes"),
     Aim("int8 training of a linear layer", "cuda", "≥ 1.5x torch in 16 bits", ("int8_training/*",)),
@@ -56,6 +72,13 @@ AIMS = (
     Aim("int8 linear layer, 128 rows and more", "cpu", "≥ 3.5x FP32", ("int8_linear/[125][0-9][0-9]*x*-fp32",)),
     Aim("FP16 linear layer", "cpu", "≥ 4x torch", ("linear/*-fp16",)),
     Aim("AdamW step, FP32", "cpu", "≥ 1.0x torch fused", ("optimizer_step/adamw-fp32",), "torch fused"),
+    Aim(
+        "FP16 step: unscale, clip, AdamW, cast",
+        "cpu",
+        "≥ 2x by hand, torch foreach",
+        ("optimizer_step/adamw-fp16-clip",),
+        "by hand, foreach",
+    ),
 )
 
 
