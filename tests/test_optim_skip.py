@@ -131,3 +131,10 @@ def test_the_scalars_of_two_devices_are_those_of_one(max_norm, bad):
     assert one.found_inf.item() == bad
     early = step_scalars(parts, found_inf=torch.ones(1), max_norm=max_norm)
     assert early.found_inf.item() == 1
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_norm_of_two_devices_beyond_fp32_skips_where_it_is_clipped(max_norm, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    grads = {torch.device("cpu"): [torch.full((17,), 1e30)], torch.device("cpu", 0): [torch.full((5,), 1e30)]}
+    assert step_scalars(grads, max_norm=max_norm).found_inf.item() == (max_norm is not None)

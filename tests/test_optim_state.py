@@ -185,3 +185,16 @@ def test_loaded_hyperparameters_are_read_once_and_refused_where_there_are_none_s
         with pytest.raises(error, match=message):
             optimizer.load_state_dict(saved)
         assert optimizer.param_groups == before
+
+
+@every_optimizer
+def test_an_option_that_a_saved_group_lacks_is_as_this_optimizer_was_made(case):
+    params = parameters("cpu")
+    first = case.ours(params, **case.options)
+    run_beside(first, [], 1)
+    saved = first.state_dict()
+    del saved["param_groups"][0]["maximize"]
+    second = case.ours(copies(params), maximize=True)
+    second.load_state_dict(saved)
+    assert second.param_groups[0]["maximize"] is True
+    run_beside(second, [], 1)
