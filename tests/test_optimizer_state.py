@@ -141,6 +141,29 @@ def test_a_group_with_a_nonfinite_value_is_nan_and_its_neighbours_are_not(device
     assert (decoded[64:] == 1).all()
 
 
+def hard_groups():
+    """Groups in which a rounding to Inf, a NaN with a sign, a denormal or a value beside zeros is a case of its own."""
+    largest = torch.tensor([0x7F7FFFFF, 0x7F780000, 0x7F800000, -0x400000, 0x7FF00001, 1, 0x200000, 0x8000000, 0])
+    values = torch.zeros(len(largest), 32)
+    values[:, 1] = largest.int().view(torch.float32)
+    values[:, 2] = -0.0
+    values[:, 3:9] = 2.0**-130
+    return torch.cat([values.view(-1), -values.view(-1), torch.randn(66)])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_kernel_and_the_cpu_routine_give_the_same_codes(monkeypatch, signed):
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    values, results = hard_groups(), []
+    for interpreted in ("1", "0"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        codes, scales = quantize_state(values, signed=signed)
+        results.append((codes, scales, dequantize_state(codes, scales)))
+    for kernel, routine in zip(*results, strict=True):
+        torch.testing.assert_close(routine, kernel, rtol=0, atol=0, equal_nan=True)
+
+
 def test_any_layout_and_an_empty_tensor(device):
     for values in (torch.randn(33, 17, device=device).t(), torch.randn(40, 6, device=device)[:, ::2], torch.ones(0, 3)):
         codes, scales = quantize_state(values, signed=True)

@@ -48,32 +48,43 @@ def as_flat(tensor: Tensor) -> Tensor:
 def split_(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     """Write ``master`` to ``param`` and ``remainder``."""
     if param.dtype == torch.bfloat16:
-        bits = master.view(torch.int32)
-        upper = (bits + 0x8000) >> 16
-        is_nan = master.isnan()
-        remainder.copy_(bits).masked_fill_(is_nan, 0)
-        param.view(torch.int16).copy_(upper.masked_fill_(is_nan, 0x7FC0))
+        bits, upper = master.view(torch.int32), param.view(torch.int16)
+        remainder.copy_(bits)
+        upper.copy_((bits + 0x8000).bitwise_right_shift_(16))
+        if may_hold_nan(master):
+            is_nan = master.isnan()
+            remainder.masked_fill_(is_nan, 0)
+            upper.masked_fill_(is_nan, 0x7FC0)
         return
     param.copy_(master)
-    distance = (master - param.float()).div_(_remainder_unit(param))
-    # Inf less Inf: an overflow has nothing left over.
-    remainder.copy_(distance.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0).round_())
+    distance = torch.sub(master, param.float()).div_(_remainder_unit(param))
+    if may_hold_nan(distance):
+        # Inf less Inf: an overflow has nothing left over.
+        distance.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    remainder.copy_(distance.round_())
 
 
 def join(param: Tensor, remainder: Tensor) -> Tensor:
     """The FP32 weights of ``param`` and ``remainder``."""
     if param.dtype == torch.bfloat16:
         bits = param.view(torch.int16).int().bitwise_left_shift_(16)
-        joined = bits + remainder
-        # Below a zero that was written by hand, an old remainder would turn the sign bit, into a NaN: zero it stays.
-        return torch.where((joined ^ bits) < 0, bits, joined).view(torch.float32)
+        joined = torch.add(bits, remainder)
+        if may_hold_nan(joined.view(torch.float32)):
+            # Below a zero that was written by hand, an old remainder would turn the sign bit, into a NaN: zero it stays.
+            joined = torch.where((joined ^ bits) < 0, bits, joined)
+        return joined.view(torch.float32)
     return param.float().add_(remainder.float().mul_(_remainder_unit(param)))
+
+
+def may_hold_nan(values: Tensor) -> bool:
+    """False where no element is a NaN, found in one pass: comparisons take several times as long."""
+    return math.isnan(values.sum().item())
 
 
 def _remainder_unit(param: Tensor) -> Tensor:
     """2^(e - 25) for an FP16 parameter of exponent e, at least -14."""
-    exponent = (param.view(torch.int16).int() >> 10).bitwise_and_(31).clamp_(min=1)
-    return (exponent + (127 - 15 - 25)).bitwise_left_shift_(23).view(torch.float32)
+    exponent = (param.view(torch.int16) & 0x7C00).clamp_(min=0x400)
+    return exponent.int().bitwise_left_shift_(13).add_((127 - 15 - 25) << 23).view(torch.float32)
 
 
 def phases(start: int, stop: int) -> Tensor:
@@ -84,40 +95,60 @@ def phases(start: int, stop: int) -> Tensor:
     return index.mul_(0x85EBCA77 - (1 << 32))
 
 
-def dithered(bits: Tensor, dropped: int, dither: Tensor | None) -> Tensor:
-    """Magnitude bits of FP32 values plus what makes cutting off ``dropped`` bits a rounding; NaN and Inf stay."""
-    addend = 1 << dropped - 1 if dither is None else (dither >> 32 - dropped).bitwise_and_((1 << dropped) - 1)
-    return torch.where(bits < INFINITY_BITS, bits + addend, bits)
+def _addend(dropped: int, dither: Tensor | None) -> Tensor | int:
+    """What makes cutting off ``dropped`` bits a rounding, in the place of ``dither``; None rounds to nearest."""
+    if dither is None:
+        return 1 << dropped - 1
+    return dither.bitwise_right_shift_(32 - dropped).bitwise_and_((1 << dropped) - 1)
 
 
 def encode(values: Tensor, signed: bool, dither: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a flat tensor of whole groups; ``dither`` None rounds to nearest."""
-    magnitude = values.view(torch.int32) & 0x7FFFFFFF
-    rounded = dithered(magnitude, 20, dither).bitwise_right_shift_(20)
-    # A finite value must not round to Inf.
-    rounded = torch.where(magnitude < INFINITY_BITS, rounded.clamp_(max=2039), 2040)
+    """Codes and scales of a flat tensor of whole groups; ``dither`` is used up, and None rounds to nearest.
+
+    Comparisons, and choices between tensors, take several times as long as arithmetic here: values that need one are
+    looked for among the groups' largest first.
+    """
+    bits = values.view(torch.int32)
+    # A NaN becomes Inf, so that no sum overflows.
+    rounded = (bits & 0x7FFFFFFF).clamp_(max=INFINITY_BITS)
+    # The least code of an unsigned value, and its least number of eighths: 1, or 0 of a zero.
+    least = None if signed else rounded.clamp(max=1)
+    rounded.add_(_addend(20, dither)).bitwise_right_shift_(20)
     if not signed:
-        rounded = torch.where(magnitude > 0, rounded.clamp(min=1), rounded)
-    exponents = rounded.view(-1, GROUP_SIZE).amax(1) >> 3
-    largest, lift = (127, 120) if signed else (255, 248)
-    codes = rounded.view(-1, GROUP_SIZE) + (lift - 8 * exponents)[:, None]
-    codes = codes.clamp_(min=0 if signed else 1, max=largest).view(-1)
-    codes = torch.where(rounded > 0, codes, 0)
-    if signed:
-        codes = torch.where(values < 0, -codes, codes)
-    return codes.to(torch.int8 if signed else torch.uint8), exponents.to(torch.uint8)
+        torch.maximum(rounded, least, out=rounded)
+    groups = rounded.view(-1, GROUP_SIZE)
+    largest = groups.amax(1)
+    if (largest >= 2040).any():
+        # A finite value must not round to Inf; and a NaN has no sign.
+        rounded.copy_(torch.where(values.isfinite(), rounded.clamp(max=2039), 2040))
+        bits = torch.where(values.isnan(), 0, bits)
+        largest = groups.amax(1)
+    exponents = largest >> 3
+    highest, lift = (127, 120) if signed else (255, 248)
+    lifts = torch.where(largest > 0, lift - 8 * exponents, 0)
+    # Where a group's largest is so small that its zeros would be lifted above zero.
+    zeros = rounded == 0 if (lifts > 0).any() else None
+    groups += lifts[:, None]
+    if zeros is not None:
+        rounded.masked_fill_(zeros, 0)
+    if not signed:
+        codes = torch.maximum(rounded, least, out=rounded).clamp_(max=highest).to(torch.uint8)
+    else:
+        codes = rounded.clamp_(min=0, max=highest).to(torch.int8)
+        # Two's complement: with every bit set, this negates.
+        negative = (bits >> 31).to(torch.int8)
+        codes.bitwise_xor_(negative).sub_(negative)
+    return codes, exponents.to(torch.uint8)
 
 
 def decode(codes: Tensor, scales: Tensor) -> Tensor:
     """The FP32 values of a flat tensor of whole groups."""
-    signed = codes.dtype == torch.int8
     exponents = scales.int()
-    wide = codes.int()
-    rounded = wide.abs().view(-1, GROUP_SIZE) + (8 * exponents - (120 if signed else 248))[:, None]
-    values = rounded.clamp_(min=1).view(-1).bitwise_left_shift_(20).view(torch.float32)
-    values = torch.where(wide == 0, 0.0, values)
-    if signed:
-        values = torch.where(wide < 0, -values, values)
+    eighths = codes.int().abs_()
+    eighths.view(-1, GROUP_SIZE).add_((8 * exponents - (120 if codes.dtype == torch.int8 else 248))[:, None])
+    values = eighths.clamp_(min=1).bitwise_left_shift_(20).view(torch.float32)
+    # By 0 where the code is 0: every code has a value above zero at this point.
+    values *= codes.sign()
     broken = exponents == 255
     if broken.any():
         values.view(-1, GROUP_SIZE)[broken] = math.nan
@@ -125,14 +156,16 @@ def decode(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, dither: Tensor) -> Tensor:
-    """FP32 values at 16 bits, up with the probability that makes the mean right."""
+    """FP32 values at 16 bits, up with the probability that makes the mean right; ``dither`` is used up."""
     bits = values.view(torch.int32)
     if dtype == torch.bfloat16:
-        magnitude = dithered(bits & 0x7FFFFFFF, 16, dither) >> 16
-        sign = (bits >> 16) & -0x8000
-        # A cast keeps a NaN one; cutting bits off might not.
-        return torch.where(values.isnan(), values.bfloat16(), (magnitude | sign).to(torch.int16).view(torch.bfloat16))
-    spacing = ((bits >> 23 & 255).clamp_(min=127 - 14) - 10).bitwise_left_shift_(23).view(torch.float32)
-    fraction = (dither >> 19 & 0x1FFF).float().mul_(2.0**-13)
-    rounded = (values.abs() / spacing).add_(fraction).floor_().mul_(spacing)
+        # The sign is the highest bit, so this adds to the magnitude; it leaves Inf one.
+        rounded = _addend(16, dither).add_(bits).bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+        if may_hold_nan(values):
+            # A cast keeps a NaN one; cutting bits off might not.
+            return torch.where(values.isnan(), values.bfloat16(), rounded)
+        return rounded
+    spacing = (bits & 0x7F800000).clamp_(min=(127 - 14) << 23).sub_(10 << 23).view(torch.float32)
+    fraction = _addend(13, dither).float().mul_(2.0**-13)
+    rounded = fraction.add_(values.abs().div_(spacing)).floor_().mul_(spacing)
     return torch.copysign(rounded, values).to(dtype)

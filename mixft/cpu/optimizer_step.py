@@ -1,5 +1,6 @@
 """The frame of the optimizer steps on the CPU: everything in FP32, in batches that stay in the cache."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,7 +11,6 @@ from .optimizer_state import (
     GROUP_SIZE,
     PARAMETER,
     SECOND_MOMENT,
-    as_flat,
     decode,
     encode,
     join,
@@ -20,7 +20,7 @@ from .optimizer_state import (
 )
 
 # Elements cast at a time: large enough to hide the calls' cost, small enough for the FP32 copies to stay in the cache.
-BATCH = 1 << 20
+BATCH = 1 << 17
 
 Piece = tuple[int, int, int]
 # What a rule does with FP32 weights, gradients, state lists and step counts, in place.
@@ -55,57 +55,71 @@ def optimizer_step_(
             torch._foreach_copy_(params, masters)
         return
     scaled = torch.empty(BATCH, dtype=torch.float32, device="cpu")
-    remainders = bool(masters) and masters[0].dtype == torch.int16
-    narrow = [bool(tensors) and tensors[0].dtype != torch.float32 for tensors in states]
+    is_split = bool(masters) and masters[0].dtype == torch.int16
     for batch in _batches(params):
-        own, stored = _pieces(params, batch), _pieces(masters, batch)
-        if remainders:
-            wide = list(map(join, own, stored))
+        counts = [steps[position] for position, _, _ in batch]
+        is_wide = not is_split and weights[batch[0][0]].dtype == torch.float32
+        if is_wide:
+            wide = _pieces(weights, batch)
         else:
-            wide = [weight.float() for weight in stored or own]
-        at = [steps[position] for position, _, _ in batch]
-        flat = [
-            _flat_values(*both, batch) if is_narrow else None
-            for *both, is_narrow in zip(states, scales, narrow, strict=True)
-        ]
+            param, remainder = _gathered(params, batch), _gathered(masters, batch)
+            weight = join(param, remainder) if is_split else param.float()
+            wide = _parts(weight, batch, params)
+        # FP32 values of BF16 and 8-bit state, by the list's number; other state is updated where it lies.
+        decoded = {
+            number: _decoded(tensors, scales[number], batch)
+            for number, tensors in enumerate(states)
+            if tensors and tensors[0].dtype != torch.float32
+        }
         moments = [
-            _pieces(tensors, batch) if values is None else _parts(values, _pieces(tensors, batch))
-            for tensors, values in zip(states, flat, strict=True)
+            _parts(decoded[number], batch, tensors) if number in decoded else _pieces(tensors, batch)
+            for number, tensors in enumerate(states)
         ]
-        update(wide, _scaled(_pieces(grads, batch), factor, scaled), moments, at)
-        dither = _Dither(batch, at) if stochastic_rounding or any(narrow) else None
-        for number, values in enumerate(flat):
-            if values is not None:
-                bits = dither.of(SECOND_MOMENT if number else FIRST_MOMENT)
-                _store_values(values, states[number], scales[number], batch, bits)
-        if remainders:
-            for weight, param, remainder in zip(wide, own, stored, strict=True):
+        update(wide, _scaled(_pieces(grads, batch), factor, scaled), moments, counts)
+        rounds = stochastic_rounding and not is_wide
+        dither = _Dither(batch, counts) if decoded or rounds else None
+        for number, values in decoded.items():
+            bits = dither.of(SECOND_MOMENT if number else FIRST_MOMENT)
+            _store(values, states[number], scales[number], batch, bits)
+        if not is_wide:
+            if is_split:
                 split_(weight, param, remainder)
-            continue
-        if stochastic_rounding:
-            _round_weights(own, wide, dither.of(PARAMETER))
-            continue
-        for param, weight in zip(own, wide, strict=True):
-            if param is not weight:
-                param.copy_(weight)
+                _scatter(remainder, masters, batch)
+            else:
+                param.copy_(round_stochastically(weight, param.dtype, dither.of(PARAMETER)) if rounds else weight)
+            _scatter(param, params, batch)
+        elif masters:
+            torch._foreach_copy_(_pieces(params, batch), wide)
 
 
 class _Dither:
-    """The random bits of one batch, int32, each piece beginning at a whole group of :func:`_spans`."""
+    """The random bits of one batch, int32, laid out as :func:`_spans` says."""
 
     def __init__(self, batch: list[Piece], steps: list[Tensor]) -> None:
         self.spans = _spans(batch)
-        self.phases = torch.zeros(self.spans[-1][1], dtype=torch.int32, device="cpu")
-        for (begin, end), (_, start, _) in zip(self.spans, batch, strict=True):
-            self.phases[begin:end] = phases(start, start + end - begin)
+        parts = [_phases(start, end - begin) for (begin, end), (_, start, _) in zip(self.spans, batch, strict=True)]
+        self.phases = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.steps = [int(step) for step in steps]
 
     def of(self, increment: int) -> Tensor:
+        """A new tensor, which may be written to."""
+        if len(set(self.steps)) == 1:
+            return self.phases + _wrapped(self.steps[0] * increment)
         bits = self.phases.clone()
         torch._foreach_add_(
             [bits[begin:end] for begin, end in self.spans], [_wrapped(step * increment) for step in self.steps]
         )
         return bits
+
+
+def _phases(start: int, length: int) -> Tensor:
+    # Most tensors, and all that are small, begin at element 0.
+    return phases(start, start + length) if start or length > BATCH else _first_phases(BATCH)[:length]
+
+
+@functools.cache
+def _first_phases(length: int) -> Tensor:
+    return phases(0, length)
 
 
 def _wrapped(number: int) -> int:
@@ -117,25 +131,40 @@ def _spans(batch: list[Piece]) -> list[tuple[int, int]]:
     """Where each piece lies in a flat buffer in which every piece has whole groups."""
     spans, end = [], 0
     for _, start, stop in batch:
-        begin, end = end, end + -(-(stop - start) // GROUP_SIZE) * GROUP_SIZE
+        begin, end = end, end + _whole_groups(stop - start)
         spans.append((begin, end))
     return spans
 
 
-def _flat_values(tensors: list[Tensor], scales: list[Tensor], batch: list[Piece]) -> Tensor:
+def _gathered(tensors: list[Tensor], batch: list[Piece]) -> Tensor | None:
+    """One batch in a flat tensor, laid out as :func:`_spans` says: a view where it can be; None of an empty list."""
+    if not tensors:
+        return None
+    if _is_view(batch):
+        return _piece(tensors, batch[0])
+    flat = torch.zeros(_spans(batch)[-1][1], dtype=tensors[batch[0][0]].dtype, device="cpu")
+    torch._foreach_copy_(_parts(flat, batch, tensors), _pieces(tensors, batch))
+    return flat
+
+
+def _scatter(flat: Tensor, tensors: list[Tensor], batch: list[Piece]) -> None:
+    """Write back what :func:`_gathered` gave."""
+    if not _is_view(batch):
+        torch._foreach_copy_(_pieces(tensors, batch), _parts(flat, batch, tensors))
+
+
+def _is_view(batch: list[Piece]) -> bool:
+    return len(batch) == 1 and (batch[0][2] - batch[0][1]) % GROUP_SIZE == 0
+
+
+def _decoded(tensors: list[Tensor], scales: list[Tensor], batch: list[Piece]) -> Tensor:
     """One batch of BF16 or 8-bit state in FP32, laid out as :func:`_spans` says."""
-    spans = _spans(batch)
-    flat = torch.zeros(spans[-1][1], dtype=tensors[0].dtype, device="cpu")
-    pieces = _pieces(tensors, batch)
-    torch._foreach_copy_(_parts(flat, pieces), pieces)
-    if not scales:
-        return flat.float()
-    return decode(flat, torch.cat(_scale_pieces(scales, batch)))
+    flat = _gathered(tensors, batch)
+    return decode(flat, torch.cat(_scale_pieces(scales, batch))) if scales else flat.float()
 
 
-def _store_values(
-    values: Tensor, tensors: list[Tensor], scales: list[Tensor], batch: list[Piece], dither: Tensor
-) -> None:
+def _store(values: Tensor, tensors: list[Tensor], scales: list[Tensor], batch: list[Piece], dither: Tensor) -> None:
+    """Round one batch of FP32 state to the list's own dtype."""
     pieces = _pieces(tensors, batch)
     if scales:
         narrow, exponents = encode(values, tensors[0].dtype == torch.int8, dither)
@@ -143,25 +172,22 @@ def _store_values(
         torch._foreach_copy_(stored, list(exponents.split([scale.numel() for scale in stored])))
     else:
         narrow = round_stochastically(values, torch.bfloat16, dither)
-    torch._foreach_copy_(pieces, _parts(narrow, pieces))
-
-
-def _round_weights(params: list[Tensor], weights: list[Tensor], dither: Tensor) -> None:
-    for param, weight, bits in zip(params, weights, _parts(dither, params), strict=True):
-        if param is not weight:
-            param.copy_(round_stochastically(weight, param.dtype, bits))
+    torch._foreach_copy_(pieces, _parts(narrow, batch, tensors))
 
 
 def _scaled(grads: list[Tensor], factor: float, buffer: Tensor) -> list[Tensor]:
-    """FP32 gradients times ``factor`` in ``buffer``."""
+    """FP32 gradients times ``factor``: in ``buffer``, or where they lie if they are that already."""
+    if factor == 1.0 and all(grad.dtype == torch.float32 for grad in grads):
+        return grads
     # Scaled on a copy, though torch's kernels could unscale: they would write the caller's gradients.
     scaled, start = [], 0
     for grad in grads:
-        copy = buffer[start : start + grad.numel()].as_strided(grad.shape, grad.stride())
-        # Widened first: torch would round the product of a 16-bit tensor and a number to 16 bits.
-        is_wide = grad.dtype == torch.float32
-        scaled.append(torch.mul(grad, factor, out=copy) if is_wide else copy.copy_(grad).mul_(factor))
+        scaled.append(buffer.as_strided(grad.shape, grad.stride(), start))
         start += grad.numel()
+    # Widened first: torch would round the product of a 16-bit tensor and a number to 16 bits.
+    torch._foreach_copy_(scaled, grads)
+    if factor != 1.0:
+        buffer[:start].mul_(factor)
     return scaled
 
 
@@ -175,12 +201,17 @@ def _advance(steps: list[Tensor]) -> None:
 
 
 def _batches(params: list[Tensor]) -> Iterator[list[Piece]]:
-    """Lists of (position, start, stop) that cover every parameter, at most ``BATCH`` elements a list."""
+    """Lists of (position, start, stop) that cover every parameter: at most ``BATCH`` elements of one dtype a list."""
     batch, room = [], BATCH
     for position, param in enumerate(params):
         size = param.numel()
-        for start in range(0, size, BATCH):
-            stop = min(start + BATCH, size)
+        if batch and param.dtype != params[batch[0][0]].dtype:
+            yield batch
+            batch, room = [], BATCH
+        # Equal pieces of whole groups: no batch has a small rest of a large tensor for itself.
+        length = _whole_groups(-(-size // -(-size // BATCH))) if size else 1
+        for start in range(0, size, length):
+            stop = min(start + length, size)
             if stop - start > room:
                 yield batch
                 batch, room = [], BATCH
@@ -190,15 +221,24 @@ def _batches(params: list[Tensor]) -> Iterator[list[Piece]]:
         yield batch
 
 
+def _whole_groups(size: int) -> int:
+    return -(-size // GROUP_SIZE) * GROUP_SIZE
+
+
+def _piece(tensors: list[Tensor], piece: Piece) -> Tensor:
+    """Some elements of a tensor, flat: those of one parameter share a layout, so any order of them will do."""
+    position, start, stop = piece
+    tensor = tensors[position]
+    return tensor.as_strided((stop - start,), (1,), tensor.storage_offset() + start)
+
+
 def _pieces(tensors: list[Tensor], batch: list[Piece]) -> list[Tensor]:
-    """The pieces of one list; none of an empty list."""
+    """The pieces of one list, those that are whole tensors in their own shape; none of an empty list."""
+    if not tensors:
+        return []
     return [
-        tensors[position]
-        if stop - start == tensors[position].numel()
-        # The tensors of one parameter share a layout, so any order of the elements will do.
-        else as_flat(tensors[position])[start:stop]
-        for position, start, stop in batch
-        if tensors
+        tensors[piece[0]] if piece[2] - piece[1] == tensors[piece[0]].numel() else _piece(tensors, piece)
+        for piece in batch
     ]
 
 
@@ -206,10 +246,9 @@ def _scale_pieces(scales: list[Tensor], batch: list[Piece]) -> list[Tensor]:
     return [scales[position][start // GROUP_SIZE : -(-stop // GROUP_SIZE)] for position, start, stop in batch]
 
 
-def _parts(flat: Tensor, pieces: list[Tensor]) -> list[Tensor]:
-    """Views of ``flat`` in the layout of every piece, each at its beginning in :func:`_spans`."""
-    parts, begin = [], 0
-    for piece in pieces:
-        parts.append(flat.as_strided(piece.shape, piece.stride(), begin))
-        begin += -(-piece.numel() // GROUP_SIZE) * GROUP_SIZE
-    return parts
+def _parts(flat: Tensor, batch: list[Piece], like: list[Tensor]) -> list[Tensor]:
+    """Views of ``flat``, laid out as :func:`_spans` says, in the shape and strides of the pieces of ``like``."""
+    return [
+        flat.as_strided(piece.shape, piece.stride(), flat.storage_offset() + begin)
+        for piece, (begin, _) in zip(_pieces(like, batch), _spans(batch), strict=True)
+    ]
