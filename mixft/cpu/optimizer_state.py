@@ -70,7 +70,7 @@ def join(param: Tensor, remainder: Tensor) -> Tensor:
         bits = param.view(torch.int16).int().bitwise_left_shift_(16)
         joined = torch.add(bits, remainder)
         if may_hold_nan(joined.view(torch.float32)):
-            # Below a zero that was written by hand, an old remainder would turn the sign bit, into a NaN: zero it stays.
+            # Below a zero that was written by hand, an old remainder would turn the sign bit and make a NaN: it stays.
             joined = torch.where((joined ^ bits) < 0, bits, joined)
         return joined.view(torch.float32)
     return param.float().add_(remainder.float().mul_(_remainder_unit(param)))
