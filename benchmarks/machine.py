@@ -23,6 +23,8 @@ class Machine:
     Attributes:
         copy_bytes_per_second: of ``torch.Tensor.copy_``, reads and writes counted.
         read_bytes_per_second: of a sum over FP32.
+        update_bytes_per_second: of an addition in place, reads and writes counted: a CPU, which reads what a copy
+            overwrites too, moves more so.
         matmul_operations_per_second: of torch's own product of large square matrices, multiplications and additions
             counted, by type of the operands: "fp32" (at torch's precision setting), "fp16", "bf16", "int8".
     """
@@ -30,10 +32,12 @@ class Machine:
     copy_bytes_per_second: float
     read_bytes_per_second: float
     matmul_operations_per_second: dict[str, float]
+    update_bytes_per_second: float = 0.0
 
     def floor_seconds(self, nbytes: int, operations: int = 0, rate: str | None = None) -> float:
         """The least time for so much traffic and so many operations of type ``rate``, the two overlapped."""
-        traffic = nbytes / max(self.copy_bytes_per_second, self.read_bytes_per_second)
+        fastest = max(self.copy_bytes_per_second, self.read_bytes_per_second, self.update_bytes_per_second)
+        traffic = nbytes / fastest
         if rate is None:
             return traffic
         known = self.matmul_operations_per_second
@@ -46,12 +50,14 @@ def measure_machine(device: torch.device, effort: Effort) -> Machine:
     target = torch.empty_like(source)
     # One FP32 sum for each of many rows: a single one would measure the additions, which depend on each other.
     rows = source.view(-1, 2**12)
-    streams = interleaved({"copy": lambda: target.copy_(source), "read": lambda: rows.sum(1)}, device, effort)
+    streams = {"copy": lambda: target.copy_(source), "read": lambda: rows.sum(1), "update": lambda: source.add_(target)}
+    streams = interleaved(streams, device, effort)
     products = interleaved(_products(device), device, effort)
     operations = 2 * MATMUL_SIZE[device.type] ** 3
     return Machine(
         copy_bytes_per_second=2 * STREAM_BYTES / quartiles(streams["copy"])[1],
         read_bytes_per_second=STREAM_BYTES / quartiles(streams["read"])[1],
+        update_bytes_per_second=3 * STREAM_BYTES / quartiles(streams["update"])[1],
         matmul_operations_per_second={name: operations / quartiles(times)[1] for name, times in products.items()},
     )
 

@@ -16,7 +16,7 @@ import mixft
 from .case import OURS, Case
 from .machine import Machine
 from .recording import Row
-from .run import case_row, timed_row
+from .run import case_row, first_line, timed_row, too_large
 from .timing import Effort, take_turns
 
 # The folder comes first, so that its mixft is the one imported.
@@ -71,19 +71,27 @@ class Worker:
     """A process that runs the mixft of a folder: it prepares a case, then takes a sample of it when asked."""
 
     def __init__(self, folder: Path, device: torch.device):
+        self.folder = folder
+        self.device = device
+        self._start()
+
+    def _start(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(folder), str(device), str(torch.get_num_threads())],
+            [sys.executable, "-c", WORKER, str(self.folder), str(self.device), str(torch.get_num_threads())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder)},
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(self.folder)},
         )
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *exception) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.stdout.close()
@@ -91,8 +99,14 @@ class Worker:
         self.process.wait()
 
     def prepare(self, case: Case) -> tuple[str, str] | None:
-        """Make the case ready; the status and the reason where that failed."""
-        excuse = self._ask(case.name)
+        """Make the case ready; the status and the reason where that failed, even by the end of the process."""
+        if self.process.poll() is not None:  # an earlier case ended it
+            self._stop()
+            self._start()
+        try:
+            excuse = self._ask(case.name)
+        except RuntimeError as failure:
+            return "refused", first_line(failure)
         return None if excuse is None else (excuse[0], excuse[1])
 
     def sample(self) -> float:
@@ -112,8 +126,12 @@ class Worker:
 def compare(case: Case, workers: Sequence[Worker], base: str, effort: Effort, machine: Machine) -> list[Row]:
     """A row of this revision and one of the base, whose ``speedup`` is the base's time over this one's."""
     named = dict(zip((OURS, base), workers, strict=True))
+    if reason := too_large(case, workers[0].device):
+        return [case_row(case, name, "refused", reason) for name in named]
     excuses = {name: worker.prepare(case) for name, worker in named.items()}
-    samples = take_turns({name: named[name].sample for name, excuse in excuses.items() if excuse is None}, effort)
+    ready = {name: named[name].sample for name, excuse in excuses.items() if excuse is None}
+    samples, failures = take_turns(ready, effort, (RuntimeError,))
+    excuses |= {name: ("refused", first_line(failure)) for name, failure in failures.items()}
     return [
         timed_row(case, name, samples, machine) if excuse is None else case_row(case, name, *excuse)
         for name, excuse in excuses.items()

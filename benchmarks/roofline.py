@@ -1,8 +1,8 @@
 """The roofline of a recording: every timed case of mixft under the ceilings measured in the same run.
 
-Left, work without matrix products: bytes a second, case by case, under the copy and read bandwidth. Right, matrix
-products: operations a second over operations a byte, under the bandwidth's slope and each data type's rate (Williams,
-Waterman and Patterson, Roofline: an insightful visual performance model, 2009).
+Left, work without matrix products: bytes a second, case by case, under the bandwidth of a copy, a read and an addition
+in place. Right, matrix products: operations a second over operations a byte, under the bandwidth's slope and each data
+type's rate (Williams, Waterman and Patterson, Roofline: an insightful visual performance model, 2009).
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 
 from .case import OURS
 from .plot_style import CYCLE, MARKERS, canvas, drawn_alike, legend_below, machine_name, plain_numbers, save
+
+STREAMS = {"copy": "-", "read": "--", "update": ":"}
 
 
 @drawn_alike
@@ -44,8 +46,10 @@ def roofline(recording: dict, path: Path) -> None:
 def _bandwidth_panel(axes: Axes, rows: list[dict], machine: dict) -> None:
     for row, look in _by_family(rows):
         axes.plot(row["bytes"] / 1e6, row["bytes"] / row["seconds"] / 1e9, linestyle="", **look)
-    for name, line in (("copy", "-"), ("read", "--")):
-        ceiling = machine[f"{name}_bytes_per_second"] / 1e9
+    for name, line in STREAMS.items():
+        ceiling = machine.get(f"{name}_bytes_per_second", 0.0) / 1e9
+        if not ceiling:  # a recording from before it was measured
+            continue
         axes.axhline(ceiling, color="black", linestyle=line, linewidth=1, label=f"{name} {ceiling:,.0f} GB/s")
     axes.set_xlabel("MB that the work must move")
     axes.set_ylabel("GB/s, of those bytes")
@@ -53,7 +57,7 @@ def _bandwidth_panel(axes: Axes, rows: list[dict], machine: dict) -> None:
 
 
 def _product_panel(axes: Axes, rows: list[dict], machine: dict) -> None:
-    bandwidth = machine["copy_bytes_per_second"] / 1e12
+    bandwidth = max(machine.get(f"{name}_bytes_per_second", 0.0) for name in STREAMS) / 1e12
     rates = {name: rate / 1e12 for name, rate in machine["matmul_operations_per_second"].items() if rate}
     intensities = [row["operations"] / row["bytes"] for row in rows]
     left = min(intensities) / 2

@@ -35,12 +35,14 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
         RuntimeError: a provider has broken the GPU for this process.
     """
     torch.manual_seed(0)
-    if case.needs > available_bytes(device):
-        reason = f"needs {case.needs / 1e9:.0f} GB of memory, {available_bytes(device) / 1e9:.0f} GB are free"
+    if reason := too_large(case, device):
         return [case_row(case, name, "refused", reason) for name in case.providers]
     torch.compiler.reset()  # cases share their functions' code, and torch compiles only so many versions of one
-    inputs = case.inputs(device)
-    exact = case.exact(inputs)
+    try:
+        inputs = case.inputs(device)
+        exact = case.exact(inputs)
+    except FAILURES as failure:  # a package that a model is made with is not there, or memory
+        return [case_row(case, name, "refused", f"no inputs: {first_line(failure)}") for name in case.providers]
     calls, excuses = {}, {}
     for name, prepare in case.providers.items():
         if name.endswith(COMPILED) and not effort.compiles:
@@ -61,7 +63,10 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
         except FAILURES as failure:  # memory for a second call, for one
             excuses[name] = ("refused", first_line(failure))
             wait(device)
-    samples = take_turns(samplers, effort)
+    samples, failures = take_turns(samplers, effort, FAILURES)
+    excuses |= {name: ("refused", first_line(failure)) for name, failure in failures.items()}
+    if failures:
+        wait(device)
     rows = []
     for name in case.providers:
         if name in excuses:
@@ -75,6 +80,12 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
         return rows
     del inputs, exact, calls, samplers, call
     return [with_memory(row, case, device) if _has_memory(row) else row for row in rows]
+
+
+def too_large(case: Case, device: torch.device) -> str | None:
+    """Why the case does not fit the device's memory; None where it does."""
+    free = available_bytes(device)
+    return f"needs {case.needs / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free" if case.needs > free else None
 
 
 def with_memory(row: Row, case: Case, device: torch.device) -> Row:

@@ -90,11 +90,13 @@ def machine(recording: dict) -> str:
     rates = ", ".join(
         f"{name} {rate / 1e12:,.3g}" for name, rate in ceilings["matmul_operations_per_second"].items() if rate
     )
+    # Recordings from before "update" was measured do not have it.
+    streams = {name: ceilings.get(f"{name}_bytes_per_second") for name in ("copy", "read", "update")}
+    bandwidths = ", ".join(f"{name} {rate / 1e9:,.0f} GB/s" for name, rate in streams.items() if rate)
     return (
         f"{device}, torch {environment['torch']}, Triton {environment['triton']}, {environment['date'][:10]}, commit "
-        f"{str(environment['commit'])[:12]}. Measured in the same run: copy "
-        f"{ceilings['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read {ceilings['read_bytes_per_second'] / 1e9:,.0f} "
-        f"GB/s, torch's matmul in T operations/s: {rates}."
+        f"{str(environment['commit'])[:12]}. Measured in the same run: {bandwidths}, torch's matmul in T operations/s: "
+        f"{rates}."
     )
 
 

@@ -44,22 +44,33 @@ QUICK = Effort(rounds=7, seconds=0.5, fewest_rounds=3, compiles=False, memory=Fa
 
 def interleaved(calls: dict[str, Call], device: torch.device, effort: Effort) -> dict[str, list[float]]:
     """Seconds a call of every round, by name; on a GPU the device's seconds."""
-    return take_turns({name: sampler(call, device) for name, call in calls.items()}, effort)
+    return take_turns({name: sampler(call, device) for name, call in calls.items()}, effort)[0]
 
 
-def take_turns(samplers: dict[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
-    """One sample of each in every round."""
+def take_turns(
+    samplers: dict[str, Callable[[], float]], effort: Effort, tolerated: tuple[type[Exception], ...] = ()
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """One sample of each in every round.
+
+    Returns:
+        The samples by name, and by name the exception of one that raised a ``tolerated`` one, which ends its part.
+    """
     samples: dict[str, list[float]] = {name: [] for name in samplers}
-    names = list(samplers)
+    failures: dict[str, Exception] = {}
     started = time.perf_counter()
-    for turn in range(effort.rounds if samplers else 0):
-        if turn >= effort.fewest_rounds and time.perf_counter() - started > effort.seconds:
+    for turn in range(effort.rounds):
+        if not samples or (turn >= effort.fewest_rounds and time.perf_counter() - started > effort.seconds):
             break
         # Another one goes first every round, so that no provider always follows the same neighbour.
+        names = list(samples)
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(samplers[name]())
-    return samples
+            try:
+                samples[name].append(samplers[name]())
+            except tolerated as failure:
+                failures[name] = failure
+                del samples[name]
+    return samples, failures
 
 
 def sampler(call: Call, device: torch.device) -> Callable[[], float]:

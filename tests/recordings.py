@@ -16,6 +16,7 @@ ENVIRONMENT = {
 MACHINE = {
     "copy_bytes_per_second": 4e10,
     "read_bytes_per_second": 5e10,
+    "update_bytes_per_second": 6e10,
     "matmul_operations_per_second": {"fp32": 2e11, "fp16": 4e10, "bf16": 5e11, "int8": 9e11},
 }
 

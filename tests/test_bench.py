@@ -126,6 +126,46 @@ def test_a_provider_that_fails_only_when_it_is_timed_does_not_end_the_run():
     ]
 
 
+@pytest.mark.parametrize("calls", [2, 5, 8])
+def test_a_provider_that_fails_in_a_later_round_does_not_end_the_run(monkeypatch, calls):
+    monkeypatch.setattr(timing, "MOST_REPEATS", 1)
+
+    def prepare(x):
+        left = iter(range(calls))
+
+        def run():
+            if next(left, None) is None:
+                raise RuntimeError("out of memory")
+            return [2 * x]
+
+        return Call(run)
+
+    case = toy(more={"greedy": prepare})
+    rows = run_case(case, CPU, replace(EFFORT, rounds=9, fewest_rounds=9), MACHINE)
+    assert [(row.provider, row.status) for row in rows] == [
+        ("mixft", "timed"),
+        ("torch", "timed"),
+        ("greedy", "refused"),
+    ]
+    assert rows[2].reason == "RuntimeError: out of memory"
+    ours = run_case(replace(case, providers={"mixft": prepare, "torch": case.providers["torch"]}), CPU, EFFORT, MACHINE)
+    if calls == 2:
+        assert (ours[0].status, ours[1].status, ours[1].speedup) == ("refused", "timed", None)
+
+
+@pytest.mark.parametrize("part", ["inputs", "exact"])
+def test_a_case_whose_inputs_cannot_be_made_does_not_end_the_run(part):
+    def fails(_):
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    rows = run_case(replace(toy(), **{part: fails}), CPU, EFFORT, MACHINE)
+    said = "no inputs: ModuleNotFoundError: No module named 'transformers'"
+    assert [(row.provider, row.status, row.reason) for row in rows] == [
+        ("mixft", "refused", said),
+        ("torch", "refused", said),
+    ]
+
+
 def test_memory_that_cannot_be_measured_leaves_the_time(monkeypatch):
     def measure(case, provider, device):
         if provider == "torch":
@@ -147,7 +187,7 @@ def test_a_case_too_large_for_the_memory_is_refused():
 
 def test_the_figures_of_a_row_agree(monkeypatch):
     samples = {"mixft": [1.0, 2.0, 4.0], "torch": [2.0, 6.0, 4.0]}
-    monkeypatch.setattr(run, "take_turns", lambda samplers, effort: samples)
+    monkeypatch.setattr(run, "take_turns", lambda samplers, effort, tolerated: (samples, {}))
     case = toy(bytes=2_000_000_000, operations=3_000_000_000_000, rate="fp32", sweep=Sweep("toy", "rows", 5))
     ours, peer = run_case(case, CPU, EFFORT, MACHINE)
     assert (ours.seconds, ours.seconds_low, ours.seconds_high) == (2.0, 1.5, 3.0)
@@ -166,18 +206,21 @@ def test_the_floor_is_the_longer_of_traffic_and_arithmetic():
     # This machine multiplies FP16 slower than FP32, so FP32 is what FP16 is held against.
     assert MACHINE.floor_seconds(1, 3_000_000_000_000, "fp16") == pytest.approx(3)
     assert MACHINE.floor_seconds(1, 8_000_000_000_000, "int8") == pytest.approx(2)
+    # A CPU reads what a copy overwrites, so work in place can move more than a copy.
+    assert replace(MACHINE, update_bytes_per_second=2e9).floor_seconds(2_000_000_000) == pytest.approx(1)
 
 
 def test_rounds_are_interleaved():
     order, times = [], iter([1.0, 10.0, 20.0, 2.0, 9.0, 30.0])
     samplers = {name: lambda name=name: (order.append(name), next(times))[1] for name in "ab"}
-    samples = take_turns(samplers, EFFORT)
+    samples, failures = take_turns(samplers, EFFORT)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert samples == {"a": [1.0, 2.0, 9.0], "b": [10.0, 20.0, 30.0]}
+    assert not failures
 
 
 def test_rounds_end_when_the_time_is_up():
-    samples = take_turns({"a": lambda: 1.0}, Effort(rounds=1000, seconds=0.0, fewest_rounds=5))
+    samples, _ = take_turns({"a": lambda: 1.0}, Effort(rounds=1000, seconds=0.0, fewest_rounds=5))
     assert samples == {"a": [1.0] * 5}
 
 
@@ -231,6 +274,7 @@ def test_the_machine_is_measured(monkeypatch):
     machine = measure_machine(CPU, EFFORT)
     assert machine.copy_bytes_per_second > 1e7
     assert machine.read_bytes_per_second > 1e7
+    assert machine.update_bytes_per_second > 1e7
     assert set(machine.matmul_operations_per_second) == {"fp32", "fp16", "bf16", "int8"}
     assert min(machine.matmul_operations_per_second.values()) > 1e6
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mixft.benchmarks.case import complaint
 from mixft.benchmarks.cases import shapes
 from mixft.benchmarks.registry import CASES, find
 from mixft.benchmarks.run import COMPILED, checked
@@ -28,6 +29,15 @@ def test_mixft_comes_first_and_has_a_peer_in_every_case():
     for case in CASES:
         assert next(iter(case.providers)) == "mixft", case.name
         assert len(case.providers) > 1, case.name
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.family == "optimizer_step"], ids=lambda case: case.name
+)
+def test_a_step_that_changes_nothing_is_wrong(case):
+    torch.manual_seed(0)
+    inputs = case.inputs(CPU)
+    assert complaint(shapes.sample(inputs[0]), case.exact(inputs), case.bound)
 
 
 @pytest.mark.parametrize("case", TESTED, ids=lambda case: case.name)

@@ -81,7 +81,7 @@ def test_the_plot(one_case, tmp_path):
 
 
 def test_the_reason_of_a_slower_row_is_shown_only_where_it_is_slower(one_case, monkeypatch, capsys):
-    monkeypatch.setattr("mixft.benchmarks.run.take_turns", lambda samplers, effort: samples)
+    monkeypatch.setattr("mixft.benchmarks.run.take_turns", lambda samplers, effort, tolerated: (samples, {}))
     one_case(toy(reason_if_slower="it does more"))
     samples = {"mixft": [2.0], "torch": [1.0]}
     assert main(["bench", "--device", "cpu"]) == 0

@@ -5,14 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixft.benchmarks import revision
+from mixft.benchmarks.machine import Machine
+from mixft.benchmarks.registry import find
+from mixft.benchmarks.timing import QUICK
 from mixft.cli import main
 
+MACHINE = Machine(1e9, 1e9, {})
 ROOT = Path(__file__).parent.parent
 COMMAND = (
     "import sys; sys.path[:] = [sys.argv.pop(1), *filter(None, sys.path)]; from mixft.cli import main; sys.exit(main())"
@@ -84,6 +89,24 @@ def test_the_commit_says_where_files_differ(repository, monkeypatch):
     assert len(clean) == 12
     (repository / "mixft" / "__init__.py").write_text("")
     assert revision.commit() == f"{clean}-dirty"
+
+
+def test_a_revision_that_fails_has_a_row_and_the_next_case_a_process(repository, monkeypatch):
+    device, case = torch.device("cpu"), find("dequantize/512x4096-fp32")
+    with revision.Worker(repository, device) as ours, revision.Worker(repository, device) as base:
+        take = base.sample
+        monkeypatch.setattr(base, "sample", lambda: (base.process.kill(), take())[1])
+        rows = revision.compare(case, [ours, base], "mixft base", QUICK, MACHINE)
+        monkeypatch.setattr(base, "sample", take)
+        assert [row.status for row in rows] == ["timed", "refused"]
+        assert rows[1].reason == "RuntimeError: the process of a revision ended with exit code -9"
+        rows = revision.compare(case, [ours, base], "mixft base", QUICK, MACHINE)
+        assert [row.status for row in rows] == ["timed", "timed"]
+        large = replace(case, needs=10**18)
+        monkeypatch.setattr(revision.Worker, "prepare", None)
+        rows = revision.compare(large, [ours, base], "mixft base", QUICK, MACHINE)
+        assert [row.status for row in rows] == ["refused", "refused"]
+        assert "GB of memory" in rows[0].reason
 
 
 def test_a_process_that_ends_is_an_error_and_not_a_wait(tmp_path):

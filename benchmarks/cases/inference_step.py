@@ -10,7 +10,7 @@ import mixft
 from mixft.benchmarks.case import Call, Case, Provider, Refused
 from mixft.benchmarks.peers import peer
 
-from .int8 import bitsandbytes_layer, gemlite_layer
+from .int8 import TORCHAO_COMPILE, bitsandbytes_layer, gemlite_layer
 from .models import BERT_BASE, BERT_SMALL, LLAMA, LLAMA_SMALL, Inputs, Shape, memory_held, one_token, replace_linear
 
 
@@ -35,16 +35,19 @@ def inference_step(shape: Shape, mode: str = "dynamic", **options) -> Case:
     )
 
 
-def _forward(convert, autocast: torch.dtype | None = None) -> Provider:
+def _forward(convert, autocast: bool = False) -> Provider:
+    """``convert`` of the model in FP32 on a CPU and FP16 on a GPU; with ``autocast`` in FP32, under torch's AMP."""
+
     def prepare(inputs: Inputs) -> Call:
         model, batch = inputs
         model = copy.deepcopy(model).requires_grad_(False)
         on_gpu = next(model.parameters()).is_cuda
-        model = convert(model.half() if on_gpu else model)
+        model = convert(model.half() if on_gpu and not autocast else model)
+        dtype = torch.float16 if on_gpu else torch.bfloat16
 
         @torch.inference_mode()
         def run() -> list[Tensor]:
-            with torch.autocast(batch["input_ids"].device.type, autocast, enabled=autocast is not None):
+            with torch.autocast(batch["input_ids"].device.type, dtype, enabled=autocast):
                 return [model(**batch).logits]
 
         return Call(run, held=lambda: memory_held(model))
@@ -57,8 +60,8 @@ def _mixft(model: nn.Module, mode: str) -> nn.Module:
     return model
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    model.compile(dynamic=False)
+def _compiled(model: nn.Module, **options) -> nn.Module:
+    model.compile(dynamic=False, **options)
     return model
 
 
@@ -73,12 +76,12 @@ def _torch_dynamic(model: nn.Module) -> nn.Module:
 def _torchao(model: nn.Module) -> nn.Module:
     quantization = peer("torchao", "quantization")
     quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
-    return _compiled(model)
+    return _compiled(model, options=TORCHAO_COMPILE)
 
 
 PEERS = {
     "torch": _forward(lambda model: model),
-    "torch AMP": _forward(lambda model: model, torch.bfloat16),
+    "torch AMP": _forward(lambda model: model, autocast=True),
     "torch.compile": _forward(_compiled),
     "torch.ao": _forward(_torch_dynamic),
     "torchao+compile": _forward(_torchao),

@@ -14,6 +14,12 @@ from mixft.benchmarks.recording import Sweep
 from .linear import layer_and_input, traffic
 from .shapes import SHORT
 
+# What torchao sets for the whole process, given to torch.compile for its layers alone.
+TORCHAO_COMPILE = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+}
 # Both operands are rounded to 8 bits, each number to within half of 1/127 of its row's largest.
 BOUND = 0.03
 
@@ -71,13 +77,16 @@ def int8_linear(rows: int, inner: int, columns: int, dtype: torch.dtype, mode: s
     providers = {"mixft": ours, **_float_layers()}
     for name, scheme in SCHEMES[mode].items():
         providers[name] = lambda inputs, scheme=scheme: _layer(scheme(copy.deepcopy(inputs[0])), inputs)
-    compile_torchao = {"torchao+compile": lambda inputs: _layer(torch.compile(_torchao(mode)(inputs[0])), inputs)}
+
+    def compiled_torchao(inputs):
+        return _layer(torch.compile(_torchao(mode)(inputs[0]), dynamic=False, options=TORCHAO_COMPILE), inputs)
+
     family = {"dynamic": "int8_linear", "weight_only": "int8_decode"}[mode]
     return Case(
         f"{family}/{rows}x{inner}x{columns}-{SHORT[dtype]}",
         inputs=layer_and_input(rows, inner, columns, dtype),
         exact=lambda inputs: [copy.deepcopy(inputs[0]).double()(inputs[1].double())],
-        providers=providers | compile_torchao,
+        providers=providers | {"torchao+compile": compiled_torchao},
         bound=BOUND,
         bytes=traffic(rows, inner, columns, dtype, weight_bytes=1),
         operations=2 * rows * inner * columns,
@@ -105,7 +114,7 @@ def int8_training(rows: int, inner: int, columns: int, dtype: torch.dtype, **opt
         quantize_ = peer("torchao", "quantization").quantize_
         model = nn.Sequential(copy.deepcopy(inputs[0]))
         quantize_(model, training.Int8MixedPrecisionTrainingConfig())
-        return each(gradients(model[0]))(inputs)
+        return model[0]
 
     def exact(inputs):
         layer, x, grad = inputs
@@ -119,7 +128,9 @@ def int8_training(rows: int, inner: int, columns: int, dtype: torch.dtype, **opt
             "mixft": lambda inputs: each(gradients(mixft.nn.QuantLinear.from_linear(inputs[0], "train")))(inputs),
             "torch": lambda inputs: each(gradients(inputs[0]))(inputs),
             "torch.compile": lambda inputs: compiled(gradients(inputs[0]))(inputs),
-            "torchao": torchao,
+            "torchao": lambda inputs: each(gradients(torchao(inputs)))(inputs),
+            # Forward and backward, which is how it is meant to be used.
+            "torchao+compile": lambda inputs: each(gradients(torch.compile(torchao(inputs), dynamic=False)))(inputs),
         },
         bound=BOUND,
         bytes=traffic(rows, inner, columns, dtype)

@@ -16,8 +16,9 @@ from .shapes import sample
 OPTIONS = {
     "adamw": {"lr": 1e-3, "weight_decay": 0.01},
     "adam": {"lr": 1e-3, "weight_decay": 0.01},
-    "sgd": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.01},
-    "lion": {"lr": 1e-4, "weight_decay": 0.01},
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    # A larger one than usual: in 16 bits a step shows beside the rounding of the weights.
+    "lion": {"lr": 1e-3, "weight_decay": 0.01},
 }
 MIXFT = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "lion": "Lion"}
 TORCH = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}

@@ -123,7 +123,7 @@ def _torchao(model: nn.Module) -> Recipe:
     training = peer("torchao", "prototype.quantized_training")
     peer("torchao", "quantization").quantize_(model, training.Int8MixedPrecisionTrainingConfig())
     model.compile(dynamic=False)
-    return Recipe(model, torch.optim.AdamW(model.parameters(), **OPTIONS), autocast=torch.bfloat16)
+    return Recipe(model, torch.optim.AdamW(model.parameters(), fused=True, **OPTIONS), autocast=torch.bfloat16)
 
 
 def _liger(model: nn.Module) -> Recipe:

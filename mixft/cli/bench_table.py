@@ -29,6 +29,7 @@ def preface(recording: Recording) -> str:
         f"{environment['device']} ({environment['device_name']}), torch {environment['torch']}, "
         f"{environment['threads']} threads; medians of up to {recording.rounds} interleaved rounds from cold caches\n"
         f"copy {machine.copy_bytes_per_second / 1e9:.1f} GB/s, read {machine.read_bytes_per_second / 1e9:.1f} GB/s, "
+        f"update {machine.update_bytes_per_second / 1e9:.1f} GB/s, "
         f"torch's matmul in T operations/s: {rates}\n"
         "of floor: the least time at these rates over the time taken; ±: half the distance between the quartiles\n"
     )
