@@ -42,6 +42,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
         inputs = case.inputs(device)
         exact = case.exact(inputs)
     except FAILURES as failure:  # a package that a model is made with is not there, or memory
+        wait(device)
         return [case_row(case, name, "refused", f"no inputs: {first_line(failure)}") for name in case.providers]
     calls, excuses = {}, {}
     for name, prepare in case.providers.items():
