@@ -25,6 +25,7 @@ STYLES = {
     OURS: (BLUE, ""),
     "torch": (ORANGE, ""),
     "torch fused": (ORANGE, "////"),
+    "torch FP32": (ORANGE, "...."),
     "torch foreach": (YELLOW, ""),
     "by hand, fused": (YELLOW, "////"),
     "by hand, foreach": (YELLOW, "...."),

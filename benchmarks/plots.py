@@ -54,7 +54,7 @@ def ratio_bars(recording: dict, path: Path) -> None:
     axes.set_xscale("log", base=2)
     room = (max(ends) / min(ends)) ** 0.12
     axes.set_xlim(min(ends) / room**0.5, max(ends) * room)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=14))
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=10))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}x"))
     axes.set_ylim(top, -CASE_INCHES)

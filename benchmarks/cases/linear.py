@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixft
-from mixft.benchmarks.case import Case, compiled, each
+from mixft.benchmarks.case import Case, Provider, compiled, each
 
 from .shapes import SHORT
 
@@ -49,11 +49,20 @@ def linear(rows: int, inner: int, columns: int, dtype: torch.dtype, activation: 
         layer = mixft.nn.Linear.from_linear(inputs[0], activation)
         return each(lambda inputs: [layer(inputs[1])])(inputs)
 
+    def widened(inputs):
+        layer = copy.deepcopy(inputs[0]).float()
+        return each(lambda inputs: [activate(layer(inputs[1].float())).to(dtype)])(inputs)
+
     return Case(
         f"linear/{_named(rows, inner, columns, dtype, activation)}",
         inputs=layer_and_input(rows, inner, columns, dtype),
         exact=lambda inputs: plain((copy.deepcopy(inputs[0]).double(), inputs[1].double())),
-        providers={"mixft": ours, "torch": each(plain), "torch.compile": compiled(plain)},
+        providers={
+            "mixft": ours,
+            "torch": each(plain),
+            **_in_fp32(widened, dtype, options),
+            "torch.compile": compiled(plain),
+        },
         bound=BOUNDS[dtype],
         bytes=traffic(rows, inner, columns, dtype),
         operations=2 * rows * inner * columns,
@@ -77,6 +86,15 @@ def training(rows: int, inner: int, columns: int, dtype: torch.dtype, activation
         layer = mixft.nn.Linear.from_linear(inputs[0], activation)
         return each(lambda inputs: gradients(layer, inputs[1], layer(inputs[1])))(inputs)
 
+    def widened(inputs):
+        layer = copy.deepcopy(inputs[0]).float()
+
+        def run(inputs):
+            x = inputs[1].detach().float().requires_grad_()
+            return [grad.to(dtype) for grad in gradients(layer, x, activate(layer(x)))]
+
+        return each(run)(inputs)
+
     def exact(inputs):
         return plain((copy.deepcopy(inputs[0]).double(), inputs[1].detach().double().requires_grad_()))
 
@@ -84,7 +102,12 @@ def training(rows: int, inner: int, columns: int, dtype: torch.dtype, activation
         f"linear_training/{_named(rows, inner, columns, dtype, activation)}",
         inputs=layer_and_input(rows, inner, columns, dtype, trains=True),
         exact=exact,
-        providers={"mixft": ours, "torch": each(plain), "torch.compile": compiled(plain)},
+        providers={
+            "mixft": ours,
+            "torch": each(plain),
+            **_in_fp32(widened, dtype, options),
+            "torch.compile": compiled(plain),
+        },
         bound=BOUNDS[dtype],
         # Forward, then the output's gradient, input and weight read again and the gradients of both written.
         bytes=traffic(rows, inner, columns, dtype)
@@ -93,6 +116,11 @@ def training(rows: int, inner: int, columns: int, dtype: torch.dtype, activation
         rate=SHORT[dtype],
         **options,
     )
+
+
+def _in_fp32(widened: Provider, dtype: torch.dtype, options: dict) -> dict[str, Provider]:
+    """FP16 on a CPU as those who know torch's FP16 product there write it: FP32 weights, the input widened."""
+    return {"torch FP32": widened} if dtype == torch.float16 and options["devices"] == ("cpu",) else {}
 
 
 def _named(rows: int, inner: int, columns: int, dtype: torch.dtype, activation: str | None) -> str:
