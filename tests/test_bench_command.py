@@ -91,6 +91,15 @@ def test_the_reason_of_a_slower_row_is_shown_only_where_it_is_slower(one_case, m
     assert "slower than a peer in toy/5: it does more" not in capsys.readouterr().out
 
 
+def test_the_reason_of_a_slower_row_is_not_that_of_a_revision():
+    ours, base = (
+        Row("toy/5", "toy", provider, "timed", seconds=1.0, speedup=0.5, speedup_low=0.5, speedup_high=0.5, note=note)
+        for provider, note in (("mixft", "it does more"), ("mixft main", None))
+    )
+    lines = bench_table.remarks([ours, base], "main")
+    assert lines == ["faster than mixft main in 0 of 1 cases", "slower than mixft main in 1 of 1 cases: toy/5"]
+
+
 def test_long_cases_are_left_out_of_quick_runs_unless_named(one_case, capsys):
     one_case(toy(long=True))
     assert main(["bench", "--quick", "--device", "cpu"]) == 0

@@ -83,8 +83,9 @@ def summary(rows: Sequence[Row]) -> Table:
 
 def remarks(rows: Sequence[Row], base: str | None) -> list[str]:
     """What the ratios do not say: growth, reasons, who was left out, and with ``base`` what moved."""
-    moves = [] if base is None else moved(rows, named(base))
-    return [*growth_lines(rows), *moves, *reasons_if_slower(rows), *left_out(rows)]
+    # A case's reason is about its peers, and says nothing of another revision.
+    compared = reasons_if_slower(rows) if base is None else moved(rows, named(base))
+    return [*growth_lines(rows), *compared, *left_out(rows)]
 
 
 def growth_lines(rows: Sequence[Row]) -> list[str]:
