@@ -120,7 +120,7 @@ def training(rows: int, inner: int, columns: int, dtype: torch.dtype, activation
 
 def _in_fp32(widened: Provider, dtype: torch.dtype, options: dict) -> dict[str, Provider]:
     """FP16 on a CPU as those who know torch's FP16 product there write it: FP32 weights, the input widened."""
-    return {"torch FP32": widened} if dtype == torch.float16 and options["devices"] == ("cpu",) else {}
+    return {"torch FP32": widened} if dtype == torch.float16 and options.get("devices") == ("cpu",) else {}
 
 
 def _named(rows: int, inner: int, columns: int, dtype: torch.dtype, activation: str | None) -> str:
