@@ -221,12 +221,17 @@ def test_predict_refuses_weights_of_another_shape(finished, tmp_path, capsys):
 
 def test_interrupt_stops_the_run(folder, tmp_path):
     arguments = command(folder, "--precision", "fp32", "--epochs", "200000", "--output", str(tmp_path / "out"))
-    process = subprocess.Popen(
-        [*MIXFT, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "FORCE_COLOR": "1"},
-    )
+    # A job in a shell's background ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [*MIXFT, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "FORCE_COLOR": "1"},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     shown = ""
     while "tokens/s" not in shown and process.poll() is None:
         shown += process.stderr.read(1)
