@@ -5,9 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixft.ops import dynamic_int8_linear, int8_linear, quantize, weight_only_matmul
-from mixft.ops.activation import activate, check_activation
+from mixft.ops.activation import check_activation
 
+from . import int8_training, int8_weight
 from .linear import Linear
 
 Mode = Literal["weight_only", "dynamic", "train"]
@@ -113,8 +113,7 @@ class QuantLinear(nn.Module):
         if mode == "train":
             layer.weight = linear.weight
         else:
-            with torch.no_grad():
-                layer.weight, layer.weight_scale, _ = quantize(linear.weight, nonfinite="error")
+            layer.weight, layer.weight_scale = int8_weight.int8_weight_of(linear.weight)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -140,11 +139,8 @@ class QuantLinear(nn.Module):
         if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self.mode == "train":
-            return activate(int8_linear(input, self.weight, self.bias), self.activation)
-        serve = dynamic_int8_linear if self.mode == "dynamic" else weight_only_matmul
-        if self.activation is None or not torch.is_grad_enabled():
-            return serve(input, self.weight, self.weight_scale, self.bias, self.activation)
-        return activate(serve(input, self.weight, self.weight_scale, self.bias), self.activation)
+            return int8_training.forward(input, self.weight, self.bias, self.activation)
+        return int8_weight.forward(self.mode, input, self.weight, self.weight_scale, self.bias, self.activation)
 
     def _apply(self, fn, recurse: bool = True):
         # half() and to(dtype) convert floating buffers; a scale in 16 bits would change the weights.

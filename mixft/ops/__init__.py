@@ -2,9 +2,10 @@
 
 from .accumulate import accumulate_
 from .adamw import adamw_
+from .dynamic_int8_linear import dynamic_int8_linear
 from .grad import grad_stats, unscale_
 from .grad_scalars import grad_scalars
-from .int8_linear import dynamic_int8_linear, int8_linear
+from .int8_linear import int8_linear
 from .int8_matmul import int8_matmul, weight_only_matmul
 from .lion import lion_
 from .matmul import matmul

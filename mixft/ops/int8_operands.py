@@ -1,0 +1,34 @@
+"""What the int8 layers share: the check of their arguments, and the quantization of one operand by row or column.
+
+A row or column that holds a NaN or Inf gets a scale that is not finite, so that its results are not finite and loss
+scaling sees them.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .validation import FLOATS, check_bias, check_dtype, check_same_device
+
+
+def quantize_rows(serve: Callable, x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """int8 values of ``x`` [M, K] and FP32 scales [M, 1]; ``factor`` FP32 [K] multiplies each row first."""
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, None, factor, True)
+    return values.view(x.shape), scale.view(-1, 1)
+
+
+def quantize_columns(serve: Callable, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values of ``x`` [M, N] and FP32 scales [N, 1]; ``factor`` FP32 [M] multiplies each column first."""
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, None, factor, True)
+    return values.view(x.shape), scale.view(-1, 1)
+
+
+def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Raise unless the arguments of a layer fit; return ``x`` as rows."""
+    check_dtype("x", x, FLOATS)
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        shapes = f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
+        raise ValueError(f"weight must be [N, K] with the K of x [..., K]; {shapes}")
+    check_bias(bias, weight.shape[0])
+    check_same_device(x=x, weight=weight, bias=bias)
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
