@@ -6,6 +6,7 @@ from torch import nn
 
 import mixft
 from mixft.nn import Linear, QuantLinear
+from mixft.nn.quantization import choose_layers
 
 
 class Model(nn.Module):
@@ -153,3 +154,11 @@ def test_dequantized_weights_have_the_dtype_that_they_came_from(dtype):
     mixft.quantize_(model)
     mixft.dequantize_(model.half())
     assert model[0].weight.dtype == torch.float16
+
+
+def test_the_choice_of_layers_needs_no_weights():
+    with torch.device("meta"):
+        chosen = choose_layers(Model(), exclude="*second")
+    report = mixft.quantize_(Model(), exclude="*second")
+    assert chosen == {layer.name: layer.reason for layer in report.layers}
+    assert {"", "in exclude", "its weight is shared with another module"} <= set(chosen.values())

@@ -99,6 +99,37 @@ def quantize_(
         ValueError: an unknown mode; a pattern that matches no linear layer; ``model`` is itself a linear layer; no
             layer is left to quantize; a weight holds NaN or Inf. The model is then as it was.
     """
+    reasons = choose_layers(model, mode, include=include, exclude=exclude)
+    candidates = {name: model.get_submodule(name) for name in reasons}
+    for name, module in candidates.items():
+        if not reasons[name] and module.weight.is_meta:
+            reasons[name] = "its weight is on the meta device, without values"
+    if all(reasons.values()):
+        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
+        raise ValueError(f"model has no layer to quantize ({listing})")
+    layers = {name: _converted(name, candidates[name], mode) for name, reason in reasons.items() if not reason}
+    report = QuantizationReport(
+        mode, [_report(name, candidates[name], layers.get(name), reasons[name]) for name in candidates]
+    )
+    replace_modules(model, {candidates[name]: layer for name, layer in layers.items()})
+    return report
+
+
+def choose_layers(
+    model: nn.Module,
+    mode: Mode = "dynamic",
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> dict[str, str]:
+    """The rules of :func:`quantize_`, with its arguments: {name of each linear layer: why it is left, or ""}.
+
+    No weight is read, so ``model`` may be on the meta device.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: an unknown mode; a pattern that matches no linear layer; ``model`` is itself a linear layer.
+    """
     check_mode(mode)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
@@ -119,15 +150,7 @@ def quantize_(
             reasons[name] = "in exclude"
         else:
             reasons[name] = _reason_to_leave(name, module, mode, model, explicit=name in included)
-    if all(reasons.values()):
-        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
-        raise ValueError(f"model has no layer to quantize ({listing})")
-    layers = {name: _converted(name, candidates[name], mode) for name, reason in reasons.items() if not reason}
-    report = QuantizationReport(
-        mode, [_report(name, candidates[name], layers.get(name), reasons[name]) for name in candidates]
-    )
-    replace_modules(model, {candidates[name]: layer for name, layer in layers.items()})
-    return report
+    return reasons
 
 
 def dequantize_(model: nn.Module) -> list[str]:
@@ -174,8 +197,6 @@ def _reason_to_leave(name: str, module: nn.Module, mode: Mode, model: nn.Module,
         return f"a subclass of nn.Linear, {type(module).__name__}"
     if module.weight.dtype not in FLOATS:
         return f"its weight is {module.weight.dtype}"
-    if module.weight.is_meta:
-        return "its weight is on the meta device, without values"
     if any(getattr(module, hooks) for hooks in HOOKS):
         return "it has hooks, which a replacement would lose"
     owners = sum(
