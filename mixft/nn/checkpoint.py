@@ -1,34 +1,45 @@
 """Quantized models as safetensors files.
 
-The file holds the model's state dict, each stored tensor once. Its metadata names the format, the layers that are
-:class:`mixft.nn.QuantLinear` with what is needed to rebuild them, and the names that share another's tensor.
+The files hold the model's state dict, each stored tensor once. Their metadata names the format, the layers that are
+:class:`mixft.nn.QuantLinear` with what is needed to rebuild them, the names that share another's tensor, and a checksum
+of every tensor and of this description.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .quant_linear import QuantLinear
 from .quantization import replace_modules
+from .shards import TensorSet, open_tensors, parse_size, split, write_shards
+from .tensor_file import CHECKSUMS, Entry, content_of
 
-FORMAT = "mixft-quantized-1"
+FORMAT = "mixft-quantized-2"
+FIRST_FORMAT = "mixft-quantized-1"  # one file, without checksums; read, no longer written
 FIELDS = ("in_features", "out_features", "mode", "activation")
 
 
-def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
+def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: int | str | None = None) -> None:
     """Write the parameters and buffers of ``model`` to the safetensors file ``path``.
 
-    The file is written under a temporary name and renamed, so that ``path`` is never half a model.
+    Files are written under temporary names and renamed, so that ``path`` is never half a model.
+
+    Args:
+        model: with QuantLinear layers in it, on any device.
+        path: the file.
+        max_shard_size: bytes, or text such as "5GB"; a larger model is written to files such as
+            ``model-00001-of-00003.safetensors`` and their index ``model.safetensors.index.json``, as Hugging Face does.
 
     Raises:
-        ValueError: ``model`` has no QuantLinear or is one itself; ``path`` is a folder or in one that does not exist.
+        ValueError: ``model`` has no QuantLinear or is one itself; ``path`` is a folder or in one that does not exist;
+            ``max_shard_size`` is no size.
     """
     path = Path(path)
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise ValueError("model has no QuantLinear layers; call mixft.quantize_(model) first, or save it as usual")
@@ -41,51 +52,54 @@ def save_quantized(model: nn.Module, path: str | os.PathLike) -> None:
         name: {**{field: getattr(layer, field) for field in FIELDS}, "bias": layer.bias is not None}
         for name, layer in layers.items()
     }
-    metadata = {"format": FORMAT, "layers": json.dumps(description), "aliases": json.dumps(aliases)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.touch()
-        usual = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(usual)  # safetensors writes files that nobody else can read
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    metadata = {
+        "format": "pt",  # what transformers asks of a safetensors file
+        "mixft": FORMAT,
+        "layers": json.dumps(description),
+        "aliases": json.dumps(aliases),
+    }
+    metadata["description_sha256"] = _description_checksum(metadata)
+    entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
+    write_shards(path, split(entries, limit), tensors.__getitem__, metadata)
 
 
 def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Load a file of :func:`save_quantized` into ``model``, whose layers become int8 as they were saved.
+    """Load what :func:`save_quantized` wrote into ``model``, whose layers become int8 as they were saved.
+
+    Every tensor is held to its checksum first, which finds damage and bytes changed by hand, at one to two GB/s.
+    Checksums are no signature: whoever can rewrite the file can rewrite them.
 
     Args:
         model: built as the saved model was before ``quantize_``, on any device, with any weights; changed in place.
-        path: the safetensors file.
+        path: as given to :func:`save_quantized`, whether it wrote one file or shards; or the index.
 
     Returns:
         ``model``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged or foreign, a layer or tensor does not fit the model, or the model is
-            on the meta device; the message names it, and the model is as it was.
+        FileNotFoundError: there is no such file and no index of its name.
+        ValueError: a file is truncated, damaged, changed or foreign, a layer or tensor does not fit the model, or the
+            model is on the meta device; the message names it, and the model is as it was.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path {str(path)!r} is not a file; mixft.save_quantized(model, path) writes one")
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"model has {name!r} on the meta device; call model.to_empty(device=...) first")
-    metadata, tensors = _read(path)
+    saved = open_tensors(path)
+    layers, aliases, checksums = _description(saved)
     modules = dict(model.named_modules())
+    entries = dict(saved.entries)
     replacements = {}
     try:
-        for alias, name in json.loads(metadata["aliases"]).items():
-            tensors[alias] = tensors[name]
-        for name, fields in json.loads(metadata["layers"]).items():
-            replacements[modules.get(name)] = _layer_like(modules.get(name), name, fields, path)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has a damaged description of its layers: {error!r}") from error
-    _check_fit(_expected_state(model, replacements), tensors, path)
+        for alias, name in aliases.items():
+            entries[alias] = entries[name]
+        for name, fields in layers.items():
+            replacements[modules.get(name)] = _layer_like(modules.get(name), name, fields, saved.source)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{saved.source} has a damaged description of its layers: {error!r}") from error
+    _check_fit(_expected_state(model, replacements), entries, saved.source)
+    tensors = {name: _verified(saved, name, checksums) for name in saved.entries}
+    tensors |= {alias: tensors[name] for alias, name in aliases.items()}
     for original, layer in replacements.items():
         layer.to_empty(device=original.weight.device).train(original.training)
         if layer.bias is not None:
@@ -96,7 +110,7 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Contiguous tensors, each once, and {name: the name that its tensor is stored under} for the rest."""
+    """Tensors, each once, and {name: the name that its tensor is stored under} for the rest."""
     first, tensors, aliases = {}, {}, {}
     for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -104,21 +118,40 @@ def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[
             aliases[name] = first[key]
         else:
             first[key] = name
-            # A view of part of a larger storage would be refused by safetensors when another view of it is saved too.
-            tensors[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            tensors[name] = tensor
     return tensors, aliases
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _description_checksum(metadata: dict) -> str:
+    return hashlib.sha256(f"{metadata['layers']}\n{metadata['aliases']}".encode()).hexdigest()
+
+
+def _description(saved: TensorSet) -> tuple[dict[str, dict], dict[str, str], dict[str, str] | None]:
+    """The layers, the aliases and the checksums that the metadata holds; None for checksums of the first format."""
+    metadata = saved.metadata
+    found = metadata.get("mixft", metadata.get("format"))
+    if found not in (FORMAT, FIRST_FORMAT):
+        raise ValueError(f"{saved.source} is no file of mixft.save_quantized: its format is {found!r}, not {FORMAT!r}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                found = metadata.get("format")
-                raise ValueError(f"{path} is no file of mixft.save_quantized: its format is {found!r}, not {FORMAT!r}")
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+        if found == FORMAT and metadata["description_sha256"] != _description_checksum(metadata):
+            raise ValueError("it does not have the checksum that it was saved with")
+        layers, aliases = json.loads(metadata["layers"]), json.loads(metadata["aliases"])
+        checksums = json.loads(metadata[CHECKSUMS]) if found == FORMAT else None
+        if not all(isinstance(part, dict) for part in (layers, aliases, {} if checksums is None else checksums)):
+            raise TypeError("layers, aliases and checksums are to be objects")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{saved.source} has a damaged description of its layers: {error!r}") from error
+    return layers, aliases, checksums
+
+
+def _verified(saved: TensorSet, name: str, checksums: dict[str, str] | None) -> Tensor:
+    tensor = saved.tensor(name)
+    if checksums is not None and checksums.get(name) != saved.entries[name].checksum(content_of(tensor)):
+        raise ValueError(
+            f"tensor {name!r} in {saved.files[name]} is not what was saved: it does not have its checksum; "
+            "the file is damaged, changed, or of another save"
+        )
+    return tensor
 
 
 def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -> QuantLinear:
@@ -153,13 +186,13 @@ def _expected_state(model: nn.Module, replacements: dict[nn.Module, QuantLinear]
     return state
 
 
-def _check_fit(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+def _check_fit(expected: dict[str, Tensor], found: dict[str, Entry], path: Path) -> None:
     for name, tensor in expected.items():
         if name not in found:
             raise ValueError(f"{path} has no tensor {name!r}, which the model needs")
         if found[name].shape != tensor.shape:
             raise ValueError(
-                f"tensor {name!r} has shape {tuple(found[name].shape)} in {path} and {tuple(tensor.shape)} in the model"
+                f"tensor {name!r} has shape {found[name].shape} in {path} and {tuple(tensor.shape)} in the model"
             )
         if (found[name].dtype == torch.int8) != (tensor.dtype == torch.int8):
             raise ValueError(f"tensor {name!r} is {found[name].dtype} in {path} and {tensor.dtype} in the model")
