@@ -19,7 +19,16 @@ from torch import Tensor
 
 from .architecture import Architecture, architecture_of
 from .grad import is_nonfinite, multi_tensor_config
-from .multi_tensor import TRITON_NAMES, TRITON_TYPES, addresses, programs_for, table_for, tensor_pointer
+from .multi_tensor import (
+    TRITON_NAMES,
+    TRITON_TYPES,
+    addresses,
+    chunk_of_program,
+    load,
+    programs_for,
+    table_for,
+    tensor_pointer,
+)
 from .variant import Elementwise, Variant
 
 # Table columns; POSITION is the tensor's place in the caller's list.
@@ -31,11 +40,8 @@ COLUMNS = tl.constexpr(4)
 def accumulate_block(
     grad, buffer, at, mask, factor, GRAD_TYPE: tl.constexpr, OVERWRITE: tl.constexpr, CLEAR: tl.constexpr
 ):
-    if mask is None:
-        g = tl.load(grad + at).to(tl.float32)
-    else:
-        # Zero beyond the end, where nothing may be counted.
-        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    # Zero beyond the end, where nothing may be counted.
+    g = load(grad + at, mask).to(tl.float32)
     total = g * factor
     if not OVERWRITE:
         total += tl.load(buffer + at, mask=mask)
@@ -60,10 +66,7 @@ def accumulate_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
-    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
-    size = tl.load(row + SIZE)
+    row, start, size = chunk_of_program(table, program_tensor, program_chunk, COLUMNS, CHUNK)
     grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
     buffer = tensor_pointer(row, BUFFER, tl.float32, ALIGNED) + start
     factor = 1.0

@@ -24,6 +24,8 @@ from .multi_tensor import (
     MultiTensorConfig,
     Programs,
     addresses,
+    chunk_of_program,
+    load,
     programs_for,
     table_for,
     tensor_pointer,
@@ -42,6 +44,13 @@ def is_nonfinite(x):
 
 
 @triton.jit
+def unscale_block(grad, mask, factor, GRAD_TYPE: tl.constexpr):
+    g = load(grad, mask).to(tl.float32)
+    tl.store(grad, (g * factor).to(GRAD_TYPE), mask=mask)
+    return is_nonfinite(g)
+
+
+@triton.jit
 def unscale_kernel(
     table,
     program_tensor,
@@ -54,31 +63,42 @@ def unscale_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
-    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
-    size = tl.load(row + SIZE)
+    row, start, size = chunk_of_program(table, program_tensor, program_chunk, COLUMNS, CHUNK)
     grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
     lanes = tl.arange(0, BLOCK)
     factor = tl.load(inv_scale)
     bad = tl.zeros([BLOCK], dtype=tl.int32)
+    # Full chunks go without a mask: a mask that the compiler cannot see through makes every access scalar.
     if start + CHUNK <= size:
         for offset in range(0, CHUNK, BLOCK):
-            g = tl.load(grad + offset + lanes).to(tl.float32)
-            bad += is_nonfinite(g)
-            tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE))
+            bad += unscale_block(grad + offset + lanes, None, factor, GRAD_TYPE)
     else:
         left = (size - start).to(tl.int32)
         for offset in range(0, left, BLOCK):
-            mask = offset + lanes < left
-            g = tl.load(grad + offset + lanes, mask=mask, other=0.0).to(tl.float32)
-            bad += is_nonfinite(g)
-            tl.store(grad + offset + lanes, (g * factor).to(GRAD_TYPE), mask=mask)
+            bad += unscale_block(grad + offset + lanes, offset + lanes < left, factor, GRAD_TYPE)
     count = tl.sum(bad, 0)
     if count > 0:
         tl.store(found_inf, 1.0)
         if nonfinite is not None:
             tl.atomic_add(nonfinite + tl.load(row + POSITION), count.to(tl.int64))
+
+
+@triton.jit
+def add_statistics(grad, start, size, squares, bad, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the squares of one chunk to ``squares``, lane by lane, and its NaN and Inf elements to ``bad``."""
+    lanes = tl.arange(0, BLOCK)
+    if start + CHUNK <= size:
+        for offset in range(0, CHUNK, BLOCK):
+            g = tl.load(grad + offset + lanes).to(tl.float32)
+            squares += g * g
+            bad += is_nonfinite(g)
+    else:
+        left = (size - start).to(tl.int32)
+        for offset in range(0, left, BLOCK):
+            g = tl.load(grad + offset + lanes, mask=offset + lanes < left, other=0.0).to(tl.float32)
+            squares += g * g
+            bad += is_nonfinite(g)
+    return squares, bad
 
 
 @triton.jit
@@ -93,25 +113,12 @@ def partial_stats_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
-    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
-    size = tl.load(row + SIZE)
+    row, start, size = chunk_of_program(table, program_tensor, program_chunk, COLUMNS, CHUNK)
     grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
-    lanes = tl.arange(0, BLOCK)
-    squares = tl.zeros([BLOCK], dtype=tl.float32)
-    bad = tl.zeros([BLOCK], dtype=tl.int32)
-    if start + CHUNK <= size:
-        for offset in range(0, CHUNK, BLOCK):
-            g = tl.load(grad + offset + lanes).to(tl.float32)
-            squares += g * g
-            bad += is_nonfinite(g)
-    else:
-        left = (size - start).to(tl.int32)
-        for offset in range(0, left, BLOCK):
-            g = tl.load(grad + offset + lanes, mask=offset + lanes < left, other=0.0).to(tl.float32)
-            squares += g * g
-            bad += is_nonfinite(g)
+    squares, bad = add_statistics(
+        grad, start, size, tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.int32), CHUNK, BLOCK
+    )
+    program = tl.program_id(0)
     tl.store(partial_sum + program, tl.sum(squares, 0))
     tl.store(partial_count + program, tl.sum(bad, 0))
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture, architecture_of
-from .grad import COLUMNS, GRAD, POSITION, SIZE, groups_of, is_nonfinite, multi_tensor_config, plan
+from .grad import COLUMNS, GRAD, POSITION, SIZE, add_statistics, groups_of, is_nonfinite, multi_tensor_config, plan
 from .multi_tensor import TRITON_NAMES, TRITON_TYPES, counts_for, tensor_pointer, zero_counts
 from .variant import Elementwise, Variant
 
@@ -93,25 +93,13 @@ def grad_scalars_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    lanes = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for number in range(tl.program_id(0), chunks, tl.num_programs(0)):
         row = table + tl.load(chunk_tensor + number).to(tl.int64) * COLUMNS
         start = tl.load(chunk_index + number).to(tl.int64) * CHUNK
-        size = tl.load(row + SIZE)
         grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
-        bad = tl.zeros([BLOCK], dtype=tl.int32)
-        if start + CHUNK <= size:
-            for offset in range(0, CHUNK, BLOCK):
-                g = tl.load(grad + offset + lanes).to(tl.float32)
-                squares += g * g
-                bad += is_nonfinite(g)
-        else:
-            left = (size - start).to(tl.int32)
-            for offset in range(0, left, BLOCK):
-                g = tl.load(grad + offset + lanes, mask=offset + lanes < left, other=0.0).to(tl.float32)
-                squares += g * g
-                bad += is_nonfinite(g)
+        size = tl.load(row + SIZE)
+        squares, bad = add_statistics(grad, start, size, squares, tl.zeros([BLOCK], dtype=tl.int32), CHUNK, BLOCK)
         total = tl.sum(bad, 0)
         if total > 0:
             tl.atomic_add(counts + tl.load(row + POSITION), total.to(tl.int64))

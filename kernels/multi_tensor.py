@@ -60,6 +60,24 @@ def tensor_pointer(row, COLUMN: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.co
     return pointer
 
 
+@triton.jit
+def load(pointer, mask):
+    """What lies at ``pointer``, and zero where a mask is given and does not hold."""
+    if mask is None:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=mask, other=0)
+
+
+@triton.jit
+def chunk_of_program(table, program_tensor, program_chunk, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """This program's table row, the first element of its chunk, and the number of elements of its tensor."""
+    program = tl.program_id(0)
+    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
+    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
+    return row, start, tl.load(row)
+
+
 def programs_for(sizes: Sequence[int], chunk: int, device: torch.device) -> Programs:
     """The cached programs over tensors of ``sizes`` elements."""
     programs = cached(_programs, (tuple(sizes), chunk), device)

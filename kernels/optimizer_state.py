@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture
-from .multi_tensor import TRITON_TYPES
+from .multi_tensor import TRITON_TYPES, load
 from .variant import Variant
 
 GROUP_SIZE = tl.constexpr(32)
@@ -171,14 +171,6 @@ def store_state(pointer, scale, mask, group_mask, value, bits, FORMAT: tl.conste
         tl.store(pointer, round_stochastically(value, bits, tl.bfloat16), mask=mask)
     else:
         tl.store(pointer, value, mask=mask)
-
-
-@triton.jit
-def load(pointer, mask):
-    if mask is None:
-        return tl.load(pointer)
-    else:
-        return tl.load(pointer, mask=mask, other=0)
 
 
 @triton.jit

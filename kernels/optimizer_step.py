@@ -12,14 +12,13 @@ parameter keep their elements in storage without gaps and in the same order.
 import triton
 import triton.language as tl
 
-from .multi_tensor import tensor_pointer
+from .multi_tensor import chunk_of_program, load, tensor_pointer
 from .optimizer_state import (
     FIRST_MOMENT,
     GROUP_SIZE,
     PARAMETER,
     SECOND_MOMENT,
     join_weight,
-    load,
     load_state,
     phase,
     round_stochastically,
@@ -221,10 +220,8 @@ def optimizer_step_kernel(
         overflow = tl.load(found_inf)
     if overflow != 0.0:
         return
-    program = tl.program_id(0)
-    start = tl.load(program_chunk + program).to(tl.int64) * CHUNK
-    row = table + tl.load(program_tensor + program).to(tl.int64) * COLUMNS
-    left = tl.load(row + SIZE) - start
+    row, start, size = chunk_of_program(table, program_tensor, program_chunk, COLUMNS, CHUNK)
+    left = size - start
     step = tl.load(tensor_pointer(row, STEP, tl.float32, False)) + 1.0
     rate = tl.load(lr)
     factor = -1.0 if MAXIMIZE else 1.0
@@ -233,67 +230,38 @@ def optimizer_step_kernel(
     if clip_coef is not None:
         factor *= tl.load(clip_coef)
 
-    # Full chunks go without a mask: a mask that the compiler cannot see through makes every access scalar.
-    if left >= CHUNK:
-        update_chunk(
-            row,
-            start,
-            left.to(tl.int32),
-            step,
-            factor,
-            rate,
-            log_beta1,
-            log_beta2,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            eps,
-            momentum,
-            one_minus_dampening,
-            weight_decay,
-            RULE,
-            PARAM_TYPE,
-            GRAD_TYPE,
-            MASTER,
-            STATE,
-            AMSGRAD,
-            DECOUPLED,
-            NESTEROV,
-            STOCHASTIC,
-            ALIGNED,
-            MASKED=False,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-        )
-    else:
-        update_chunk(
-            row,
-            start,
-            left.to(tl.int32),
-            step,
-            factor,
-            rate,
-            log_beta1,
-            log_beta2,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            eps,
-            momentum,
-            one_minus_dampening,
-            weight_decay,
-            RULE,
-            PARAM_TYPE,
-            GRAD_TYPE,
-            MASTER,
-            STATE,
-            AMSGRAD,
-            DECOUPLED,
-            NESTEROV,
-            STOCHASTIC,
-            ALIGNED,
-            MASKED=True,
-            CHUNK=CHUNK,
-            BLOCK=BLOCK,
-        )
+    # Full chunks go without a mask: a mask that the compiler cannot see through makes every access scalar. So the code
+    # is there twice, and one of the two runs.
+    for MASKED in tl.static_range(2):
+        if (left < CHUNK) == (MASKED == 1):
+            update_chunk(
+                row,
+                start,
+                left.to(tl.int32),
+                step,
+                factor,
+                rate,
+                log_beta1,
+                log_beta2,
+                one_minus_beta1,
+                beta2,
+                one_minus_beta2,
+                eps,
+                momentum,
+                one_minus_dampening,
+                weight_decay,
+                RULE,
+                PARAM_TYPE,
+                GRAD_TYPE,
+                MASTER,
+                STATE,
+                AMSGRAD,
+                DECOUPLED,
+                NESTEROV,
+                STOCHASTIC,
+                ALIGNED,
+                MASKED=MASKED,
+                CHUNK=CHUNK,
+                BLOCK=BLOCK,
+            )
     advance_step(table, program_tensor, tickets, CHUNK)
