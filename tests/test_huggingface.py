@@ -1,0 +1,229 @@
+"""Int8Config in from_pretrained and save_pretrained: what is quantized, exact round trips, files that do not fit."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from huggingface_models import MODELS, bert, llama, logits
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+import mixft
+from mixft.nn import QuantLinear
+
+AUTO = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture(autouse=True)
+def quiet(native_device):
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a floating-point model by name."""
+
+    def save(name, **options):
+        folder = tmp_path / name
+        MODELS[name](**options).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def int8_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic", "train"])
+@pytest.mark.parametrize("name", MODELS)
+def test_loading_with_a_configuration_is_loading_and_then_quantizing(saved, native_device, name, mode):
+    folder = saved(name)
+    model = AUTO[name].from_pretrained(folder, quantization_config=mixft.Int8Config(mode)).to(native_device)
+    reference = AUTO[name].from_pretrained(folder)
+    mixft.quantize_(reference, mode)
+    assert int8_layers(model).keys() == int8_layers(reference).keys()
+    assert all(layer.mode == mode for layer in int8_layers(model).values())
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(logits(model), logits(reference.to(native_device)))
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic", "train"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_model_loads_plainly_to_the_same_bits(saved, tmp_path, name, mode):
+    model = AUTO[name].from_pretrained(saved(name), quantization_config=mixft.Int8Config(mode))
+    model.save_pretrained(tmp_path / "int8", max_shard_size="150KB")
+    assert len(list((tmp_path / "int8").glob("model-*.safetensors"))) > 1
+    loaded = AUTO[name].from_pretrained(tmp_path / "int8")
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.quantization_config.mode == mode
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+def test_files_hold_one_byte_a_weight_and_no_floating_point_copy(saved, tmp_path):
+    model = AutoModel.from_pretrained(saved("bert"), quantization_config=mixft.Int8Config(exclude="pooler*"))
+    model.save_pretrained(tmp_path / "int8")
+    tensors = load_file(tmp_path / "int8" / "model.safetensors")
+    stored = {name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")}
+    assert stored == {f"{name}.weight" for name in int8_layers(model)}
+    assert all(tensors[name].dtype == torch.int8 for name in stored)
+    assert all(tensors[f"{name}_scale"].shape == (len(tensors[name]), 1) for name in stored)
+    description = json.loads((tmp_path / "int8" / "config.json").read_text())["quantization_config"]
+    assert description["quant_method"] == "mixft"
+    assert "pooler.dense" not in description["layers"]
+    assert "encoder.layer.1.output.dense" in description["layers"]
+
+
+def test_a_head_is_added_to_and_taken_from_a_saved_model(saved, tmp_path):
+    base = AutoModel.from_pretrained(saved("bert"), quantization_config=mixft.Int8Config())
+    base.save_pretrained(tmp_path / "base")
+    with_head = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert type(with_head.classifier) is nn.Linear
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(with_head.bert(tokens).pooler_output, base(tokens).pooler_output)
+    with_head.save_pretrained(tmp_path / "head")
+    again = AutoModel.from_pretrained(tmp_path / "head")
+    assert int8_layers(again).keys() == int8_layers(base).keys()
+    assert torch.equal(again(tokens).pooler_output, base(tokens).pooler_output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dtype_asked_for_is_that_of_all_but_weights_and_scales(saved, tmp_path, dtype):
+    folder = saved("llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=mixft.Int8Config(), dtype=dtype)
+    layer = model.model.layers[0].mlp.up_proj
+    assert (layer.weight.dtype, layer.weight_scale.dtype, layer.float_dtype) == (torch.int8, torch.float32, dtype)
+    assert model.model.norm.weight.dtype == dtype
+    assert logits(model).dtype == dtype
+    model.save_pretrained(tmp_path / "int8")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert loaded.model.layers[0].mlp.up_proj.float_dtype == dtype
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_configuration_serves_several_models(saved):
+    config = mixft.Int8Config(exclude=["*query", "*value"])
+    first = AutoModel.from_pretrained(saved("bert"), quantization_config=config)
+    layers = list(first.config.quantization_config.layers)
+    AutoModelForSequenceClassification.from_pretrained(
+        saved("bert", classifier_dropout=0.1), quantization_config=config
+    )
+    assert first.config.quantization_config.layers == layers
+    assert config.layers is None
+    assert not any("query" in name or "value" in name for name in layers)
+
+
+def test_dequantize_gives_linear_layers_and_a_folder_that_needs_no_mixft(saved, tmp_path):
+    model = AUTO["bert"].from_pretrained(saved("bert"), quantization_config=mixft.Int8Config("weight_only"))
+    before = logits(model)
+    model.dequantize()
+    assert not int8_layers(model)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(AUTO["bert"].from_pretrained(tmp_path / "plain")), logits(model))
+
+
+def test_a_train_mode_folder_holds_the_floating_point_weights(saved, tmp_path):
+    model = AUTO["llama"].from_pretrained(saved("llama"), quantization_config=mixft.Int8Config("train"))
+    model.save_pretrained(tmp_path / "train")
+    tensors = load_file(tmp_path / "train" / "model.safetensors")
+    assert tensors.keys() == load_file(tmp_path / "llama" / "model.safetensors").keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items() if name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.pop(f"{QUERY}.weight_scale"), ValueError, f"no tensor '{QUERY}.weight_scale'"),
+        (lambda t: t.pop(f"{QUERY}.weight"), ValueError, f"no tensor '{QUERY}.weight'"),
+        (lambda t: t.update({f"{QUERY}.weight": torch.zeros(128, 128)}), ValueError, f"'{QUERY}.weight' is F32"),
+        (
+            lambda t: t.update({"bert.encoder.layer.0.output.LayerNorm.weight": torch.ones(128, dtype=torch.int8)}),
+            ValueError,
+            "LayerNorm.weight' is I8",
+        ),
+        (lambda t: t.update({f"{QUERY}.weight": torch.zeros(64, 128, dtype=torch.int8)}), RuntimeError, "mismatched"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(saved, tmp_path, change, error, message):
+    folder = tmp_path / "int8"
+    AUTO["bert"].from_pretrained(saved("bert"), quantization_config=mixft.Int8Config()).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=message):
+        AUTO["bert"].from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.full((128, 128), float("nan")), torch.zeros(64, 128)], ids=["nan", "another shape"]
+)
+def test_weights_that_cannot_be_quantized_are_refused_by_name(saved, caplog, weight):
+    folder = saved("bert")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{QUERY}.weight"] = weight
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_propagation()
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        AUTO["bert"].from_pretrained(folder, quantization_config=mixft.Int8Config())
+    transformers_logging.disable_propagation()
+    assert f"{QUERY}.weight" in caplog.text
+    assert "NaN" in caplog.text or "has shape (64, 128)" in caplog.text
+
+
+def test_arguments_are_refused_by_name(saved):
+    with pytest.raises(ValueError, match="mode must be one of"):
+        mixft.Int8Config("int4")
+    with pytest.raises(TypeError, match="exclude must be a glob or several; it is 3"):
+        mixft.Int8Config(exclude=3)
+    with pytest.raises(ValueError, match=r"\['bits'\], which this version of mixft does not know"):
+        mixft.Int8Config.from_dict({"quant_method": "mixft", "mode": "dynamic", "bits": 4})
+    folder = saved("bert")
+    with pytest.raises(ValueError, match="'layer99' matches none"):
+        AutoModel.from_pretrained(folder, quantization_config=mixft.Int8Config(include="layer99"))
+    with pytest.raises(ValueError, match="no layer to quantize"):
+        AutoModel.from_pretrained(folder, quantization_config=mixft.Int8Config(exclude="*"))
+
+
+def test_models_are_built_that_differ():
+    # The comparisons above would hold for any two models if the tokens did not matter.
+    assert not torch.equal(logits(bert()), logits(bert()))
+    assert not torch.equal(logits(llama())[0], logits(llama())[1])
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [(None, r"pip install 'mixft\[huggingface\]'"), ("4.57.1", "5 or newer; 4.57.1 is")]
+)
+def test_without_transformers_the_error_says_what_to_install(tmp_path, version, message):
+    if version is not None:
+        (tmp_path / "transformers.py").write_text(f"__version__ = {version!r}")
+    source = """
+import importlib.util, sys
+if {missing}:
+    find = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find(name, *rest)
+import mixft
+from mixft import *
+assert "transformers" not in sys.modules
+mixft.Int8Config
+"""
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", source.format(missing=version is None)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert "ImportError: mixft.huggingface needs transformers" in run.stderr
+    assert re.search(message, run.stderr)
