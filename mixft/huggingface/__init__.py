@@ -26,3 +26,8 @@ from .config import Int8Config  # noqa: E402
 from .quantizer import Int8Quantizer  # noqa: E402
 
 __all__ = ["Int8Config", "Int8Quantizer"]
+
+if importlib.util.find_spec("peft") is not None:
+    from .lora import LoraQuantLinear
+
+    __all__ += ["LoraQuantLinear"]

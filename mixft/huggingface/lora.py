@@ -1,0 +1,149 @@
+"""PEFT's LoRA on ``QuantLinear``: adapters in floating point beside a frozen int8 weight.
+
+    y = QuantLinear(x) + scaling B A x            A [rank, in_features], B [out_features, rank]
+
+(Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.) PEFT asks its table of tuners which class serves
+a ``LoraConfig``; importing this module puts :class:`Int8LoraModel` there, so that ``get_peft_model``,
+``PeftModel.from_pretrained`` and ``model.add_adapter`` take int8 layers with unchanged code.
+"""
+
+import warnings
+
+import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import Linear, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
+from torch import Tensor, nn
+
+from mixft.nn import QuantLinear
+from mixft.nn.int8_weight import int8_weight_of
+
+# The others start from a decomposition of the floating-point weight, and change it.
+INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+class LoraQuantLinear(Linear):
+    """A ``QuantLinear`` with LoRA adapters.
+
+    Merging dequantizes the weight, adds the adapters in FP32 and quantizes the sum anew: each element is then within
+    half a step, max|row| / 254, of the exact sum. The weight before is kept, and unmerging gives its bits back.
+
+    Raises:
+        ValueError: the layer has a fused activation, which adapters would have to come before; ``use_dora`` or another
+            variant of LoRA, ``lora_bias``, or an ``init_lora_weights`` that changes the weight; merging gives NaN or
+            Inf under ``safe_merge``.
+    """
+
+    def __init__(self, base_layer: QuantLinear, adapter_name: str, config, **options):
+        layer = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
+        if layer.activation is not None:
+            raise ValueError(
+                f"a QuantLinear with activation={layer.activation!r} takes no adapter; use one without, and the "
+                "activation after it"
+            )
+        super().__init__(base_layer, adapter_name, config=config, **options)
+        # What was a Conv1D has its weight as [out_features, in_features] too.
+        self.fan_in_fan_out = False
+        self._weight_before_merge: tuple[Tensor, ...] | None = None
+
+    def _get_in_out_features(self, module: QuantLinear) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    @property
+    def lora_variants(self) -> dict:
+        """Plain LoRA alone: the variants read the floating-point weight."""
+        return {(): None}
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config, **options) -> None:
+        """Add an adapter; the class says what is refused."""
+        if config.lora_bias:
+            raise ValueError("lora_bias=True is not for int8 layers; train their biases with bias='lora_only'")
+        if config.init_lora_weights not in INITIAL_WEIGHTS:
+            choices = ", ".join(map(repr, INITIAL_WEIGHTS))
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the int8 weight; use one of {choices}"
+            )
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **options)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the weight; see the class for the error that this makes.
+
+        Args:
+            safe_merge: refuse a result with NaN or Inf, and leave the weight as it was.
+            adapter_names: the adapters; None for the active ones.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        layer = self.get_base_layer()
+        before = self._weight_before_merge or _weight_of(layer)
+        # Every merged adapter is added to the weight before the first, so that their number adds no rounding.
+        merged = _in_floats(before)
+        for name in [*self.merged_adapters, *names]:
+            merged += self.get_delta_weight(name)
+        if safe_merge and not merged.isfinite().all():
+            raise ValueError(f"merging {', '.join(names)} gives NaN or Inf; the adapter seems to be broken")
+        _set_weight(layer, (merged,) if len(before) == 1 else int8_weight_of(merged))
+        self._weight_before_merge = before
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out again, to the bits of the weight before."""
+        if self._weight_before_merge is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        _set_weight(self.get_base_layer(), self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``scaling B A`` [out_features, in_features] in FP32."""
+        a, b = self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
+        return b @ a * self.scaling[adapter]
+
+
+class Int8LoraModel(LoraModel):
+    """PEFT's ``LoraModel``, which also takes ``QuantLinear`` layers, and counts them in ``"all-linear"``."""
+
+    @staticmethod
+    def _create_new_module(lora_config, adapter_name: str, target: nn.Module, **options) -> nn.Module:
+        lora_config._register_custom_module({QuantLinear: LoraQuantLinear})
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **options)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *arguments, **options) -> None:
+        """Put the adapters of ``adapter_name`` into ``model``, as PEFT does."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+            _maybe_include_all_linear_layers(config, model)
+            config.target_modules |= _int8_layers(model)
+        super().inject_adapter(model, adapter_name, *arguments, **options)
+
+
+def _int8_layers(model: nn.Module) -> set[str]:
+    """The names of the layers of ``model`` that no adapter holds yet."""
+    held = {id(part) for module in model.modules() if isinstance(module, BaseTunerLayer) for part in module.children()}
+    return {name for name, part in model.named_modules() if isinstance(part, QuantLinear) and id(part) not in held}
+
+
+def _weight_of(layer: QuantLinear) -> tuple[Tensor, ...]:
+    """The weight in what it is kept in: int8 and its scales, or one floating-point tensor."""
+    return (layer.weight.detach().clone(),) if layer.mode == "train" else (layer.weight, layer.weight_scale)
+
+
+def _in_floats(weight: tuple[Tensor, ...]) -> Tensor:
+    """A new FP32 tensor of the weight's values."""
+    return weight[0].to(torch.float32, copy=True) if len(weight) == 1 else weight[0] * weight[1]
+
+
+@torch.no_grad()
+def _set_weight(layer: QuantLinear, weight: tuple[Tensor, ...]) -> None:
+    if layer.mode == "train":
+        layer.weight.copy_(weight[0])
+    else:
+        device = layer.weight.device
+        layer.weight, layer.weight_scale = weight[0].to(device), weight[1].to(device)
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Int8LoraModel

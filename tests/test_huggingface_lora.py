@@ -1,0 +1,236 @@
+"""LoRA of PEFT on int8 layers: values, gradients, merging and its error, files, and what is refused."""
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_within_budget
+from huggingface_models import bert, llama, logits
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+
+import mixft
+from mixft.huggingface import LoraQuantLinear
+from mixft.nn import QuantLinear
+
+MODES = ["weight_only", "dynamic", "train"]
+
+
+# transformers and PEFT call what transformers deprecates.
+pytestmark = [
+    pytest.mark.usefixtures("native_device"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Already following adapters were merged"),
+]
+
+
+class Layer(nn.Module):
+    def __init__(self, mode, dtype=torch.float32, activation=None):
+        super().__init__()
+        self.dense = QuantLinear.from_linear(nn.Linear(66, 50).to(dtype), mode)
+        self.dense.activation = activation
+
+    def forward(self, x):
+        return self.dense(x)
+
+
+def lora(targets, rank=3, **options):
+    return LoraConfig(r=rank, target_modules=targets, lora_alpha=6, **options)
+
+
+def draw(model, std=0.05):
+    """Adapters as after some training: B starts at zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=std)
+    return model
+
+
+def adapted(mode, device, dtype=torch.float32):
+    model = get_peft_model(Layer(mode, dtype).to(device), lora(["dense"]))
+    return draw(model), model.base_model.model.dense
+
+
+def exact_weight(layer):
+    base = layer.base_layer
+    weight = base.weight.double() if base.mode == "train" else base.weight.double() * base.weight_scale.double()
+    a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+    return weight, a, b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_against_fp64(native_device, dtype):
+    model, layer = adapted("weight_only", native_device, dtype)
+    assert isinstance(layer, LoraQuantLinear)
+    x = torch.randn(17, 66, device=native_device, dtype=dtype, requires_grad=True)
+    out = model(x)
+    upstream = torch.randn_like(out)
+    (out * upstream).sum().backward()
+
+    def reference(float_dtype):
+        weight, a, b = (part.detach().to(float_dtype) for part in exact_weight(layer))
+        a, b = a.requires_grad_(), b.requires_grad_()
+        rows = x.detach().to(float_dtype).requires_grad_()
+        y = rows @ weight.t() + layer.base_layer.bias.detach().to(float_dtype) + 2 * (rows @ a.t() @ b.t())
+        (y * upstream.to(float_dtype)).sum().backward()
+        return y, rows.grad, a.grad, b.grad
+
+    ours = (out, x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad)
+    for actual, exact, torch_s in zip(ours, reference(torch.float64), reference(dtype), strict=True):
+        assert_within_budget(actual, exact, torch_s, epsilon=2**-8 if dtype == torch.bfloat16 else 2**-20)
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert all("lora_" in name for name in trained)
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic"])
+def test_the_graph_keeps_no_floating_point_copy_of_a_weight(native_device, mode):
+    model, layer = adapted(mode, native_device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model(torch.randn(5, 66, device=native_device, requires_grad=True))
+    weights = [tensor for tensor in kept if tensor.numel() == layer.base_layer.weight.numel()]
+    assert [tensor.data_ptr() for tensor in weights] == [layer.base_layer.weight.data_ptr()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_merging_is_within_half_a_step_and_unmerging_gives_the_bits_back(native_device, mode):
+    model, layer = adapted(mode, native_device)
+    base = layer.base_layer
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    weight, a, b = exact_weight(layer)
+    exact = weight + 2 * b @ a
+    model.merge_adapter()
+    merged, _, _ = exact_weight(layer)
+    step = 0.0 if mode == "train" else exact.abs().amax(1, keepdim=True) / 254
+    assert ((merged - exact).abs() <= step + 1e-6).all()
+    assert not torch.equal(base.weight, before["weight"])
+    x = torch.randn(4, 66, device=native_device)
+    assert torch.equal(model(x), base(x))
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+def test_adapters_merged_one_by_one_are_those_merged_at_once(native_device):
+    model, layer = adapted("weight_only", native_device)
+    model.add_adapter("second", lora(["dense"], rank=5))
+    draw(model)
+    layer.merge(adapter_names=["default"])
+    layer.merge(adapter_names=["second"])
+    one_by_one = layer.base_layer.weight, layer.base_layer.weight_scale
+    layer.unmerge()
+    assert not layer.merged_adapters
+    layer.merge(adapter_names=["default", "second"])
+    assert all(map(torch.equal, one_by_one, (layer.base_layer.weight, layer.base_layer.weight_scale)))
+    assert layer.merged_adapters == ["default", "second"]
+
+
+def test_a_broken_adapter_is_refused_and_the_weight_stays(native_device):
+    model, layer = adapted("dynamic", native_device)
+    before = layer.base_layer.weight.clone()
+    layer.lora_B["default"].weight.data[3, 1] = float("nan")
+    with pytest.raises(ValueError, match="merging default gives NaN or Inf"):
+        model.merge_adapter(safe_merge=True)
+    with pytest.raises(ValueError, match="NaN"):
+        model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, before)
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_train_mode_layer_sees_the_merged_weight(native_device, mode):
+    model, _ = adapted(mode, native_device)
+    x = torch.randn(9, 66, device=native_device)
+    before = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), before, rtol=0.0, atol=0.1)
+    with model.disable_adapter():
+        assert (model(x) - before).abs().max() > 0.1
+
+
+def test_every_int8_layer_is_all_linear_and_the_head_is_not(native_device):
+    model = llama()
+    mixft.quantize_(model, exclude="*down_proj")
+    model = get_peft_model(model, lora("all-linear"))
+    found = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if hasattr(part, "lora_A")}
+    assert found == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    count = sum(isinstance(part, LoraQuantLinear) for part in model.modules())
+    model.add_adapter("second", lora("all-linear"))
+    assert sum(isinstance(part, LoraQuantLinear) for part in model.modules()) == count
+    assert set(model.base_model.model.model.layers[0].mlp.up_proj.lora_A) == {"default", "second"}
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic"])
+def test_adapters_travel_and_the_merged_model_is_saved_in_int8(native_device, tmp_path, mode):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    load = type(base).from_pretrained
+    config = mixft.Int8Config(mode)
+    model = draw(get_peft_model(load(tmp_path / "base", quantization_config=config), lora(["q_proj", "up_proj"])))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(tmp_path / "base", quantization_config=config), tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+    merged = again.merge_and_unload()
+    assert not any(hasattr(part, "lora_A") for part in merged.modules())
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
+    assert (logits(merged) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_transformers_own_add_adapter_takes_int8_layers(native_device):
+    model = bert()
+    mixft.quantize_(model)
+    model.add_adapter(lora(["query", "dense"]))
+    assert isinstance(model.bert.encoder.layer[1].attention.self.query, LoraQuantLinear)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(native_device, reentrant):
+    model = llama()
+    mixft.quantize_(model, "dynamic")
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = draw(get_peft_model(model, lora("all-linear"))).to(native_device).train()
+    tokens = torch.randint(0, 150, (2, 9), device=native_device)
+
+    def gradients():
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+
+    plain = gradients()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert all(map(torch.equal, gradients(), plain))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias=True is not for int8 layers"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the int8 weight"),
+    ],
+)
+def test_what_needs_a_floating_point_weight_is_refused(native_device, options, message):
+    layer = Layer("dynamic")
+    weight = copy.deepcopy(layer.dense.weight)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(layer, lora(["dense"], **options))
+    assert torch.equal(layer.dense.weight, weight)
+
+
+def test_a_fused_activation_is_refused(native_device):
+    with pytest.raises(ValueError, match="activation='gelu' takes no adapter"):
+        get_peft_model(Layer("dynamic", activation="gelu"), lora(["dense"]))
+
+
+def test_other_layers_keep_peft_s_own_adapters(native_device):
+    model = bert()
+    mixft.quantize_(model, include="*query")
+    model = get_peft_model(model, lora(["query", "value"]))
+    own = model.base_model.model.bert.encoder.layer[0].attention.self
+    assert type(own.query).__name__ == "LoraQuantLinear"
+    assert type(own.value).__name__ == "Linear"
