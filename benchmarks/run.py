@@ -1,6 +1,6 @@
 """Run one case: check every provider, then time those that passed, interleaved."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from .machine import Machine
 from .memory import available_bytes, measure_memory
 from .peers import quiet
 from .recording import Row
-from .timing import Effort, host_seconds, quartiles, ratios, sampler, take_turns, wait
+from .timing import FLUSH_BYTES, Effort, host_seconds, quartiles, ratios, sampler, take_turns, wait
 
 try:
     from triton import TritonError  # a kernel that does not compile; no subclass of RuntimeError
@@ -60,7 +60,7 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
     for name, call in calls.items():
         try:
             with quiet():
-                samplers[name] = sampler(call.run, device)
+                samplers[name] = sampler(call.run, device, rehearsal(case, name, device))
         except FAILURES as failure:  # memory for a second call, for one
             excuses[name] = ("refused", first_line(failure))
             wait(device)
@@ -81,6 +81,17 @@ def run_case(case: Case, device: torch.device, effort: Effort, machine: Machine)
         return rows
     del inputs, exact, calls, samplers, call
     return [with_memory(row, case, device) if _has_memory(row) else row for row in rows]
+
+
+def rehearsal(case: Case, provider: str, device: torch.device) -> Callable[[], Any] | None:
+    """A provider's work on inputs of its own, to put its code in a CPU's caches before the timed call.
+
+    None where the data fill the caches, so that the code would not stay, and on a GPU, whose caches hold little code.
+    """
+    if device.type != "cpu" or case.bytes >= FLUSH_BYTES["cpu"]:
+        return None
+    torch.manual_seed(1)
+    return case.providers[provider](case.inputs(device)).run
 
 
 def too_large(case: Case, device: torch.device) -> str | None:

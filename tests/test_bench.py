@@ -231,6 +231,17 @@ def test_the_caches_are_cleared_before_every_call_and_outside_of_its_time(monkey
     monkeypatch.setattr(timing, "_flush_buffer", lambda device: flush)
     timing._cpu_clock(lambda: events.append("call"))()
     assert events == ["flush", "clock", "call", "clock"]
+    events.clear()
+    timing._cpu_clock(lambda: events.append("call"), lambda: events.append("other data"))()
+    assert events == ["flush", "other data", "clock", "call", "clock"]
+
+
+@pytest.mark.parametrize(("size", "rehearsed"), [(2**9, True), (2**10, False)])
+def test_a_call_is_rehearsed_on_inputs_of_its_own_where_they_leave_the_caches_room(size, rehearsed):
+    seen = []
+    case = toy(ours=lambda x: seen.append(x.data_ptr()) or [2 * x], bytes=size)
+    run_case(case, CPU, EFFORT, MACHINE)
+    assert len(set(seen)) == (2 if rehearsed else 1)
 
 
 def test_a_gpu_is_kept_waiting_while_the_host_queues_the_call(monkeypatch):
