@@ -1,5 +1,6 @@
 """Unscaling and gradient statistics on the CPU."""
 
+import math
 from collections import defaultdict
 
 import torch
@@ -29,21 +30,33 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
 
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-    sum_of_squares = torch.zeros(len(grads), dtype=torch.float32, device="cpu")
-    sizes = [grad.numel() for grad in grads]
-    small = [position for position, size in enumerate(sizes) if size <= SMALL]
-    if small:
-        norms = torch._foreach_norm([grads[position] for position in small], 2, dtype=torch.float32)
-        sum_of_squares[small] = torch.stack(norms).square_()
-    large = [position for position, size in enumerate(sizes) if size > SMALL]
-    if large:
-        sum_of_squares[large] = torch.stack([_large_sum_of_squares(grads[position]) for position in large])
+    squares = sums_of_squares(grads)
+    return squares, nonfinite_counts(grads, squares)
+
+
+def sums_of_squares(grads: list[Tensor]) -> Tensor:
+    """FP32 [gradients]."""
+    if not grads:
+        return torch.zeros(0, device="cpu")
+    small = [grad for grad in grads if grad.numel() <= SMALL]
+    squares = torch._foreach_norm(small, 2, dtype=torch.float32) if small else []
+    if squares:
+        torch._foreach_mul_(squares, squares)
+    if len(small) < len(grads):
+        in_order = iter(squares)
+        squares = [next(in_order) if grad.numel() <= SMALL else _large_sum_of_squares(grad) for grad in grads]
+    return torch.stack(squares)
+
+
+def nonfinite_counts(grads: list[Tensor], squares: Tensor) -> Tensor:
+    """int64 [gradients]: how many elements are NaN or Inf, given the sums of squares."""
     nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
     # A NaN or Inf cannot leave a finite sum of squares, so finite sums need no second look.
-    for position, finite in enumerate(sum_of_squares.isfinite().tolist()):
-        if not finite:
-            nonfinite[position] = grads[position].numel() - grads[position].isfinite().sum()
-    return sum_of_squares, nonfinite
+    if not math.isfinite(squares.sum().item()):
+        for position, finite in enumerate(squares.isfinite().tolist()):
+            if not finite:
+                nonfinite[position] = grads[position].numel() - grads[position].isfinite().sum()
+    return nonfinite
 
 
 def _large_sum_of_squares(grad: Tensor) -> Tensor:

@@ -1,22 +1,28 @@
 """What an optimizer step needs to know of its gradients, on the CPU."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from .grad import gradient_statistics
+from .grad import nonfinite_counts, sums_of_squares
+
+LARGEST_FP32 = torch.finfo(torch.float32).max
 
 
 def gradient_scalars(
     grads: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None, max_norm: float | None
 ) -> tuple[Tensor, Tensor]:
-    sum_of_squares, nonfinite = gradient_statistics(grads)
-    norm = sum_of_squares.sum().sqrt()
+    squares = sums_of_squares(grads)
+    nonfinite = nonfinite_counts(grads, squares)
+    # From here on Python's own numbers, which cost less than tensors of one element.
+    norm = math.sqrt(squares.sum().item())
     if inv_scale is not None:
-        norm = norm * inv_scale.reshape(())
-    found = nonfinite.any() if found_inf is None else nonfinite.any() | (found_inf.reshape(()) != 0)
-    clip_coef = torch.ones((), device="cpu")
+        norm *= inv_scale.item()
+    found = (found_inf is not None and found_inf.item() != 0) or bool(nonfinite.any())
+    clip_coef = 1.0
     if max_norm is not None:
         # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
-        found = found | ~norm.isfinite()
-        clip_coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    return torch.stack([norm, clip_coef, found.float()]), nonfinite
+        found = found or not norm <= LARGEST_FP32
+        clip_coef = min(max_norm / (norm + 1e-6), 1.0)
+    return torch.tensor([norm, clip_coef, found], dtype=torch.float32, device="cpu"), nonfinite
