@@ -27,7 +27,7 @@ def preface(recording: Recording) -> str:
     rates = ", ".join(f"{name} {rate / 1e12:.2f}" for name, rate in machine.matmul_operations_per_second.items())
     return (
         f"{environment['device']} ({environment['device_name']}), torch {environment['torch']}, "
-        f"{environment['threads']} threads; medians of up to {recording.rounds} interleaved rounds, data out of the caches\n"
+        f"{environment['threads']} threads; medians of up to {recording.rounds} interleaved rounds with cold data\n"
         f"copy {machine.copy_bytes_per_second / 1e9:.1f} GB/s, read {machine.read_bytes_per_second / 1e9:.1f} GB/s, "
         f"update {machine.update_bytes_per_second / 1e9:.1f} GB/s, "
         f"torch's matmul in T operations/s: {rates}\n"
