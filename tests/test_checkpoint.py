@@ -174,7 +174,6 @@ def test_saving_is_refused_by_name_and_an_old_file_survives_a_failure(tmp_path, 
         lambda tensors, metadata: metadata.pop("aliases"),
         lambda tensors, metadata: metadata.update(layers="{"),
         lambda tensors, metadata: metadata.update(layers="[]"),
-        lambda tensors, metadata: metadata.update(sha256="[]"),
         lambda tensors, metadata: metadata.pop("sha256"),
         lambda tensors, metadata: metadata.update(layers='{"up": {}}'),
         lambda tensors, metadata: metadata.update(aliases='{"head.weight": "nowhere"}'),
@@ -237,6 +236,16 @@ def refused_unchanged(path, message):
         mixft.load_quantized(target, path)
     assert list(target.modules()) == modules
     assert all(torch.equal(target.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("checksums", ["[]", "{", "{}"])
+def test_damaged_checksums(tmp_path, checksums):
+    model = Model()
+    mixft.quantize_(model)
+    path = tmp_path / "model.safetensors"
+    mixft.save_quantized(model, path)
+    rewritten(path, lambda tensors, metadata: metadata.update(sha256=checksums))
+    refused_unchanged(path, "damaged checksums")
 
 
 @pytest.mark.parametrize("name", ["up.weight", "up.weight_scale", "norm.running_mean", "norm.num_batches_tracked"])

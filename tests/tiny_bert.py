@@ -10,8 +10,8 @@ CLASSES = {"good": "ja, gern", "bad": "nein", "dull": "na ja"}
 FILLER = ["film", "scene", "actor", "plot", "the", "a", "of", "and"]
 
 
-def save_tiny_bert(folder: Path, tokenizer: bool = True) -> Path:
-    """Two layers of width 32 without dropout, so that precisions can be compared loss by loss."""
+def save_tiny_bert(folder: Path, tokenizer: bool = True, hidden_size: int = 32) -> Path:
+    """Two layers, of width 32 where none is given, without dropout, so that precisions can be compared loss by loss."""
     import torch
 
     transformers = quiet_transformers()
@@ -19,10 +19,10 @@ def save_tiny_bert(folder: Path, tokenizer: bool = True) -> Path:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *CLASSES, *FILLER]
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=2,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=2 * hidden_size,
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

@@ -5,7 +5,7 @@ import sys
 
 from mixft.cli.errors import InputError
 
-COMMANDS = ("finetune", "predict", "doctor", "bench", "inspect", "tune")
+COMMANDS = ("finetune", "predict", "quantize", "doctor", "bench", "inspect", "tune")
 EXTRA = ("typer", "rich", "matplotlib", "transformers")
 
 
@@ -25,6 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         if package not in EXTRA:
             raise
         return _refuse(f"this command needs {package}, which is not here; pip install '.[cli]' in mixft's checkout")
+    except ImportError as error:
+        if error.name not in EXTRA:
+            raise
+        return _refuse(str(error))  # there, but too old
 
 
 def _run(arguments: list[str]) -> int:

@@ -79,7 +79,10 @@ def finetune(
     from mixft.cli.device import choose_device
     from mixft.cli.output_folder import claim
     from mixft.cli.precision import MASTER_WEIGHTS, STATE_DTYPES
+    from mixft.cli.stored_weights import is_int8_folder
 
+    if is_int8_folder(source):
+        raise InputError(f"--model {source} is quantized, and int8 weights do not train; give what it was made from")
     precisions = _precisions(precision, source)
     recipe = Recipe(
         model=str(source),

@@ -12,9 +12,9 @@ from mixft.cli.errors import InputError
 MINILM = "minilm"
 QUANTIZED = "int8"  # subfolder with the int8 copy of a saved model
 QUANTIZED_WEIGHTS = "quantized.safetensors"
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
+    *SAFETENSORS,
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
@@ -55,11 +55,9 @@ def find_model(name: str) -> Path:
     Raises:
         InputError: the folder or one of these is missing, or a weight file is cut short.
     """
-    folder = _minilm_folder() if name == MINILM else Path(name)
-    if not folder.is_dir():
-        raise InputError(f"model {name!r} is no folder here; give a folder with config.json in it, or {MINILM}")
+    folder = named_folder(name)
     require_configuration(folder)
-    _require_file(folder, WEIGHTS, "weights (model.safetensors)")
+    require_file(folder, WEIGHTS, "weights (model.safetensors)")
     for path in sorted(folder.glob("model*.safetensors")):
         try:
             with safe_open(path, framework="np"):
@@ -71,12 +69,13 @@ def find_model(name: str) -> Path:
 
 def require_configuration(folder: Path) -> None:
     """Raise InputError unless ``folder`` has a configuration and a tokenizer."""
-    _require_file(folder, ("config.json",), "config.json")
+    require_file(folder, ("config.json",), "config.json")
     # Looked for by name, because transformers makes up an empty tokenizer where a folder has none.
-    _require_file(folder, TOKENIZERS, "tokenizer (tokenizer.json or vocab.txt)")
+    require_file(folder, TOKENIZERS, "tokenizer (tokenizer.json or vocab.txt)")
 
 
-def _require_file(folder: Path, names: tuple[str, ...], what: str) -> None:
+def require_file(folder: Path, names: tuple[str, ...], what: str) -> None:
+    """Raise InputError unless ``folder`` has one of ``names``."""
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"the model folder {folder} has no {what}; save the model and its tokenizer into one folder")
 
@@ -148,7 +147,7 @@ def outline(folder: Path):
 
 
 def load_classifier(folder: Path, labels: list[str] | None = None):
-    """The folder's model in FP32, under a fresh head for ``labels``, or with its own where none are given.
+    """The folder's model in FP32, or in int8 as it was saved, under a fresh head for ``labels`` or with its own.
 
     Raises:
         InputError: its weights cannot be read or do not fit its configuration.
@@ -163,9 +162,10 @@ def load_classifier(folder: Path, labels: list[str] | None = None):
         }
     transformers = quiet_transformers()
     try:
-        return transformers.AutoModelForSequenceClassification.from_pretrained(folder, **heads).float()
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **heads)
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(f"the weights in {folder} do not load: {error}") from error
+    return model if getattr(model, "is_quantized", False) else model.float()
 
 
 def is_quantized(folder: Path) -> bool:
@@ -186,6 +186,18 @@ def load_quantized_classifier(folder: Path, config):
         return mixft.load_quantized(model, folder / QUANTIZED_WEIGHTS)
     except ValueError as error:
         raise InputError(f"the weights in {folder} do not load: {error}") from error
+
+
+def named_folder(name: str) -> Path:
+    """The folder of ``minilm`` or of a path.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = _minilm_folder() if name == MINILM else Path(name)
+    if not folder.is_dir():
+        raise InputError(f"model {name!r} is no folder here; give a folder with config.json in it, or {MINILM}")
+    return folder
 
 
 def _minilm_folder() -> Path:

@@ -62,6 +62,10 @@ def _model_in(folder: Path) -> Path:
 
 
 def _load(folder: Path, config):
+    from mixft.cli import stored_weights
+
     if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
         raise InputError(f"the model in {folder} has no classifier yet; mixft finetune --model {folder} trains one")
+    if stored_weights.is_int8_folder(folder):
+        stored_weights.prepare_int8(folder)
     return model_folder.load_classifier(folder)

@@ -1,7 +1,7 @@
-"""What is seen while a run trains: a live bar on a terminal, a line at every tenth elsewhere."""
+"""What is seen while a command works: a live bar on a terminal, a line at every tenth elsewhere."""
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 
@@ -73,3 +73,36 @@ class RunProgress:
         elif step * 10 // self.steps > self.tenth:
             self.tenth = step * 10 // self.steps
             self.console.print(f"{self.name}  {step}/{self.steps}  {state}", soft_wrap=True, highlight=False)
+
+
+class ByteProgress:
+    """Progress by bytes: a live bar on a terminal, a line at every tenth elsewhere. A context manager."""
+
+    def __init__(self, name: str, total: int):
+        self.name = name
+        self.console = Console(stderr=True)
+        self.total = max(1, total)
+        self.done = 0
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(name, total=self.total)
+
+    def __enter__(self) -> "ByteProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.stop()
+
+    def advance(self, count: int) -> None:
+        tenth = self.done * 10 // self.total
+        self.done += count
+        self.bar.update(self.task, completed=self.done)
+        if not self.console.is_terminal and self.done * 10 // self.total > tenth:
+            self.console.print(f"{self.name}  {self.done:,} of {self.total:,} bytes", highlight=False)

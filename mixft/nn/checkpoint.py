@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .quant_linear import QuantLinear
 from .quantization import replace_modules
 from .shards import TensorSet, open_tensors, parse_size, split, write_shards
-from .tensor_file import CHECKSUMS, Entry, content_of
+from .tensor_file import CHECKSUMS, Entry
 
 FORMAT = "mixft-quantized-2"
 FIRST_FORMAT = "mixft-quantized-1"  # one file, without checksums; read, no longer written
@@ -86,7 +86,7 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         if tensor.is_meta:
             raise ValueError(f"model has {name!r} on the meta device; call model.to_empty(device=...) first")
     saved = open_tensors(path)
-    layers, aliases, checksums = _description(saved)
+    layers, aliases = _description(saved)
     modules = dict(model.named_modules())
     entries = dict(saved.entries)
     replacements = {}
@@ -98,7 +98,11 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{saved.source} has a damaged description of its layers: {error!r}") from error
     _check_fit(_expected_state(model, replacements), entries, saved.source)
-    tensors = {name: _verified(saved, name, checksums) for name in saved.entries}
+    checksums = saved.checksums()
+    tensors = {
+        name: saved.tensor(name) if checksums is None else saved.verified(name, checksums[name])
+        for name in saved.entries
+    }
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
     for original, layer in replacements.items():
         layer.to_empty(device=original.weight.device).train(original.training)
@@ -126,8 +130,8 @@ def _description_checksum(metadata: dict) -> str:
     return hashlib.sha256(f"{metadata['layers']}\n{metadata['aliases']}".encode()).hexdigest()
 
 
-def _description(saved: TensorSet) -> tuple[dict[str, dict], dict[str, str], dict[str, str] | None]:
-    """The layers, the aliases and the checksums that the metadata holds; None for checksums of the first format."""
+def _description(saved: TensorSet) -> tuple[dict[str, dict], dict[str, str]]:
+    """The layers and the aliases that the metadata holds."""
     metadata = saved.metadata
     found = metadata.get("mixft", metadata.get("format"))
     if found not in (FORMAT, FIRST_FORMAT):
@@ -136,22 +140,13 @@ def _description(saved: TensorSet) -> tuple[dict[str, dict], dict[str, str], dic
         if found == FORMAT and metadata["description_sha256"] != _description_checksum(metadata):
             raise ValueError("it does not have the checksum that it was saved with")
         layers, aliases = json.loads(metadata["layers"]), json.loads(metadata["aliases"])
-        checksums = json.loads(metadata[CHECKSUMS]) if found == FORMAT else None
-        if not all(isinstance(part, dict) for part in (layers, aliases, {} if checksums is None else checksums)):
-            raise TypeError("layers, aliases and checksums are to be objects")
+        if found == FORMAT and CHECKSUMS not in metadata:
+            raise KeyError(CHECKSUMS)
+        if not all(isinstance(part, dict) for part in (layers, aliases)):
+            raise TypeError("layers and aliases are to be objects")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{saved.source} has a damaged description of its layers: {error!r}") from error
-    return layers, aliases, checksums
-
-
-def _verified(saved: TensorSet, name: str, checksums: dict[str, str] | None) -> Tensor:
-    tensor = saved.tensor(name)
-    if checksums is not None and checksums.get(name) != saved.entries[name].checksum(content_of(tensor)):
-        raise ValueError(
-            f"tensor {name!r} in {saved.files[name]} is not what was saved: it does not have its checksum; "
-            "the file is damaged, changed, or of another save"
-        )
-    return tensor
+    return layers, aliases
 
 
 def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -> QuantLinear:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .tensor_file import CHECKSUMS, Entry, TensorFile, storage_order, write_tensors
+from .tensor_file import CHECKSUMS, Entry, TensorFile, content_of, storage_order, write_tensors
 
 INDEX = ".index.json"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -153,6 +153,34 @@ class TensorSet:
         """One tensor, from a file opened for it alone: what was mapped before can leave the memory."""
         with TensorFile(self.files[name]) as file:
             return file.tensor(name)
+
+    def checksums(self) -> dict[str, str] | None:
+        """The checksum of every tensor as `write_shards` left it; None where there are none.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        if CHECKSUMS not in self.metadata:
+            return None
+        try:
+            found = json.loads(self.metadata[CHECKSUMS])
+            return {name: found[name] for name in self.entries}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.source} has damaged checksums: {error!r}") from error
+
+    def verified(self, name: str, checksum: str) -> Tensor:
+        """`tensor`, held to its checksum.
+
+        Raises:
+            ValueError: it has another.
+        """
+        tensor = self.tensor(name)
+        if self.entries[name].checksum(content_of(tensor)) != checksum:
+            raise ValueError(
+                f"tensor {name!r} in {self.files[name]} is not what was saved: it does not have its checksum; "
+                "the file is damaged, changed, or of another save"
+            )
+        return tensor
 
 
 def open_tensors(path: Path) -> TensorSet:

@@ -61,8 +61,9 @@ class Entry:
 
 
 def storage_order(entries: Iterable[Entry]) -> list[Entry]:
-    """Wide elements first, so that every tensor starts at a multiple of its element's size, as mapping it asks."""
-    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+    """Every tensor at a multiple of its element's size, as mapping it asks: first those that keep the alignment, in
+    their order, then the others, wide elements first."""
+    return sorted(entries, key=lambda entry: -entry.dtype.itemsize if entry.nbytes % ALIGNMENT else -ALIGNMENT - 1)
 
 
 def write_tensors(
