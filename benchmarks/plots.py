@@ -18,6 +18,16 @@ from .roofline import roofline
 
 BAR_INCHES, CASE_INCHES = 0.17, 0.12
 
+# What the pictures call the tensors that a provider holds, whatever its own names for them are.
+MEMORY_KINDS = {
+    "parameters": ("parameters",),
+    "masters": ("master", "remainder", "FP32 copies"),
+    "moments": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "state1", "state2", "moments"),
+    "scales and tables": ("exp_avg_scale", "exp_avg_sq_scale", "absmax1", "absmax2", "qmap1", "qmap2"),
+    "gradients": ("gradients", "copied gradients"),
+}
+OTHER = "other"
+
 
 @drawn_alike
 def ratio_bars(recording: dict, path: Path) -> None:
@@ -91,18 +101,19 @@ def _ratio_bar(axes: Axes, row: dict, centre: float) -> list[float]:
 
 @drawn_alike
 def memory_stacks(recording: dict, path: Path) -> None:
-    """One stack a row that knows where its memory goes: the components in MiB, and the measured peak as a line."""
+    """One stack a row that knows where its memory goes: the kinds of it in MiB, and the measured peak as a line."""
     rows = [row for row in recording["rows"] if row["memory"]]
     if not rows:
         raise ValueError("no row of the recording has a memory; mixft bench of an optimizer step records some")
-    components = list(dict.fromkeys(name for row in rows for name in row["memory"] if name != "peak"))
-    colors = {name: CYCLE[index % len(CYCLE)] for index, name in enumerate(components)}
-    figure = canvas(8, 1.5 + 0.32 * len(rows))
+    stacks = [_by_kind(row["memory"]) for row in rows]
+    kinds = [kind for kind in (*MEMORY_KINDS, OTHER) if any(kind in stack for stack in stacks)]
+    colors = dict(zip(kinds, CYCLE, strict=False))
+    figure = canvas(8, 1.5 + 0.2 * len(rows))
     axes = figure.add_subplot()
-    for place, row in enumerate(rows):
+    for place, (row, stack) in enumerate(zip(rows, stacks, strict=True)):
         left = 0.0
         for name, color in colors.items():
-            size = row["memory"].get(name, 0) / 2**20
+            size = stack.get(name, 0) / 2**20
             axes.barh(place, size, left=left, height=0.7, color=color, edgecolor="white")
             left += size
         peak = row["memory"].get("peak", 0) / 2**20
@@ -120,6 +131,15 @@ def memory_stacks(recording: dict, path: Path) -> None:
     handles += axes.plot([], [], color="black", linewidth=2, label="measured peak")
     figure.legend(handles=handles, loc="outside upper center", ncols=5)
     save(figure, path, recording)
+
+
+def _by_kind(memory: dict[str, int]) -> dict[str, int]:
+    kinds: dict[str, int] = {}
+    for name, size in memory.items():
+        if name != "peak" and size:
+            kind = next((kind for kind, names in MEMORY_KINDS.items() if name in names), OTHER)
+            kinds[kind] = kinds.get(kind, 0) + size
+    return kinds
 
 
 @drawn_alike

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from . import finetune_tables, recording, tables
 from .plot_style import digest
-from .plots import PLOTS, ratio_bars
+from .plots import PLOTS, memory_stacks, ratio_bars
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/benchmarks.md")
 PLOT_FOLDER = "docs/plots"
 SECTION = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+REPEATED = "The suite ran twice on this machine; how far the two runs' ratios are apart."
 RECORD = "Not measured yet: `{command}` records it, and `make tables` puts it here."
 
 
@@ -32,10 +33,12 @@ class Results:
 
     Attributes:
         recordings: the newest benchmark run by kind of device, "cpu" or "cuda".
+        repeats: the run before it by kind of device, where that is of the same commit, device and peers.
         reports: the newest fine-tuning report by number of seeds, "one" or "several".
     """
 
     recordings: dict[str, dict] = field(default_factory=dict)
+    repeats: dict[str, dict] = field(default_factory=dict)
     reports: dict[str, dict] = field(default_factory=dict)
 
 
@@ -46,6 +49,7 @@ def load(folder: Path) -> Results:
         ValueError: a file is none of these.
     """
     results = Results()
+    runs: dict[str, list[dict]] = {}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if "runs" in content:
@@ -61,7 +65,12 @@ def load(folder: Path) -> Results:
                 f"{path.name} has format {content.get('format')!r}; mixft bench --json writes {recording.FORMAT}, "
                 "make gpu and --keep report.json what else can stand here"
             )
-        _keep_newest(results.recordings, content["environment"]["device"].split(":")[0], content)
+        runs.setdefault(content["environment"]["device"].split(":")[0], []).append(content)
+    for kind, found in runs.items():
+        newest, *older = sorted(found, key=lambda content: content["environment"]["date"], reverse=True)
+        results.recordings[kind] = newest
+        if older and _same_place(newest["environment"], older[0]["environment"]):
+            results.repeats[kind] = older[0]
     return results
 
 
@@ -108,11 +117,15 @@ def device_section(results: Results, kind: str, command: str) -> str:
     parts = [tables.machine(found), tables.summary(found)]
     for name in PLOTS:
         parts += [f"![{name}](plots/{kind}-{name}.png)"] if f"{kind}-{name}.png" in names else []
-        parts += [tables.memory_table(found)] if name == "memory" and f"{kind}-memory.png" in names else []
     for family in dict.fromkeys(row["family"] for row in found["rows"]):
         parts.append(f"### {family}\n\n{tables.family_table(found, family)}")
         if f"{kind}-{family}.png" in names:
             parts.append(f"![{family}](plots/{kind}-{family}.png)")
+        if f"{kind}-memory-{family}.png" in names:
+            parts.append(f"![memory of {family}](plots/{kind}-memory-{family}.png)")
+            parts.append(tables.memory_table(found, family))
+    again = results.repeats.get(kind)
+    parts += [f"### From run to run\n\n{REPEATED}\n\n{tables.repeatability(found, again)}"] if again else []
     reasons, left_out = tables.reasons_if_slower(found), tables.without_times(found)
     parts += [f"### Why a peer is faster\n\n{reasons}"] if reasons else []
     parts += [f"### Without a time\n\n{left_out}"] if left_out else []
@@ -150,14 +163,15 @@ def plots(results: Results) -> dict[str, tuple]:
     for kind, whole in results.recordings.items():
         has = {
             "roofline": any(row["provider"] == "mixft" and row["seconds"] for row in whole["rows"]),
-            "memory": any(row["memory"] for row in whole["rows"]),
             "scaling": any(row["sweep"] and row["seconds"] for row in whole["rows"]),
         }
-        found |= {f"{kind}-{name}.png": (draw, whole) for name, draw in PLOTS.items() if has[name]}
+        found |= {f"{kind}-{name}.png": (PLOTS[name], whole) for name in has if has[name]}
         for family in dict.fromkeys(row["family"] for row in whole["rows"]):
             rows = [row for row in whole["rows"] if row["family"] == family]
             if any(row["provider"] != "mixft" and row["speedup"] for row in rows):
                 found[f"{kind}-{family}.png"] = (ratio_bars, {**whole, "rows": rows})
+            if any(row["memory"] for row in rows):
+                found[f"{kind}-memory-{family}.png"] = (memory_stacks, {**whole, "rows": rows})
     return found
 
 
@@ -213,6 +227,10 @@ def main(arguments: list[str] | None = None) -> int:
     for complaint in complaints:
         print(f"{complaint}; make tables brings it up to date", file=sys.stderr)
     return 1 if complaints else 0
+
+
+def _same_place(first: dict, second: dict) -> bool:
+    return {**first, "date": None} == {**second, "date": None}
 
 
 def _keep_newest(found: dict[str, dict], kind: str, content: dict) -> None:

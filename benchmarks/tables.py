@@ -137,9 +137,9 @@ def family_table(recording: dict, family: str) -> str:
     return "\n".join(lines)
 
 
-def memory_table(recording: dict) -> str:
-    """A row for each provider whose memory was measured: what it holds and the measured peak, in MiB."""
-    rows = [row for row in recording["rows"] if row["memory"]]
+def memory_table(recording: dict, family: str) -> str:
+    """A row for each provider of ``family`` whose memory was measured: what it holds and the measured peak, in MiB."""
+    rows = [row for row in recording["rows"] if row["memory"] and row["family"] == family]
     components = [name for name in dict.fromkeys(name for row in rows for name in row["memory"]) if name != "peak"]
     lines = [
         f"| {' | '.join(['case', 'provider', *components, 'measured peak'])} |",
@@ -149,6 +149,25 @@ def memory_table(recording: dict) -> str:
         sizes = [row["memory"].get(name) for name in (*components, "peak")]
         cells = ["" if size is None else f"{size / 2**20:,.1f}" for size in sizes]
         lines.append(f"| {' | '.join([row['case'], row['provider'], *cells])} |")
+    return "\n".join(lines)
+
+
+def repeatability(first: dict, second: dict) -> str:
+    """How far the ratios of two runs of the same commit on the same machine are apart, a row a family, then all."""
+    earlier = {(row["case"], row["provider"]): row["speedup"] for row in second["rows"]}
+    apart: dict[str, dict[tuple[str, str], float]] = {}
+    for row in first["rows"]:
+        key = (row["case"], row["provider"])
+        if row["provider"] != OURS and row["speedup"] and earlier.get(key):
+            low, high = sorted((row["speedup"], earlier[key]))
+            apart.setdefault(row["family"], {})[key] = high / low - 1
+    apart["all"] = {key: value for found in apart.values() for key, value in found.items()}
+    lines = ["| work | ratios | median difference | largest |", "|---|---|---|---|"]
+    for family, found in apart.items():
+        if found:
+            worst = max(found, key=found.get)
+            middle = statistics.median(found.values())
+            lines.append(f"| {family} | {len(found)} | {middle:.1%} | {found[worst]:.1%} ({', '.join(worst)}) |")
     return "\n".join(lines)
 
 

@@ -83,7 +83,7 @@ def test_every_case_of_mixft_is_on_the_roofline(tmp_path, drawn):
 
 
 def test_a_stack_adds_up_and_the_peak_is_beside_it(tmp_path, drawn):
-    memory = {"parameters": 2**20, "moments": 3 * 2**20, "peak": 5 * 2**20}
+    memory = {"parameters": 2**20, "exp_avg": 2**20, "state2": 2 * 2**20, "peak": 5 * 2**20}
     PLOTS["memory"](recording([row("a/1", memory=memory)]), tmp_path / "a.png")
     assert [(bar.get_x(), bar.get_width()) for bar in drawn[0].patches] == [(0, 1), (1, 3)]
     assert list(drawn[0].lines[0].get_xdata()) == [5, 5]

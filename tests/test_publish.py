@@ -138,11 +138,32 @@ def test_tokens_memory_and_reasons_have_their_place():
     rows += [{**pair("a/2", {"torch": 2.0})[0], "note": "not shown"}]
     found = recording(rows)
     assert "| a/1 | 1.000 | 100,000 | 20% | 0.50x (0.48 to 0.53) |" in tables.family_table(found, "a")
-    assert "| a/1 | torch | 1.0 | 6.0 |" in tables.memory_table(found)
+    assert "| a/1 | torch | 1.0 | 6.0 |" in tables.memory_table(found, "a")
     assert tables.reasons_if_slower(found) == "- a/1: torch does less"
     page = publish.device_section(Results({"cpu": found}), "cpu", "mixft bench")
     assert "### Why a peer is faster" in page
-    assert tables.memory_table(found) in page
+    assert tables.memory_table(found, "a") in page
+    assert "![memory of a](plots/cpu-memory-a.png)" in page
+
+
+def test_two_runs_of_one_commit_show_how_far_ratios_repeat(tmp_path):
+    first = recording(pair("a/1", {"torch": 2.0, "torchao": 1.0}) + pair("b/1", {"torch": 4.0}))
+    again = recording(pair("a/1", {"torch": 2.2, "torchao": 1.0}) + pair("b/1", {"torch": 3.0}))
+    again["environment"] = {**again["environment"], "date": "2026-11-22T00:49:44+00:00"}
+    table = tables.repeatability(first, again)
+    assert table.splitlines()[2:] == [
+        "| a | 2 | 5.0% | 10.0% (a/1, torch) |",
+        "| b | 1 | 33.3% | 33.3% (b/1, torch) |",
+        "| all | 3 | 10.0% | 33.3% (b/1, torch) |",
+    ]
+    for name, content in (("x", first), ("y", again)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    results = publish.load(tmp_path)
+    assert results.recordings["cpu"] == first
+    assert table in publish.device_section(results, "cpu", "mixft bench")
+    again["environment"]["commit"] = "f" * 40
+    (tmp_path / "y.json").write_text(json.dumps(again))
+    assert not publish.load(tmp_path).repeats
 
 
 def test_reasons_are_counted_once_each():
