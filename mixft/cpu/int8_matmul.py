@@ -1,12 +1,15 @@
 """CPU routines of the int8 products: ``torch._int_mm`` on VNNI, exact FP32 products elsewhere."""
 
 import functools
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from .activation import ACTIVATIONS
 from .instruction_set import has_bf16_dot, has_int8_dot
+from .packed_weight import packed_product, packed_weight
+from .unsigned_rows import unsigned_limbs
 
 # The largest K whose int8 products sum exactly in FP32: 1024 * 128 * 128 = 2**24.
 EXACT_FP32_K = 1024
@@ -37,12 +40,29 @@ def int8_matmul(
 def weight_only_matmul(
     a: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype
 ) -> Tensor:
-    """``mixft.kernels.int8_matmul.weight_only_matmul`` on the CPU."""
-    exact = torch.bfloat16 if a.dtype == torch.bfloat16 and has_bf16_dot() else torch.float32
-    out = torch.mm(a.to(exact), b.to(exact).t()).float().mul_(b_scale.view(-1))
+    """``mixft.kernels.int8_matmul.weight_only_matmul`` on the CPU.
+
+    A weight that can be packed is multiplied by three bytes of each activation, exact in int32: that takes activations
+    to within 2^-22 of their row's largest magnitude, in less time than an FP32 product. Other weights, and
+    activations with a NaN or Inf, are multiplied in floating point.
+    """
+    out = _product_of_limbs(a, b, b_scale)
+    if out is None:
+        exact = torch.bfloat16 if a.dtype == torch.bfloat16 and has_bf16_dot() else torch.float32
+        out = torch.mm(a.to(exact), b.to(exact).t()).float().mul_(b_scale.view(-1))
     if bias is not None:
         out.add_(bias)
     return ACTIVATIONS[activation](out).to(out_dtype)
+
+
+def _product_of_limbs(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor | None:
+    packed = packed_weight(b) if a.numel() else None
+    # NaN and infinity show in the sum of the extremes.
+    if packed is None or not isfinite(sum(torch.aminmax(a))):
+        return None
+    limbs, scale = unsigned_limbs(a)
+    out = packed_product(limbs.view(-1, a.shape[1]), packed, b_scale, exact=True).view(3, len(a), -1)
+    return out[0].add_(out[1], alpha=2**-8).add_(out[2], alpha=2**-16).mul_(scale)
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:

@@ -1,34 +1,17 @@
-"""A linear layer with frozen int8 weights, whose input is quantized in every call; differentiable in its input.
-
-One op, a composition of the quantize and int8_matmul implementations of the tensor's device, registered whole so that a
-layer costs one dispatch.
-"""
+"""A linear layer with frozen int8 weights, whose input is quantized in every call; differentiable in its input."""
 
 import torch
 from torch import Tensor
 
 from .activation import check_activation
 from .int8_matmul import frozen_weight_gradient, refuse_activation_gradient
-from .int8_operands import check_layer, quantize_rows
-from .registration import composition, server
+from .int8_operands import check_layer
+from .registration import define_op, without_dispatch
 from .validation import check_dtype
 
 
-def _dynamic_linear_body(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    serve = server(x.device)
-    values, scale = quantize_rows(serve, x)
-    return serve("int8_matmul", "int8_matmul")(values, weight, scale, weight_scale, bias, activation, x.dtype)
-
-
-_dynamic_linear = torch.library.custom_op(
-    "mixft::dynamic_int8_linear", composition(_dynamic_linear_body), mutates_args=()
-)
-
-
-@_dynamic_linear.register_fake
-def _(x, weight, weight_scale, bias, activation):
+@define_op("dynamic_int8_linear", name="dynamic_int8_linear")
+def _dynamic_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -85,9 +68,6 @@ def dynamic_int8_linear(
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient:
         refuse_activation_gradient(activation)
-    # Without a graph to build or to trace, the dispatcher would only add its 12 us, a third of a small layer.
-    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    eager = type(x) is Tensor and not (wants_gradient or observed or torch.is_autocast_enabled(x.device.type))
-    serve = _dynamic_linear_body if eager else _dynamic_linear
+    serve = _dynamic_linear if wants_gradient else without_dispatch(_dynamic_linear, x)
     out = serve(rows, weight, weight_scale, bias, check_activation(activation))
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])

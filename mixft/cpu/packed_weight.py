@@ -1,0 +1,110 @@
+"""int8 weights packed ahead for oneDNN's product of unsigned by signed bytes, which VNNI multiplies at full rate.
+
+    out[m, n] = scale[n] * sum_k (u[m, k] - 128) w[n, k]         u uint8 [M, K], w int8 [N, K], scale and out FP32
+
+The packed copy of a weight lives as long as the weight and is made anew after a change in place. A change that torch
+does not count, through ``.data`` or NumPy, is not seen.
+"""
+
+import functools
+import weakref
+
+import torch
+from torch import Tensor
+
+from .instruction_set import has_int8_dot
+
+ZERO = 128  # what stands for zero in an unsigned operand
+
+
+class PackedWeight:
+    """The packed copy of one weight, with what depends on its scale."""
+
+    def __init__(self, weight: Tensor):
+        self.values = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.column_sums = weight.sum(1, dtype=torch.int64).double()
+        self.zero_points = torch.zeros(weight.shape[0], dtype=torch.int64, device="cpu")
+        self.owner = weakref.ref(weight, functools.partial(_forget, id(weight)))
+        self.state = _state(weight)
+        self.scale = self.terms = None
+
+    def column_terms(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """``scale`` [N, 1] as a contiguous [N], and what it makes of the offset of unsigned operands."""
+        if self.scale is None or scale.is_inference() or self.scale_state != (*_state(scale), scale.stride()):
+            columns = scale.detach().reshape(-1).contiguous()
+            self.terms = columns, (self.column_sums * columns * -ZERO).float()
+            # Held, so that no other scale can come to lie at its address.
+            self.scale, self.scale_state = scale, (*_state(scale), scale.stride())
+        return self.terms
+
+
+_packed: dict[int, PackedWeight] = {}
+
+
+def _forget(key: int, owner: weakref.ref) -> None:
+    if key in _packed and _packed[key].owner is owner:
+        del _packed[key]
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def packed_weight(weight: Tensor) -> PackedWeight | None:
+    """The packed copy of int8 ``weight`` [N, K]; None where there is none to trust.
+
+    That is without VNNI, for an empty or strided weight, and for an inference tensor, whose changes go uncounted.
+    """
+    found = _packed.get(id(weight))
+    if found is not None and found.owner() is weight and found.state == _state(weight):
+        return found
+    if weight.numel() == 0 or not weight.is_contiguous() or weight.is_inference() or not packed_product_is_exact():
+        return None
+    found = _packed[id(weight)] = PackedWeight(weight)
+    return found
+
+
+def packed_product(unsigned: Tensor, weight: PackedWeight, scale: Tensor, *, exact: bool) -> Tensor:
+    """The product of the module docstring, FP32 [M, N]; ``scale`` is [N, 1].
+
+    With ``exact`` the sum is exact in int32 and then rounded, which costs a pass over the weight. Without, the sum of
+    ``u w`` is rounded and the offset of 128 subtracted in FP32.
+    """
+    columns, offset = weight.column_terms(scale)
+    zero_point, bias = (ZERO, None) if exact else (0, offset)
+    return torch.ops.onednn.qlinear_pointwise.default(
+        unsigned,
+        1.0,
+        zero_point,
+        weight.values,
+        columns,
+        weight.zero_points,
+        bias,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+
+
+@functools.cache
+def packed_product_is_exact() -> bool:
+    """Whether to use packed weights here: the first call holds both forms to exact products at the extremes."""
+    if not (has_int8_dot() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    for M, K, N in ((1, 64, 32), (33, 257, 65)):
+        unsigned = torch.randint(0, 256, (M, K), dtype=torch.uint8, device="cpu", generator=generator)
+        weight = torch.randint(-128, 128, (N, K), dtype=torch.int8, device="cpu", generator=generator)
+        # Where products of bytes are added in 16 bits, these saturate.
+        unsigned[0], weight[0], weight[1] = 255, 127, -128
+        packed = PackedWeight(weight)
+        one = torch.ones(N, 1, device="cpu")
+        product = (unsigned.double() - ZERO) @ weight.double().t()
+        if not all(
+            torch.equal(packed_product(unsigned, packed, one, exact=exact), product.float()) for exact in (True, False)
+        ):
+            return False
+    return True
