@@ -20,7 +20,9 @@ from optimizer_cases import (
     weight,
 )
 
+from mixft.ops.optimizer_state import quantize_state
 from mixft.optim import AdamW
+from mixft.optim.storage import Storage
 
 SIXTEEN_BITS = [torch.float16, torch.bfloat16]
 
@@ -196,3 +198,16 @@ def test_8_bit_state_follows_a_new_layout(device):
         assert optimizer.state[param][name].is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(after[name], before[name], rtol=2.0**-4, atol=2.0**-16)
     assert bits(after["step"]) == bits(before["step"])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_new_8_bit_state_is_quantized_zeros(signed):
+    param = torch.randn(7, 33).t()
+    made: dict = {}
+    Storage("none", torch.int8, {"exp_avg": signed}).complete(param, made, ["exp_avg"])
+    codes, scales = quantize_state(torch.zeros_like(param), signed=signed)
+    assert torch.equal(made["exp_avg"], codes)
+    assert made["exp_avg"].dtype == codes.dtype
+    assert made["exp_avg"].stride() == codes.stride()
+    assert torch.equal(made["exp_avg_scale"], scales)
+    assert made["exp_avg_scale"].dtype == scales.dtype

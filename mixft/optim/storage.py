@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixft.ops.optimizer_state import dequantize_state, join_master, quantize_state, split_master
+from mixft.ops.optimizer_state import GROUP_SIZE, dequantize_state, join_master, quantize_state, split_master
 
 MASTER_WEIGHTS = ("auto", "fp32", "split", "none")
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.int8)
@@ -45,7 +45,7 @@ class Storage:
         is_new = False
         for name in names:
             if name not in state:
-                state |= self._narrow(name, torch.zeros_like(param, dtype=torch.float32))
+                state |= self._zeros(name, param)
                 is_new = True
             elif self.state_dtype == torch.int8 and state[name].stride() != torch.empty_like(param).stride():
                 # The parameter's layout has changed: a scale belongs to neighbours in storage.
@@ -95,6 +95,13 @@ class Storage:
             upper, narrow["remainder"] = split_master(state["master"], param.dtype)
             param.copy_(upper)
         return narrow
+
+    def _zeros(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        if self.state_dtype != torch.int8:
+            return {name: torch.zeros_like(param, dtype=self.state_dtype)}
+        # A zero has code 0 and scale 0. Quantizing zeros instead would take several times the parameter's memory.
+        codes = torch.zeros_like(param, dtype=torch.int8 if self.signed[name] else torch.uint8)
+        return {name: codes, name + SCALE: codes.new_zeros(-(-param.numel() // GROUP_SIZE), dtype=torch.uint8)}
 
     def _narrow(self, name: str, values: Tensor) -> dict[str, Tensor]:
         if self.state_dtype != torch.int8:
