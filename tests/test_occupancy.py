@@ -2,6 +2,7 @@
 
 import pytest
 
+from mixft.kernels import adamw
 from mixft.kernels.architecture import ARCHITECTURES
 from mixft.kernels.occupancy import occupancy
 from mixft.kernels.traffic import bytes_per_element, estimate, tiling
@@ -162,6 +163,23 @@ def test_floors_at_published_rates():
     decode = estimate(MatrixProduct((16, 64, 256), (1, 1, 2), (16, 4096, 8192), int8=True), gpu)
     assert decode.compute_seconds == pytest.approx(2 * 16 * 4096 * 8192 / 1978.9e12)
     assert decode.seconds == decode.memory_seconds == pytest.approx((16 * 8192 + 4096 * 8192 + 2 * 16 * 4096) / 3.35e12)
+
+
+@pytest.mark.parametrize(
+    ("variant", "bytes_moved"),
+    [
+        # Gradient, then weight and two moments read and written: 4 + 2 (4 + 4 + 4).
+        ("adam[fp32,fp32,none master,fp32 state,decoupled,unscaled]", 28),
+        # Gradient, master and moments, and the 16-bit parameter written only: 2 + 2 (4 + 4 + 4) + 2.
+        ("adam[fp16,fp16,fp32 master,fp32 state,decoupled]", 28),
+        # Gradient, then parameter, remainder, two codes and two scales of 32 elements: 2 + 2 (2 + 2 + 1 + 1 + 2 / 32).
+        ("adam[bf16,bf16,split master,code state,decoupled]", 14.125),
+        ("adam[bf16,bf16,none master,code state,decoupled,stochastic]", 10.125),
+    ],
+)
+def test_the_floor_of_a_step_counts_every_tensor_once(variant, bytes_moved):
+    work = {found.name: found.work for found in adamw.variants(ARCHITECTURES["sm_90"])}
+    assert work[variant].floor_bytes == bytes_moved
 
 
 def test_tiles_over_multiprocessors():

@@ -178,6 +178,12 @@ def test_an_aim_shows_its_own_rows():
     assert table.count("not measured yet") == len(tables.AIMS) - 1
 
 
+def test_an_aim_for_the_host_compares_the_host_s_times():
+    rows = pair("tensors/adamw-fp32-1000", {"torch fused": 2.0})
+    rows[0]["host_seconds"], rows[1]["host_seconds"] = 1e-5, 7e-5
+    assert "| ≥ 5x torch fused | 7.00x (7.00 to 7.00, 1 case) |" in tables.aims([recording(rows, device="cuda")])
+
+
 def test_tables_of_a_fine_tuning_report():
     assert finetune_tables.detailed(report([1])).splitlines()[2:] == [
         "| fp32: plain torch | 400.0 | 1.00x | 3.0 | 1.0 | 81.0% | none | 1 |",
