@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("amp", "nn", "ops", "optim", "precision")
+_SUBMODULES = ("amp", "nn", "onnx", "ops", "optim", "precision")
 _ATTRIBUTES = {
     "quantize_": "mixft.nn.quantization",
     "dequantize_": "mixft.nn.quantization",

@@ -6,13 +6,13 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 VOCABULARY = 150
 
 
-def bert(**options) -> BertForSequenceClassification:
+def bert(layers: int = 2, **options) -> BertForSequenceClassification:
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=VOCABULARY,
             hidden_size=128,
             intermediate_size=192,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             max_position_embeddings=32,
             **options,
@@ -20,13 +20,13 @@ def bert(**options) -> BertForSequenceClassification:
     ).eval()
 
 
-def llama(**options) -> LlamaForCausalLM:
+def llama(layers: int = 2, **options) -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=128,
             intermediate_size=192,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=32,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.precision", "mixft.huggingface")
+PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.precision", "mixft.onnx", "mixft.huggingface")
 ATTRIBUTES = (
     "quantize_",
     "dequantize_",
@@ -31,6 +31,7 @@ PARTS = {
     "mixft.optim": ({"mixft.optim", "mixft.ops"}, {"torch"}),
     "mixft.amp": ({"mixft.amp", "mixft.ops"}, {"torch"}),
     "mixft.precision": ({"mixft.precision", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.ops"}, {"torch"}),
+    "mixft.onnx": ({"mixft.ops"}, {"torch", "onnxscript"}),
     "mixft.huggingface": (
         {"mixft.huggingface", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.ops"},
         {"torch", "transformers", "peft"},

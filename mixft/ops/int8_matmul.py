@@ -1,5 +1,7 @@
 """``int8_matmul`` (W8A8) and ``weight_only_matmul`` (W8A16); formulas in ``mixft.kernels.int8_matmul``."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -175,7 +177,7 @@ def _check_operands(a, b, b_scale, bias, out_dtype) -> int:
     if b.dim() != 2 or a.dim() < 1 or a.shape[-1] != b.shape[1]:
         raise ValueError(f"b must be [N, K] with the K of a [..., K]; a has shape {tuple(a.shape)}, b {tuple(b.shape)}")
     check_bias(bias, b.shape[0])
-    return a.shape[:-1].numel()
+    return prod(a.shape[:-1])
 
 
 def _as_column(name: str, scale: Tensor, rows: int) -> Tensor:

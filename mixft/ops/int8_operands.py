@@ -5,6 +5,7 @@ scaling sees them.
 """
 
 from collections.abc import Callable
+from math import prod
 
 from torch import Tensor
 
@@ -31,4 +32,4 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"weight must be [N, K] with the K of x [..., K]; {shapes}")
     check_bias(bias, weight.shape[0])
     check_same_device(x=x, weight=weight, bias=bias)
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])

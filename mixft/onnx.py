@@ -1,0 +1,95 @@
+"""ONNX: mixft's ops in the standard operators, so that its models run wherever ONNX does::
+
+    torch.onnx.export(model, (x,), "model.onnx", dynamo=True, custom_translation_table=mixft.onnx.translation_table())
+
+The int8 weight is stored as it is, a byte an element. A ``dynamic`` layer becomes, with s [M] of the rows of x [M, K]::
+
+    s = max|x| / 127    q = QuantizeLinear(x, s)    y = MatMulInteger(q, weight) * weight_scale * s + bias    in FP32
+
+and a ``weight_only`` one DequantizeLinear(weight) and MatMul. QuantizeLinear divides by s where mixft multiplies by its
+rounded inverse, so a value within 2^-15 of a tie may be rounded to the other neighbour; the integers are the same
+otherwise. Results for rows with NaN or Inf are the runtime's.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["translation_table"]
+
+SMALLEST_SCALE = 2.0**-126
+
+
+def translation_table() -> dict[Callable, Callable]:
+    """The ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)`` for inference with mixft's layers.
+
+    Returns:
+        {op: its translation} for ``QuantLinear`` in the modes ``weight_only`` and ``dynamic``, ``mixft.nn.Linear``,
+        ``mixft.ops.int8_matmul`` and ``mixft.ops.matmul``; operator set 18 or newer.
+
+    Raises:
+        ImportError: onnxscript, which torch's exporter needs too, is not installed.
+    """
+    try:
+        import onnxscript
+    except ImportError as error:
+        raise ImportError("mixft.onnx needs onnxscript; pip install 'mixft[onnx]'", name="onnxscript") from error
+
+    import mixft.ops  # noqa: F401 (registers what the table translates)
+
+    op = onnxscript.opset18
+    float32 = onnxscript.FLOAT.dtype
+
+    def activated(x, name):
+        if name == "relu":
+            return op.Relu(x)
+        if name == "silu":
+            return op.Mul(x, op.Sigmoid(x))
+        if name == "gelu":
+            return op.Mul(op.Mul(x, 0.5), op.Add(op.Erf(op.Mul(x, math.sqrt(0.5))), 1.0))
+        if name == "gelu_tanh":
+            inner = op.Add(x, op.Mul(op.Mul(op.Mul(x, x), x), 0.044715))
+            return op.Mul(op.Mul(x, 0.5), op.Add(op.Tanh(op.Mul(inner, math.sqrt(2 / math.pi))), 1.0))
+        return x
+
+    def finished(product, bias, activation):
+        if bias is not None:
+            product = op.Add(product, op.Cast(bias, to=float32))
+        return activated(product, activation)
+
+    def integer_product(a, b, a_scale, b_scale):
+        product = op.Cast(op.MatMulInteger(a, op.Transpose(b, perm=[1, 0])), to=float32)
+        return op.Mul(op.Mul(product, op.Transpose(b_scale, perm=[1, 0])), a_scale)
+
+    def int8_matmul(a, b, a_scale, b_scale, bias, activation, out_dtype):
+        return op.Cast(finished(integer_product(a, b, a_scale, b_scale), bias, activation), to=out_dtype)
+
+    def dynamic_int8_linear(x, weight, weight_scale, bias, activation):
+        floats = op.Cast(x, to=float32)
+        largest = op.ReduceMax(op.Abs(floats), [1], keepdims=1)
+        scale = op.Max(op.Div(largest, 127.0), SMALLEST_SCALE)
+        by_row = op.Squeeze(scale, [1])
+        zeros = op.Cast(op.Mul(by_row, 0.0), to=onnxscript.INT8.dtype)
+        values = op.QuantizeLinear(floats, by_row, zeros, axis=0)
+        product = integer_product(values, weight, scale, weight_scale)
+        return op.CastLike(finished(product, bias, activation), x)
+
+    def weight_only_matmul(a, b, b_scale, bias, activation, out_dtype):
+        weight = op.DequantizeLinear(b, op.Squeeze(b_scale, [1]), axis=0)
+        product = op.MatMul(op.Cast(a, to=float32), op.Transpose(weight, perm=[1, 0]))
+        return op.Cast(finished(product, bias, activation), to=out_dtype)
+
+    def matmul_forward(a, b, bias, activation, out_dtype, keep_preactivation, residual=None):
+        product = finished(op.MatMul(op.Cast(a, to=float32), op.Cast(b, to=float32)), bias, "none")
+        result = activated(product, activation)
+        if residual is not None:
+            result = op.Add(result, op.Cast(residual, to=float32))
+        return op.Cast(result, to=out_dtype), op.CastLike(product, a)
+
+    return {
+        torch.ops.mixft.matmul_forward.default: matmul_forward,
+        torch.ops.mixft.int8_matmul.default: int8_matmul,
+        torch.ops.mixft.dynamic_int8_linear.default: dynamic_int8_linear,
+        torch.ops.mixft.weight_only_matmul.default: weight_only_matmul,
+    }
