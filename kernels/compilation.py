@@ -46,6 +46,7 @@ class CompiledVariant:
         matrix_instructions: the kinds in use, of ``"mma.sync"``, ``"wgmma"``, ``"tcgen05.mma"`` and ``"mfma"``.
         loads: ``{bytes a thread and instruction: instructions}`` from global memory.
         stores: the same, to global memory.
+        tile_copies: copies of whole tiles by tensor descriptor, to and from global memory.
         wide_loads: the variant's own claim.
         work: what it moves and computes, as the variant says.
         bytes_per_element: of an elementwise kernel, counted in its compiled code; None for others.
@@ -66,6 +67,7 @@ class CompiledVariant:
     matrix_instructions: tuple[str, ...]
     loads: dict[int, int]
     stores: dict[int, int]
+    tile_copies: int
     wide_loads: bool
     work: Elementwise | MatrixProduct | None
     bytes_per_element: float | None
@@ -170,6 +172,7 @@ def _cuda_resources(kernel) -> dict:
         "matrix_instructions": tuple(sorted(set(re.findall(r"\b(mma\.sync|wgmma(?=\.mma_async)|tcgen05\.mma)", ptx)))),
         "loads": dict(loads),
         "stores": dict(_ptx_widths(ptx, "st")),
+        "tile_copies": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
     }
 
 
@@ -200,4 +203,5 @@ def _hip_resources(kernel) -> dict:
         "matrix_instructions": ("mfma",) if "v_mfma_" in code else (),
         "loads": dict(accesses["load"]),
         "stores": dict(accesses["store"]),
+        "tile_copies": 0,
     }

@@ -11,13 +11,30 @@ from unittest import mock
 import torch
 import triton.language as tl
 
-from mixft.kernels import int8_matmul, matmul, quantize
+from mixft.kernels import (
+    activation_backward,
+    int8_matmul,
+    matmul,
+    matmul_persistent,
+    matmul_split_k,
+    matmul_tiles,
+    quantize,
+)
 from mixft.kernels.architecture import Architecture
 from mixft.kernels.multi_tensor import TRITON_NAMES
 from mixft.kernels.variant import Variant
 
 TYPES = TRITON_NAMES | {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages")
+LAUNCHERS = (
+    activation_backward,
+    int8_matmul,
+    matmul,
+    matmul_persistent,
+    matmul_split_k,
+    matmul_tiles,
+    quantize,
+)
 
 
 def specialised(name: str, function, args: tuple, kwargs: dict, wide_loads: bool) -> Variant:
@@ -32,6 +49,8 @@ def specialised(name: str, function, args: tuple, kwargs: dict, wide_loads: bool
         is_constant = parameters[key].annotation is tl.constexpr
         if is_constant or value is None or (type(value) is int and value == 1 and specialises):
             constants[key] = value
+        elif hasattr(value, "block_shape"):
+            signature[key] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         elif isinstance(value, torch.Tensor):
             signature[key] = f"*{TYPES[value.dtype]}"
             divisible += [key] if value.data_ptr() % 16 == 0 else []
@@ -56,8 +75,9 @@ def recording(arch: Architecture):
     """The list that calls are noted in, while the launchers believe to run on ``arch``."""
     calls = []
     with contextlib.ExitStack() as stack:
-        for module in (matmul, int8_matmul, quantize):
-            stack.enter_context(mock.patch.object(module, "architecture_of", return_value=arch))
+        for module in LAUNCHERS:
+            if hasattr(module, "architecture_of"):
+                stack.enter_context(mock.patch.object(module, "architecture_of", return_value=arch))
             for name, item in vars(module).items():
                 if hasattr(item, "arg_names") and item.fn.__module__ == module.__name__:
                     stack.enter_context(mock.patch.object(module, name, Recorder(item, calls)))
@@ -68,9 +88,35 @@ def half(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float16)
 
 
-def product(M: int, N: int, K: int, activation: str = "none", *, bias: bool = False, keep: bool = False, left=None):
+def product(
+    M: int,
+    N: int,
+    K: int,
+    activation: str = "none",
+    *,
+    bias: bool = False,
+    keep: bool = False,
+    residual: bool = False,
+    left=None,
+):
     a = half(M, K) if left is None else left
-    matmul.matmul_forward(a, half(N, K).t(), half(N) if bias else None, activation, torch.float16, keep)
+    matmul.matmul_forward(
+        a,
+        half(N, K).t(),
+        half(N) if bias else None,
+        activation,
+        torch.float16,
+        keep,
+        half(M, N) if residual else None,
+    )
+
+
+def fused_backward(M: int, N: int, K: int, activation: str):
+    matmul.matmul_activation_backward(half(M, K), half(K, N), half(M, N), activation, True)
+
+
+def accumulated(M: int, N: int, K: int):
+    matmul.matmul_accumulate_(torch.empty(M, N), half(K, M).t(), half(K, N))
 
 
 def w8a8(M: int, N: int, K: int, *, per_tensor: bool = False, bias: bool = False, activation: str = "none"):
@@ -103,6 +149,14 @@ PRODUCTS = {
     "transposed, one row": lambda: product(1, 4096, 4096, left=half(4096, 1).t()),
     "unaligned": lambda: product(1000, 1001, 1002, "gelu_tanh", bias=True, keep=True),
     "expanded": lambda: product(4096, 4096, 4096, left=half(1, 4096).expand(4096, 4096)),
+    "residual, odd rows": lambda: product(1003, 4096, 4096, "gelu", bias=True, keep=True, residual=True),
+    "residual, one row": lambda: product(1, 4096, 4096, residual=True),
+    "slopes in the product": lambda: fused_backward(4099, 4096, 1024, "gelu"),
+    "slopes in a product, unaligned": lambda: fused_backward(1001, 1003, 1002, "silu"),
+    "slopes in a split product": lambda: fused_backward(128, 256, 4096, "gelu_tanh"),
+    "added up": lambda: accumulated(4096, 1024, 8192),
+    "added up, few tiles": lambda: accumulated(384, 384, 8192),
+    "added up, unaligned": lambda: accumulated(1001, 1003, 1002),
     "w8a8 one row": lambda: w8a8(1, 4096, 4096),
     "w8a8 one column": lambda: w8a8(4096, 1, 4096, bias=True),
     "w8a8 shallow": lambda: w8a8(4096, 4096, 16, activation="gelu"),
@@ -124,9 +178,9 @@ OTHERS = {
     "tensor": lambda: quantized(1, 2**24, 1, torch.float32, symmetric=False, stochastic=True),
     "odd tensor": lambda: quantized(1, 2**24 + 1, 1, torch.bfloat16),
     "tensor beyond 2^31": lambda: quantized(1, 2**31 + 16, 1, torch.float16),
-    "slopes, odd": lambda: matmul.activation_backward(half(1001, 1003), half(1001, 1003), "gelu", torch.float16, True),
-    "slopes, one value": lambda: matmul.activation_backward(half(1, 1), half(1, 1), "silu", torch.float16, True),
-    "slopes, expanded": lambda: matmul.activation_backward(
+    "slopes, odd": lambda: activation_backward.activation_backward(half(1001, 1003), half(1001, 1003), "gelu", torch.float16, True),
+    "slopes, one value": lambda: activation_backward.activation_backward(half(1, 1), half(1, 1), "silu", torch.float16, True),
+    "slopes, expanded": lambda: activation_backward.activation_backward(
         half(1, 1).expand(512, 512), half(512, 512), "gelu_tanh", torch.float16, False
     ),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 
 from mixft.kernels.architecture import ARCHITECTURES
 from mixft.kernels.compilation import can_compile, compile_variant, faults, kernel_modules
+from mixft.kernels.matmul_persistent import has_descriptors
 from mixft.kernels.parallel_compilation import Outcome, compile_all, jobs_of
 from mixft.kernels.variant import Elementwise, MatrixProduct, Variant
 
@@ -22,12 +23,15 @@ LAUNCHED_ON = ("sm_86", "sm_90", "gfx942")
 SPILLS_ONCE = {("sm_90", "odd rows, 1: dequantize_tile")}
 SHIPPED = {
     "accumulate",
+    "activation_backward",
     "adamw",
     "grad",
     "grad_scalars",
     "int8_matmul",
     "lion",
-    "matmul",
+    "matmul_persistent",
+    "matmul_split_k",
+    "matmul_tiles",
     "optimizer_state",
     "quantize",
     "sgd",
@@ -124,7 +128,22 @@ def test_tile_products_use_the_architecture_s_matrix_instruction(shipped, module
 @pytest.mark.parametrize("module", MODULES)
 def test_a_kernel_supports_every_architecture_or_only_lacks_the_one_without_tensor_cores(module):
     supported = {name for name, arch in ARCHITECTURES.items() if kernel_modules()[module].variants(arch)}
-    assert supported >= set(ARCHITECTURES) - {"sm_75"}
+    if module == "matmul_persistent":
+        assert supported == ({"sm_90", "sm_100"} if has_descriptors() else set())
+    else:
+        assert supported >= set(ARCHITECTURES) - {"sm_75"}
+
+
+@pytest.mark.skipif(not has_descriptors(), reason="this Triton has no tensor descriptors")
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_the_persistent_product_copies_tiles_by_descriptor(shipped, arch):
+    """Pointers read the bias and write column sums, and nothing else."""
+    for outcome in select(shipped, "matmul_persistent", arch):
+        found = outcome.compiled
+        assert found.tile_copies >= 3, found.name
+        assert found.matrix_instructions == (("wgmma",) if arch == "sm_90" else ("tcgen05.mma",))
+        assert bool(found.loads) == ("forward" in found.name), found.name
+        assert bool(found.stores) == ("slope" in found.name), found.name
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

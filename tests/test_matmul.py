@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from conftest import assert_within_budget, error
 
 from mixft.ops import matmul
-from mixft.ops.matmul import activation_backward, matmul_forward
+from mixft.ops.activation_backward import activation_backward
+from mixft.ops.matmul import matmul_forward
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -310,20 +311,6 @@ def test_gpus_without_matrix_instructions(monkeypatch, dtype, activation):
     out, kept = kernels.matmul_forward(a, b, bias, activation or "none", dtype, False)
     assert error(out, exact(a, b, bias, activation)) < torch.finfo(dtype).eps * 4
     assert kept.numel() == 0
-
-
-def test_buckets():
-    from mixft.kernels.matmul import bucket
-
-    def of(m, k, n, activation="none", first=0):
-        a = torch.empty(m * k + first, dtype=torch.float16)[first:].view(m, k)
-        return bucket(a, torch.empty(n, k, dtype=torch.float16).t(), activation)
-
-    assert of(8, 64, 64) == "small"
-    assert of(33, 64, 64) == "medium"
-    assert of(2048, 64, 1040) == "wide"
-    assert of(2049, 64, 1040, "gelu") == "large"
-    assert {of(33, 64, 65), of(33, 63, 64), of(33, 64, 64, first=1)} == {"unaligned"}
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])

@@ -1,7 +1,10 @@
-"""CPU routine of ``mixft.kernels.matmul``: FP32 products, and torch's BF16 product where the CPU has the instructions.
+"""CPU routine of ``mixft.kernels.matmul``: FP32 products, and oneDNN's BF16 product where the CPU has the instructions.
 
 torch's FP16 matmul takes several times as long as its FP32 one on a CPU without FP16 arithmetic, so FP16 is computed in
-FP32. BF16 products go to torch only when nothing happens between the sum and the cast, because torch rounds its result.
+FP32. A BF16 product is rounded by the library that computes it, so what follows the sum has to be done there as well:
+oneDNN applies GELU and SiLU to its FP32 sum, and adds a residual to it. Its ReLU would turn NaN into 0; torch's, after
+the rounding, gives the same bits as one before it.
+
 FP32 products go to oneDNN where the CPU has AVX-512: MKL, which serves torch's FP32 matmul, keeps to AVX2 on CPUs that
 are not Intel's, and then takes twice as long.
 """
@@ -14,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation import ACTIVATIONS
+from .activation_backward import activation_backward
 from .instruction_set import has_bf16_dot
 
 
@@ -38,6 +42,28 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(a, b.t(), bias)
 
 
+# oneDNN's names of the activations that it applies to its FP32 sum: operation and variant.
+FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
+
+
+def bf16_linear(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None = None
+) -> Tensor | None:
+    """The BF16 result for BF16 tensors, rounded once; None where no BF16 product of this CPU gives it."""
+    if not has_bf16_dot():
+        return None
+    if residual is None and activation in ("none", "relu"):
+        return ACTIVATIONS[activation](F.linear(a, b.t(), bias))
+    if a.shape[0] * b.numel() < ONEDNN_MULTIPLICATIONS or not has_onednn_linear():
+        return None
+    if residual is None:
+        operation, variant = FUSED[activation]
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, operation, [], variant)
+    if activation == "none":
+        return torch.ops.mkldnn._linear_pointwise.binary(a, residual, b.t(), bias, "add")
+    return None
+
+
 def matmul_forward(
     a: Tensor,
     b: Tensor,
@@ -45,39 +71,37 @@ def matmul_forward(
     activation: str,
     out_dtype: torch.dtype,
     keep_preactivation: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``activation(a @ b + bias)`` and the pre-activation in ``a``'s dtype, an empty tensor unless asked for."""
-    lead = a.shape[:-1]
-    a = a.reshape(math.prod(lead), a.shape[-1])
-    one_dtype = out_dtype == a.dtype and (bias is None or bias.dtype == a.dtype)
-    plain = activation == "none" and one_dtype and not keep_preactivation
-    if plain and a.dtype == torch.bfloat16 and has_bf16_dot():
-        product = F.linear(a, b.t(), bias)
+    """``activation(a @ b + bias) + residual`` and the pre-activation in ``a``'s dtype, empty unless asked for."""
+    shape = (*a.shape[:-1], b.shape[1])
+    a = a.reshape(math.prod(shape[:-1]), a.shape[-1])
+    if residual is not None:
+        residual = residual.reshape(a.shape[0], b.shape[1])
+    dtypes = {out_dtype, *(tensor.dtype for tensor in (a, bias, residual) if tensor is not None)}
+    out = bf16_linear(a, b, bias, activation, residual) if dtypes == {torch.bfloat16} else None
+    if out is not None:
+        # A second BF16 product takes less time than one in FP32.
+        preactivation = bf16_linear(a, b, bias, "none") if keep_preactivation else a.new_empty(0)
     else:
         product = fp32_product(a.float(), b.float(), None if bias is None else bias.float())
-    preactivation = product.to(a.dtype, copy=True) if keep_preactivation else a.new_empty(0)
-    out = ACTIVATIONS[activation](product).to(out_dtype)
-    shape = (*lead, b.shape[1])
-    return out.view(shape), preactivation.view(shape) if keep_preactivation else preactivation
+        preactivation = product.to(a.dtype, copy=True) if keep_preactivation else a.new_empty(0)
+        out = ACTIVATIONS[activation](product)
+        if residual is not None:
+            out = out + residual.float()
+    return out.to(out_dtype).view(shape), preactivation.view(shape) if keep_preactivation else preactivation
 
 
-def activation_backward(
-    grad: Tensor, kept: Tensor, activation: str, dtype: torch.dtype, want_bias: bool
+def matmul_activation_backward(
+    a: Tensor, b: Tensor, kept: Tensor, activation: str, want_sum: bool
 ) -> tuple[Tensor, Tensor]:
-    """``grad * d activation(kept)`` [M, N] in ``dtype`` and its FP32 sum over rows [N], empty unless asked for."""
-    grad = grad.float()
-    # Beyond 64 every slope is 0 or 1 in FP32; without the limits an infinite pre-activation would give 0 * Inf.
-    kept = kept.float().reshape(grad.shape).clamp(-64.0, 64.0)
-    if activation == "relu":
-        value = torch.ops.aten.threshold_backward(grad, kept, 0)
-    elif activation == "gelu":
-        value = torch.ops.aten.gelu_backward(grad, kept)
-    elif activation == "gelu_tanh":
-        value = torch.ops.aten.gelu_backward(grad, kept, approximate="tanh")
-    elif activation == "silu":
-        value = torch.ops.aten.silu_backward(grad, kept)
-    else:
-        value = grad
-    # A layout of grad, such as the zero strides of an expanded scalar, must not become the output's.
-    out = value.to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return out, value.sum(0) if want_bias else value.new_empty(0)
+    """``(a @ b) * d activation(kept)`` [M, N] in the dtype of ``a`` and its FP32 sum over rows, empty unless wanted."""
+    grad = bf16_linear(a, b, None, "none") if a.dtype == torch.bfloat16 else None
+    if grad is None:
+        grad = fp32_product(a.float(), b.float(), None)
+    return activation_backward(grad, kept, activation, a.dtype, want_sum)
+
+
+def matmul_accumulate_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b`` for a contiguous FP32 ``out`` [M, N]."""
+    out.add_(fp32_product(a.float(), b.float(), None))

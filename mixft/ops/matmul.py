@@ -1,4 +1,4 @@
-"""``mixft.ops.matmul``: 16-bit matrix product with FP32 accumulation, bias and activation in one pass."""
+"""``mixft.ops.matmul``: 16-bit matrix product with FP32 accumulation, its epilogue in the same pass."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .activation import check_activation
+from .activation_backward import activation_backward
 from .registration import define_op
 from .validation import FLOATS
 
@@ -18,24 +19,31 @@ def matmul_forward(
     activation: str,
     out_dtype: torch.dtype,
     keep_preactivation: bool,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (*a.shape[:-1], b.shape[1])
     return a.new_empty(shape, dtype=out_dtype), a.new_empty(shape if keep_preactivation else (0,))
 
 
 @define_op("matmul")
-def activation_backward(
-    grad: Tensor, kept: Tensor, activation: str, dtype: torch.dtype, want_bias: bool
+def matmul_activation_backward(
+    a: Tensor, b: Tensor, kept: Tensor, activation: str, want_sum: bool
 ) -> tuple[Tensor, Tensor]:
-    columns = grad.shape[1] if want_bias else 0
-    return grad.new_empty(grad.shape, dtype=dtype), grad.new_empty((columns,), dtype=torch.float32)
+    columns = b.shape[1]
+    return a.new_empty(a.shape[0], columns), a.new_empty((columns if want_sum else 0,), dtype=torch.float32)
+
+
+@define_op("matmul", mutates_args=("out",))
+def matmul_accumulate_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    return None
 
 
 def save_for_backward(ctx, inputs, output) -> None:
-    a, b, bias, activation, _, keep_preactivation = inputs
+    a, b, bias, activation, _, keep_preactivation, residual = inputs
     out, preactivation = output
-    # ReLU's slope can be read from its output, which the next layer keeps anyway.
-    kept = preactivation if keep_preactivation else out if activation == "relu" else None
+    # ReLU's slope can be read from its output, which the next layer keeps anyway, unless a residual is added to it.
+    output_serves = activation == "relu" and residual is None
+    kept = preactivation if keep_preactivation else out if output_serves else None
     needs_a, needs_b = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, kept)
     # The pre-activation stays differentiable: a second derivative then meets activation_backward, which has none and
@@ -46,19 +54,25 @@ def save_for_backward(ctx, inputs, output) -> None:
     ctx.activation = activation
     ctx.dtype = a.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.columns_first = b.stride(0) == 1
 
 
 def backward(ctx, grad, grad_preactivation):
     a, b, kept = ctx.saved_tensors
-    needs_a, needs_b, needs_bias = ctx.needs_input_grad[:3]
+    needs_a, needs_b, needs_bias, *_, needs_residual = ctx.needs_input_grad
     activation = ctx.activation
+    grad_residual = None
+    if needs_residual and grad is not None:
+        grad_residual = grad.to(ctx.residual_dtype)
     if grad is None:
         grad, grad_preactivation, activation = grad_preactivation, None, "none"
     lead = grad.shape[:-1]
     rows = math.prod(lead)
     grad = grad.reshape(rows, grad.shape[-1])
     grad_a = grad_b = grad_bias = None
+    if not (needs_a or needs_b or needs_bias):
+        return None, None, None, None, None, None, grad_residual
     if activation == "none":
         if needs_bias:
             grad_bias = grad.sum(0, dtype=torch.float32)
@@ -81,7 +95,8 @@ def backward(ctx, grad, grad_preactivation):
         a = a.reshape(rows, a.shape[-1])
         # In the memory layout of b, which for weight.t() is what autograd accumulates into weight.grad without a copy.
         grad_b = product(grad.t(), a).t() if ctx.columns_first else product(a.t(), grad)
-    return grad_a, grad_b, grad_bias.to(ctx.bias_dtype) if needs_bias else None, None, None, None
+    grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
+    return grad_a, grad_b, grad_bias, None, None, None, grad_residual
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -97,12 +112,15 @@ def matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``activation(a @ b + bias)``, summed in FP32 and rounded once.
+    """``activation(a @ b + bias) + residual``, summed in FP32 and rounded once.
 
-    FP16 and BF16 run in mixft's kernel; on GPUs without matrix instructions in Triton (Turing), and for FP32
-    operands, in torch's own matmul, which follows torch's ``float32_matmul_precision``. Differentiable in ``a``,
-    ``b`` and ``bias``; a second derivative exists for ``activation=None`` only. The gradient of the pre-activation is
+    FP16 and BF16 run in mixft's kernels; on GPUs without matrix instructions in Triton (Turing), and for FP32
+    operands, in torch's own matmul, which follows torch's ``float32_matmul_precision``. A product with nothing fused is
+    torch's too where that is the faster one, with its partial sums in FP32. Differentiable in ``a``, ``b``, ``bias``
+    and ``residual``; a second derivative exists for ``activation=None`` only. The gradient of the pre-activation is
     rounded to the dtype of ``a`` before the two products that use it, as torch rounds it.
 
     Args:
@@ -112,6 +130,8 @@ def matmul(
         activation: ``None``, ``"relu"``, ``"gelu"`` (the erf form), ``"gelu_tanh"`` or ``"silu"``; the formulas are in
             ``mixft.kernels.activation``.
         out_dtype: FP16, BF16 or FP32; the dtype of ``a`` when not given.
+        residual: [..., M, N], the shape of the result; the dtype of ``a`` or FP32, any strides. It is added after the
+            activation, as a transformer block adds its input to what its last linear layer makes of it.
 
     Returns:
         [..., M, N], or [N] for a 1-D ``a``, contiguous.
@@ -143,5 +163,14 @@ def matmul(
         if bias.device != a.device:
             raise ValueError(f"bias is on {bias.device} and a on {a.device}; all must be on one device")
         keep = keep or bias.requires_grad
-    keep = keep and activation not in (None, "relu") and torch.is_grad_enabled()
-    return matmul_forward(a, b, bias, name, out_dtype or dtype, keep)[0]
+    if residual is not None:
+        shape = (*a.shape[:-1], b.shape[1])
+        if residual.dtype not in (dtype, torch.float32):
+            raise TypeError(f"residual is {residual.dtype}; it must be {dtype}, as a is, or torch.float32")
+        if tuple(residual.shape) != shape:
+            raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be {shape}, the result's")
+        if residual.device != a.device:
+            raise ValueError(f"residual is on {residual.device} and a on {a.device}; all must be on one device")
+    needs_slope = activation is not None and (activation != "relu" or residual is not None)
+    keep = keep and needs_slope and torch.is_grad_enabled()
+    return matmul_forward(a, b, bias, name, out_dtype or dtype, keep, residual)[0]

@@ -1,0 +1,244 @@
+"""The matrix product by pointers: one program a tile of the output, any strides, every architecture.
+
+    out[i, j] = epilogue(sum_k a[i, k] b[k, j])
+
+Where a product has too few tiles for the GPU, its sum over K is split among several programs a tile. Each stores its
+part in FP32, and :mod:`.matmul_split_k` adds the parts in order.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .architecture import Architecture
+from .configuration import configuration
+from .matmul_epilogue import BYTES, EPILOGUES, LAYOUTS, SHAPES, Product, finish
+from .tile_order import tile_of_program
+from .variant import MatrixProduct, Variant
+
+
+@triton.jit(do_not_specialize=["M"])
+def matmul_kernel(
+    a,
+    b,
+    bias,
+    residual,
+    preactivation,
+    out,
+    column_partials,
+    M,
+    N,
+    K,
+    depth_a_split,
+    a_stride_m,
+    a_stride_k,
+    b_stride_k,
+    b_stride_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PREACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    COLUMN_SUM: tl.constexpr,
+):
+    tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    depth = tl.arange(0, BLOCK_K)
+    row_mask = rows[:, None] < M
+    column_mask = columns[None, :] < N
+
+    first = 0
+    if SPLIT_K:
+        first = tl.program_id(1) * depth_a_split
+        K = tl.minimum(K - first, depth_a_split)
+    read = (first + depth).to(tl.int64)
+    a_tile = a + rows[:, None].to(tl.int64) * a_stride_m + read[None, :] * a_stride_k
+    b_tile = b + read[:, None] * b_stride_k + columns[None, :].to(tl.int64) * b_stride_n
+    a_step = tl.cast(BLOCK_K, tl.int64) * a_stride_k
+    b_step = tl.cast(BLOCK_K, tl.int64) * b_stride_k
+
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a_values = tl.load(a_tile, mask=row_mask, other=0.0)
+            b_values = tl.load(b_tile, mask=column_mask, other=0.0)
+        else:
+            a_values = tl.load(a_tile, mask=row_mask & (depth[None, :] < K - start), other=0.0)
+            b_values = tl.load(b_tile, mask=column_mask & (depth[:, None] < K - start), other=0.0)
+        accumulator = tl.dot(a_values, b_values, accumulator)
+        a_tile += a_step
+        b_tile += b_step
+
+    if SPLIT_K:
+        part = out + tl.program_id(1).to(tl.int64) * M * N
+        tl.store(part + rows[:, None].to(tl.int64) * N + columns[None, :], accumulator, mask=row_mask & column_mask)
+    else:
+        finish(
+            accumulator,
+            bias,
+            residual,
+            preactivation,
+            out,
+            column_partials,
+            tile_m,
+            rows,
+            columns,
+            M,
+            N,
+            HAS_BIAS,
+            HAS_RESIDUAL,
+            PREACTIVATION,
+            ACTIVATION,
+            COLUMN_SUM,
+        )
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tile sizes, tile rows a group, warps a program and pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+
+
+def launch(product: Product, config: MatmulConfig) -> Tensor:
+    """Compute ``product``; returns the partial sums of its columns, empty unless asked for."""
+    partials = product.column_partials(config.BLOCK_M)
+    _launch(product, config, product.out, partials, 1, product.shape[2], product.flags())
+    return partials
+
+
+def launch_parts(product: Product, config: MatmulConfig, splits: int) -> Tensor:
+    """The sums over ``splits`` ranges of K, [splits, M, N] in FP32, without an epilogue."""
+    M, N, K = product.shape
+    depth = triton.cdiv(triton.cdiv(K, config.BLOCK_K), splits) * config.BLOCK_K
+    parts = torch.empty((triton.cdiv(K, depth), M, N), dtype=torch.float32, device=product.a.device)
+    _launch(product, config, parts, parts, parts.shape[0], depth, Product(product.a, product.b, parts).flags())
+    return parts
+
+
+def _launch(product: Product, config: MatmulConfig, out: Tensor, partials: Tensor, splits: int, depth: int, flags):
+    a, b = product.a, product.b
+    M, N, K = product.shape
+    # A pointer that the kernel does not read still has to be one.
+    bias, residual, preactivation = (
+        out if tensor is None else tensor for tensor in (product.bias, product.residual, product.preactivation)
+    )
+    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), splits)
+    with torch.cuda.device_of(a):
+        matmul_kernel[grid](
+            a,
+            b,
+            bias,
+            residual,
+            preactivation,
+            out,
+            partials,
+            M,
+            N,
+            K,
+            depth,
+            *a.stride(),
+            *b.stride(),
+            EVEN_K=K % config.BLOCK_K == 0,
+            SPLIT_K=splits > 1,
+            **flags,
+            **asdict(config),
+        )
+
+
+def loads_16_bytes(operand: Tensor) -> bool:
+    """Whether 16-byte loads along the unit stride of a 2-D ``operand`` are possible.
+
+    Any multiple of 8 elements would do, but the compiler is told of divisibility by 16 alone.
+    """
+    if operand.stride(1) == 1:
+        length, step = operand.shape[1], operand.stride(0)
+    elif operand.stride(0) == 1:
+        length, step = operand.shape[0], operand.stride(1)
+    else:
+        return False
+    return length % 16 == 0 and step % 16 == 0 and operand.data_ptr() % 16 == 0
+
+
+def bucket(product: Product) -> str:
+    """The shape bucket of ``product``: which tiles keep its pointers, masks and sums within the registers."""
+    M, N, _ = product.shape
+    if N % 16 or not (loads_16_bytes(product.a) and loads_16_bytes(product.b)):
+        return "unaligned"
+    if M <= 32:
+        return "small"
+    if M * N <= 2**21:
+        return "medium"
+    return "wide" if product.is_bare else "large"
+
+
+def variants(arch: Architecture) -> list[Variant]:
+    """Every bucket, operand layout, epilogue, operand dtype and output dtype at least once."""
+    if not arch.tensor_cores:
+        return []
+    return [
+        _variant(arch, "unaligned", "forward", "bf16", "bf16", "gelu, kept"),
+        _variant(arch, "unaligned", "grad_a", "fp16", "fp32", "none"),
+        _variant(arch, "unaligned", "grad_a", "fp16", "fp16", "gelu, slope"),
+        _variant(arch, "small", "forward", "fp16", "fp16", "silu"),
+        _variant(arch, "small", "forward", "fp16", "fp16", "split"),
+        _variant(arch, "medium", "forward", "fp16", "fp16", "gelu_tanh, kept"),
+        _variant(arch, "medium", "grad_b", "bf16", "bf16", "none"),
+        _variant(arch, "medium", "grad_b", "bf16", "fp32", "split"),
+        _variant(arch, "large", "forward", "fp16", "fp16", "gelu, kept"),
+        _variant(arch, "large", "forward", "bf16", "fp32", "relu"),
+        _variant(arch, "large", "forward", "bf16", "bf16", "residual"),
+        _variant(arch, "large", "grad_a", "fp16", "fp16", "gelu, slope"),
+        _variant(arch, "large", "grad_b", "fp16", "fp32", "residual"),
+        _variant(arch, "wide", "forward", "fp16", "fp16", "none"),
+        _variant(arch, "wide", "grad_a", "bf16", "bf16", "none"),
+        _variant(arch, "wide", "grad_b", "fp16", "fp16", "none"),
+    ]
+
+
+def _variant(arch: Architecture, bucket: str, layout: str, dtype: str, out_dtype: str, epilogue: str) -> Variant:
+    config = asdict(configuration("matmul", MatmulConfig, arch, bucket))
+    num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
+    tile = (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
+    unit_strides, token_count = LAYOUTS[layout]
+    # The parts of a split sum are FP32 whatever comes of them.
+    result = "fp32" if epilogue == "split" else out_dtype
+    pointers = {"a": dtype, "b": dtype, "bias": dtype, "residual": out_dtype, "preactivation": dtype}
+    pointers |= {"out": result, "column_partials": "fp32"}
+    integers = ["M", "N", "K", "depth_a_split", "a_stride_m", "a_stride_k", "b_stride_k", "b_stride_n"]
+    signature = {name: f"*{kind}" for name, kind in pointers.items()}
+    signature |= {name: "i32" for name in integers if name not in unit_strides}
+    aligned = [name for name in signature if name != token_count]
+    return Variant(
+        name=f"matmul[{bucket},{layout},{dtype},{out_dtype},{epilogue}]",
+        function=matmul_kernel,
+        signature=signature,
+        constexprs={
+            **config,
+            **dict.fromkeys(unit_strides, 1),
+            "EVEN_K": bucket != "unaligned" and token_count != "K",
+            "SPLIT_K": epilogue == "split",
+            "HAS_BIAS": layout == "forward",
+            **EPILOGUES[epilogue],
+        },
+        divisible_by_16=tuple(pointers if bucket == "unaligned" else aligned),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        wide_loads=bucket != "unaligned",
+        work=MatrixProduct(tile, (BYTES[dtype], BYTES[dtype], BYTES[result]), SHAPES[bucket]),
+    )
