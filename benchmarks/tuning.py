@@ -13,7 +13,7 @@ import triton
 
 from mixft.kernels.architecture import Architecture, architecture_of
 from mixft.kernels.compilation import compile_variant, kernel_modules
-from mixft.kernels.configuration import configuration, substitute
+from mixft.kernels.configuration import configuration, configurations, substitute
 
 from .case import OURS, complaint
 from .run import FAILURES, first_line
@@ -71,6 +71,11 @@ class Sweep:
     speedup: float | None
     untried: int
     trials: list[Trial] = field(default_factory=list)
+
+
+def ships(space: Space, device: torch.device) -> bool:
+    """Whether ``device`` has a configuration of ``space``; some kernels are for a few architectures."""
+    return (architecture_of(device).name, space.bucket) in configurations(space.op, type(space.candidates[0]))
 
 
 def sweep(space: Space, device: torch.device, seconds: float, compiles: bool = True) -> Sweep:

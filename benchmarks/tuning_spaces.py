@@ -4,19 +4,25 @@ Candidates come in the order in which they are tried, the likeliest first, for a
 hold what is good on at least one architecture; a candidate that spills or does not fit the one at hand is discarded.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 
+from mixft.kernels import matmul_persistent, matmul_tiles
+from mixft.kernels.architecture import architecture_of
+from mixft.kernels.configuration import configuration
 from mixft.kernels.int8_matmul import Int8MatmulConfig
-from mixft.kernels.matmul import MatmulConfig
+from mixft.kernels.matmul import PlainMatmulConfig, multiprocessors_of
+from mixft.kernels.matmul_epilogue import Product
+from mixft.kernels.matmul_persistent import PersistentMatmulConfig
+from mixft.kernels.matmul_tiles import MatmulConfig
 from mixft.kernels.multi_tensor import MultiTensorConfig
 from mixft.kernels.quantize import QuantizeConfig
 
-from .case import Case
+from .case import OURS, Case, each
 from .cases.gradients import grad_stats
 from .cases.int8 import int8_linear, int8_matmul
 from .cases.linear import linear
@@ -46,6 +52,53 @@ class Space:
 def tiles(kind: type, *shapes: tuple[int, int, int, int, int], group: int = 8) -> list:
     """Configurations of a product from (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
     return [kind(m, n, k, group, num_warps=warps, num_stages=stages) for m, n, k, warps, stages in shapes]
+
+
+def by_kernel(launch: Callable[[Product], Any], case: Case, activation: str = "none") -> Case:
+    """A ``case`` of ``linear``, computed by one kernel of the matmul, whichever the launcher would take."""
+
+    def run(inputs):
+        layer, x = inputs
+        out = x.new_empty(x.shape[0], layer.weight.shape[0])
+        launch(Product(x, layer.weight.t(), out, activation, layer.bias))
+        return [out]
+
+    return replace(case, providers={OURS: each(run)})
+
+
+def tiles_space(bucket: str, case: Case, *shapes: tuple[int, int, int, int, int], activation="none", group=8) -> Space:
+    """A sweep of the kernel that computes one tile a program."""
+
+    def launch(product: Product) -> None:
+        arch = architecture_of(product.a.device)
+        matmul_tiles.launch(product, configuration("matmul", MatmulConfig, arch, bucket))
+
+    candidates = tiles(MatmulConfig, *shapes, group=group)
+    return Space("matmul", bucket, "matmul_tiles", by_kernel(launch, case, activation), candidates)
+
+
+def persistent_space(bucket: str, case: Case, *shapes: tuple[int, int, int, int, int], activation="none") -> Space:
+    """A sweep of the persistent kernel: each tile shape with two or four groups of columns in the epilogue."""
+
+    def launch(product: Product) -> None:
+        device = product.a.device
+        arch = architecture_of(device)
+        config = configuration("matmul_persistent", PersistentMatmulConfig, arch, bucket)
+        matmul_persistent.launch(product, config, multiprocessors_of(device, arch))
+
+    programs = 2 if bucket == "medium" else 1
+    candidates = [
+        PersistentMatmulConfig(m, n, k, 8, parts, programs, num_warps=warps, num_stages=stages)
+        for (m, n, k, warps, stages), parts in product(shapes, (2, 4))
+    ]
+    case = by_kernel(launch, case, activation)
+    return Space("matmul_persistent", bucket, "matmul_persistent", case, candidates)
+
+
+def plain_space(bucket: str, rows: int, inner: int, columns: int) -> Space:
+    """Whether torch or mixft computes a product with nothing fused; no compiled code depends on it."""
+    candidates = [PlainMatmulConfig("torch"), PlainMatmulConfig("mixft")]
+    return Space("plain_matmul", bucket, "matmul_tiles", linear(rows, inner, columns, HALF), candidates)
 
 
 def multi_tensor() -> list[MultiTensorConfig]:
@@ -97,10 +150,18 @@ INT8_LARGE = (
 HALF = torch.float16
 
 SPACES = (
-    Space("matmul", "wide", "matmul", linear(4096, 4096, 4096, HALF), tiles(MatmulConfig, *LARGE)),
-    Space("matmul", "large", "matmul", linear(4096, 4096, 4096, HALF, "gelu"), tiles(MatmulConfig, *LARGE)),
-    Space("matmul", "medium", "matmul", linear(512, 768, 3072, HALF), tiles(MatmulConfig, *MEDIUM)),
-    Space("matmul", "small", "matmul", linear(16, 4096, 4096, HALF), tiles(MatmulConfig, *SMALL, group=1)),
+    tiles_space("wide", linear(4096, 4096, 4096, HALF), *LARGE),
+    tiles_space("large", linear(4096, 4096, 4096, HALF, "gelu"), *LARGE, activation="gelu"),
+    tiles_space("medium", linear(512, 768, 3072, HALF), *MEDIUM),
+    tiles_space("small", linear(16, 4096, 4096, HALF), *SMALL, group=1),
+    persistent_space("wide", linear(4096, 4096, 4096, HALF), *LARGE),
+    persistent_space("large", linear(4096, 4096, 4096, HALF, "gelu"), *LARGE, activation="gelu"),
+    persistent_space("medium", linear(512, 768, 3072, HALF), *MEDIUM),
+    # After the kernels have their configurations.
+    plain_space("wide", 4096, 4096, 4096),
+    plain_space("medium", 512, 768, 3072),
+    plain_space("small", 16, 4096, 4096),
+    plain_space("unaligned", 4095, 4095, 4095),
     Space(
         "int8_matmul",
         "large",

@@ -119,6 +119,11 @@ def accumulated(M: int, N: int, K: int):
     matmul.matmul_accumulate_(torch.empty(M, N), half(K, M).t(), half(K, N))
 
 
+def slopes(grad: torch.Tensor, activation: str, *, want_bias: bool):
+    kept = half(*grad.shape)
+    activation_backward.activation_backward(grad, kept, activation, torch.float16, want_bias)
+
+
 def w8a8(M: int, N: int, K: int, *, per_tensor: bool = False, bias: bool = False, activation: str = "none"):
     a, b = torch.empty(M, K, dtype=torch.int8), torch.empty(N, K, dtype=torch.int8)
     a_scale, b_scale = (torch.empty(1, 1).expand(n, 1) if per_tensor else torch.empty(n, 1) for n in (M, N))
@@ -178,11 +183,9 @@ OTHERS = {
     "tensor": lambda: quantized(1, 2**24, 1, torch.float32, symmetric=False, stochastic=True),
     "odd tensor": lambda: quantized(1, 2**24 + 1, 1, torch.bfloat16),
     "tensor beyond 2^31": lambda: quantized(1, 2**31 + 16, 1, torch.float16),
-    "slopes, odd": lambda: activation_backward.activation_backward(half(1001, 1003), half(1001, 1003), "gelu", torch.float16, True),
-    "slopes, one value": lambda: activation_backward.activation_backward(half(1, 1), half(1, 1), "silu", torch.float16, True),
-    "slopes, expanded": lambda: activation_backward.activation_backward(
-        half(1, 1).expand(512, 512), half(512, 512), "gelu_tanh", torch.float16, False
-    ),
+    "slopes, odd": lambda: slopes(half(1001, 1003), "gelu", want_bias=True),
+    "slopes, one value": lambda: slopes(half(1, 1), "silu", want_bias=True),
+    "slopes, expanded": lambda: slopes(half(1, 1).expand(512, 512), "gelu_tanh", want_bias=False),
 }  # fmt: skip
 # Calls of the second kind whose every access ought to be 16 bytes wide.
 ALIGNED = {"rows", "one row of values", "groups", "columns", "tensor", "tensor beyond 2^31"}

@@ -9,7 +9,7 @@ from conftest import assert_within_budget, error
 
 from mixft.ops import matmul
 from mixft.ops.activation_backward import activation_backward
-from mixft.ops.matmul import matmul_forward
+from mixft.ops.matmul import matmul_accumulate_, matmul_activation_backward, matmul_forward
 
 ACTIVATIONS = {
     None: lambda x: x,
@@ -343,6 +343,87 @@ def test_compiled_equals_eager(device, activation):
         assert torch.equal(compiled, eager)
 
 
+def with_residual(a, b, bias, residual, activation):
+    return exact(a, b, bias, activation) + residual.double()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", HALF)
+def test_residual(device, dtype, activation):
+    a, b, bias = operands(17, 66, 32, dtype, device, lead=(2,))
+    residual = torch.randn(2, 17, 32, device=device).to(dtype)
+    truth = with_residual(a, b, bias, residual, activation)
+    for given in (residual, residual.float(), residual.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert error(matmul(a, b, bias, activation, torch.float32, residual=given), truth) < 3e-6
+    out = matmul(a, b, bias, activation, residual=residual)
+    assert out.dtype == dtype
+    spacing = torch.finfo(dtype).eps * truth.abs() / 2
+    assert ((out.double() - truth).abs() <= spacing * 1.001 + 3e-6).all()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_backward_through_a_residual(device, activation, dtype):
+    inputs = (*operands(7, 33, 21, dtype, device), torch.randn(7, 21, device=device))
+    weight = torch.randn(7, 21, device=device).double()
+    actual = gradients(lambda a, b, bias, r: matmul(a, b, bias, activation, residual=r), inputs, weight)
+    truth = gradients(lambda *t: with_residual(*t, activation), [x.double() for x in inputs], weight)
+    for got, expected, like in zip(actual, truth, inputs, strict=True):
+        assert got.dtype == like.dtype
+        assert error(got, expected) < (5e-3 if dtype == torch.float16 else 1e-5) * (1 + expected.abs().max().item())
+    alone = inputs[3].clone().requires_grad_()
+    matmul(*inputs[:3], activation, residual=alone).sum().backward()
+    assert torch.equal(alone.grad, torch.ones_like(alone))
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("want_sum", [True, False])
+def test_slope_in_the_product(device, dtype, activation, want_sum):
+    a, b, _ = operands(37, 24, 48, dtype, device)
+    kept = torch.randn(37, 48, device=device).to(dtype)
+    out, total = matmul_activation_backward(a, b, kept, activation, want_sum)
+    leaf = kept.double().requires_grad_()
+    (truth,) = torch.autograd.grad(ACTIVATIONS[activation](leaf), leaf, a.double() @ b.double())
+    assert out.dtype == dtype
+    # Half a unit in the last place, or torch's one and a half where it rounds the product first.
+    assert error(out, truth) <= 1.5 * torch.finfo(dtype).eps * truth.abs().max().item() + 1e-5
+    assert total.shape == ((48,) if want_sum else (0,))
+    if want_sum:
+        assert total.dtype == torch.float32
+        assert error(total, truth.sum(0)) <= 20 * torch.finfo(dtype).eps * truth.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("shape", [(37, 24, 48), (16, 1100, 32), (0, 3, 2), (3, 0, 2)])
+def test_accumulate(device, dtype, shape):
+    a, b, _ = operands(*shape, dtype, device)
+    out = torch.randn(shape[0], shape[2], device=device)
+    truth = out.double() + 2 * (a.double() @ b.double())
+    address = out.data_ptr()
+    matmul_accumulate_(out, a, b)
+    matmul_accumulate_(out, a.t().contiguous().t(), b)
+    assert out.data_ptr() == address
+    assert error(out, truth) < 2e-5
+
+
+def test_split_sum(device):
+    """Few tiles and a long sum, ragged at its end."""
+    for shape in ((5, 2083, 48), (40, 1200, 64)):
+        a, b, bias = operands(*shape, torch.float16, device)
+        assert error(matmul(a, b, bias, "gelu", torch.float32), exact(a, b, bias, "gelu")) < 1e-5
+
+
+def test_opcheck_of_the_backward_s_products(device):
+    a, b, _ = operands(6, 10, 8, torch.float16, device)
+    kept = torch.randn(6, 8, device=device).half()
+    torch.library.opcheck(matmul_activation_backward, (a, b, kept, "gelu", True))
+    torch.library.opcheck(matmul_activation_backward, (a, b, kept, "silu", False))
+    torch.library.opcheck(matmul_accumulate_, (torch.zeros(6, 8, device=device), a, b))
+    leaves = [x.requires_grad_() for x in (a, b, torch.randn(6, 8, device=device))]
+    torch.library.opcheck(matmul_forward, (*leaves[:2], None, "silu", torch.float16, True, leaves[2]))
+
+
 def half(*shape, device="cpu"):
     return torch.zeros(shape, dtype=torch.float16, device=device)
 
@@ -368,3 +449,17 @@ def half(*shape, device="cpu"):
 def test_refused(arguments, kind, message):
     with pytest.raises(kind, match=message):
         matmul(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("residual", "kind", "message"),
+    [
+        (half(2, 5), ValueError, r"residual has shape \(2, 5\); it must be \(2, 4\)"),
+        (half(4), ValueError, r"residual has shape \(4,\)"),
+        (half(2, 4).bfloat16(), TypeError, "residual is torch.bfloat16; it must be torch.float16"),
+        (half(2, 4, device="meta"), ValueError, "residual is on meta and a on cpu"),
+    ],
+)
+def test_residual_refused(residual, kind, message):
+    with pytest.raises(kind, match=message):
+        matmul(half(2, 3), half(3, 4), residual=residual)

@@ -16,10 +16,12 @@ from mixft.benchmarks.tuning import compiled_fault, sweep
 from mixft.benchmarks.tuning_spaces import SPACES, Space
 from mixft.cli import main
 from mixft.kernels import configuration as module
+from mixft.kernels import matmul_persistent, matmul_tiles
 from mixft.kernels.architecture import ARCHITECTURES, architecture_of
 from mixft.kernels.compilation import kernel_modules
 from mixft.kernels.configuration import configuration, configurations, substitute
-from mixft.kernels.matmul import MatmulConfig, bucket
+from mixft.kernels.matmul_epilogue import Product
+from mixft.kernels.matmul_tiles import MatmulConfig
 
 CPU = torch.device("cpu")
 ARCH = architecture_of(CPU)
@@ -57,7 +59,7 @@ def toy(tmp_path, monkeypatch):
     case = Case(
         "toy/5", lambda device: torch.arange(5.0), lambda x: [2 * x.double()], {"mixft": each(toy_work)}, 1e-6, 40
     )
-    yield lambda *candidates: Space("toy", "all", "matmul", case, candidates)
+    yield lambda *candidates: Space("toy", "all", "matmul_tiles", case, candidates)
     configurations.cache_clear()
 
 
@@ -144,7 +146,7 @@ def two_tiny_candidates(monkeypatch):
     monkeypatch.setattr(timing, "FLUSH_BYTES", {"cpu": 2**10})
     monkeypatch.setattr(tuning, "TIMED", timing.Effort(rounds=2, seconds=0.1, fewest_rounds=2))
     candidates = [MatmulConfig(16, 16, 16, 1, 4, 1), MatmulConfig(24, 16, 16, 1, 4, 1)]
-    space = Space("matmul", "small", "matmul", linear(3, 32, 16, torch.float16), candidates)
+    space = Space("matmul", "small", "matmul_tiles", linear(3, 32, 16, torch.float16), candidates)
     monkeypatch.setattr(tuning_spaces, "SPACES", (space,))
 
 
@@ -255,12 +257,41 @@ def test_a_space_is_of_a_shipped_bucket_and_reaches_the_compiled_code(space):
     variants = kernel_modules()[space.module].variants
     before = variants(arch)
     with substitute(space.op, other, arch, space.bucket):
-        assert variants(arch) != before
+        # Who computes a plain product is no part of any kernel.
+        assert (variants(arch) == before) == (space.op == "plain_matmul")
 
 
-@pytest.mark.parametrize("space", [space for space in SPACES if space.op == "matmul"], ids=lambda space: space.bucket)
+MATMULS = [space for space in SPACES if "matmul" in space.op and "int8" not in space.op and "only" not in space.op]
+
+
+@pytest.mark.parametrize("space", MATMULS, ids=lambda space: f"{space.op}-{space.bucket}")
 def test_a_case_is_of_its_bucket(space):
     size, _, *activation = space.case.name.split("/")[1].split("-")
     rows, inner, columns = map(int, size.split("x"))
     a, b = torch.empty(rows, inner, device="meta"), torch.empty(columns, inner, device="meta").t()
-    assert bucket(a, b, activation[0] if activation else "none") == space.bucket
+    product = Product(a, b, torch.empty(rows, columns, device="meta"), *activation)
+    kernel = matmul_persistent if space.op == "matmul_persistent" else matmul_tiles
+    assert kernel.bucket(product) == space.bucket
+
+
+@pytest.mark.parametrize("make", [tuning_spaces.tiles_space, tuning_spaces.persistent_space])
+def test_a_matmul_is_timed_with_the_kernel_and_the_configuration_of_its_space(monkeypatch, make):
+    arch = ARCHITECTURES["sm_90"]
+    monkeypatch.setattr(tuning_spaces, "architecture_of", lambda device: arch)
+    launched = []
+    for kernel in (matmul_persistent, matmul_tiles):
+        monkeypatch.setattr(kernel, "launch", lambda product, config, *more: launched.append((product, config)))
+    space = make("medium", linear(33, 32, 16, torch.float16, "gelu"), (64, 64, 32, 4, 2), activation="gelu")
+    candidate = space.candidates[0]
+    with substitute(space.op, candidate, arch, "medium"):
+        space.case.providers["mixft"](space.case.inputs(CPU)).run()
+    ((product, config),) = launched
+    assert config == candidate
+    assert product.activation == "gelu"
+    assert product.bias is not None
+
+
+def test_spaces_of_other_architectures_are_left_out():
+    kept = [space.op for space in SPACES if tuning.ships(space, CPU)]
+    assert "matmul_persistent" not in kept
+    assert {"matmul", "plain_matmul", "int8_matmul", "grad"} <= set(kept)

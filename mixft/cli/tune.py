@@ -48,7 +48,7 @@ def tune(
         raise InputError("mixft tune launches Triton kernels, and Triton is not here; pip install triton (Linux)")
     from mixft.benchmarks import revision, tuning, tuning_files, tuning_spaces
 
-    spaces = _select(tuning_spaces.SPACES, ops or [])
+    spaces = [space for space in _select(tuning_spaces.SPACES, ops or []) if tuning.ships(space, where)]
     check_writable("--json", json)
     measured_on = {**environment(where), "commit": revision.commit()}
     sweeps = []
