@@ -11,6 +11,7 @@ _SUBMODULES = ("amp", "nn", "onnx", "ops", "optim", "precision")
 _ATTRIBUTES = {
     "quantize_": "mixft.nn.quantization",
     "dequantize_": "mixft.nn.quantization",
+    "model_report": "mixft.nn.model_report",
     "save_quantized": "mixft.nn.checkpoint",
     "load_quantized": "mixft.nn.checkpoint",
     "PrecisionPolicy": "mixft.precision",

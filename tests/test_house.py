@@ -16,6 +16,7 @@ PUBLIC = ("mixft.ops", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.precision"
 ATTRIBUTES = (
     "quantize_",
     "dequantize_",
+    "model_report",
     "save_quantized",
     "load_quantized",
     "PrecisionPolicy",

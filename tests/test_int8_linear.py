@@ -17,6 +17,12 @@ FLIP = {torch.float32: 2**-12, torch.bfloat16: 2**-7, torch.float16: 2**-7}
 SHAPES = [(1, 16, 8), (17, 66, 33), (40, 130, 70), (0, 8, 4)]
 
 
+@pytest.fixture(autouse=True)
+def small_layers_in_int8_too(monkeypatch):
+    monkeypatch.setattr("mixft.nn.int8_training.LEAST_ROWS", 0)
+    monkeypatch.setattr("mixft.nn.int8_training.LEAST_PRODUCTS", 0)
+
+
 def rounded(x: torch.Tensor, dim: int) -> torch.Tensor:
     """FP64 values of the symmetric int8 quantization of ``x`` reduced over ``dim``, with FP32 scales."""
     x = x.detach().cpu().float()
@@ -182,10 +188,13 @@ def test_opcheck(device):
     values = torch.randint(-127, 128, (8, 32), dtype=torch.int8, device=device)
     scale = torch.rand(8, 1, device=device)
     torch.library.opcheck(torch.ops.mixft.dynamic_int8_linear.default, (x, values, scale, bias, "none"))
-    torch.library.opcheck(torch.ops.mixft.int8_linear_forward.default, (x, weight, bias))
     x_values = torch.randint(-127, 128, (5, 32), dtype=torch.int8, device=device)
-    arguments = (torch.randn(5, 8, device=device), x_values, scale[:5], values, scale, torch.float32, True, True)
-    torch.library.opcheck(torch.ops.mixft.int8_linear_backward.default, arguments)
+    seed = torch.tensor(3, device=device)
+    for backward in ("int8", "weight_grad_16bit", "16bit"):
+        quantized = (x_values, scale[:5], values, scale, seed, backward)
+        torch.library.opcheck(torch.ops.mixft.int8_linear_forward.default, (x, weight, bias, *quantized))
+        arguments = (torch.randn(5, 8, device=device), weight.detach(), *quantized, torch.float32, True, True)
+        torch.library.opcheck(torch.ops.mixft.int8_linear_backward.default, arguments)
 
 
 @pytest.mark.parametrize(

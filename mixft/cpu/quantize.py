@@ -54,7 +54,7 @@ def quantize(
         low, high = value_range(x, symmetric)
         # NaN and infinity pass through every reduction, so the range tells of them without another look at x.
         finite = isfinite((high if symmetric else high - low).amax())
-    if not finite:
+    if not (finite or propagate):
         low, high = value_range(torch.where(x.isfinite(), x, 0), symmetric)
     if symmetric:
         scale, inverse = symmetric_scale(high)

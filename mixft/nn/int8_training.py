@@ -1,11 +1,95 @@
-"""The ``train`` mode of ``QuantLinear``: a floating-point weight whose products run in int8."""
+"""The ``train`` mode of ``QuantLinear``: a floating-point weight whose products run in int8 where that gains."""
 
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixft.ops import int8_linear
-from mixft.ops.activation import activate
+from mixft.ops.int8_linear import Backward, check_backward
+from mixft.ops.validation import FLOATS
+
+from .int8_cache import WeightCache, shared_input
+from .noise_guard import NoiseGuard
+
+LEAST_ROWS = 32
+LEAST_PRODUCTS = 2**23
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """The layer's output, differentiable in input, weight and bias."""
-    return activate(int8_linear(input, weight, bias), activation)
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a layer in ``train`` mode trains.
+
+    Attributes:
+        backward: what runs in int8 beside the forward: "int8" both gradients, "weight_grad_16bit" that of the input,
+            "16bit" neither; see :func:`mixft.ops.int8_linear`.
+        stochastic: round gradients to int8 at random, so that their mean is kept, with torch's generator.
+        shape_gating: whether an input with which int8 would be slower is multiplied in floats; see :func:`gains`.
+        min_sqnr: the median signal-to-quantization-noise ratio of features in dB below which the layer, or its
+            backward, goes on in floats; see ``mixft.nn.noise_guard``. None measures nothing.
+
+    Raises:
+        ValueError: an unknown ``backward``.
+    """
+
+    backward: Backward = "int8"
+    stochastic: bool = False
+    shape_gating: bool = True
+    min_sqnr: float | None = 10.0
+
+    def __post_init__(self):
+        check_backward(self.backward)
+
+
+def gains(rows: int, in_features: int, out_features: int, device: torch.device) -> bool:
+    """Whether three int8 products and their quantization take less time than three products of floats.
+
+    Up to 32 rows a product does little more than read the weight, which quantizing it does as well. On a CPU with VNNI
+    beside FP32 the border was found at 2^23 multiplications and as many rows, from layers of 128 to 1024 features.
+    """
+    if rows < LEAST_ROWS:
+        return False
+    return device.type != "cpu" or rows * in_features * out_features >= LEAST_PRODUCTS
+
+
+class Int8Training:
+    """The products of one layer, and what it remembers between calls: a quantized weight and how well int8 does."""
+
+    def __init__(self, options: TrainingOptions):
+        self.options = options
+        self.guard = NoiseGuard(options.min_sqnr)
+        self.weight_cache = WeightCache()
+
+    @property
+    def backward(self) -> Backward:
+        """What the backward runs in, the guard's fallback included."""
+        return "16bit" if self.guard.fallback else self.options.backward
+
+    def __call__(self, source: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output, differentiable in input, weight and bias.
+
+        Args:
+            source: what the layer was given.
+            input: ``source`` in the dtype to compute in.
+            weight: [N, K].
+            bias: [N] or None.
+        """
+        options = {"backward": self.backward, "stochastic": self.options.stochastic}
+        fits = input.dim() > 0 and input.shape[-1] == weight.shape[1] and input.dtype in FLOATS
+        if fits and (self.guard.fallback == "layer" or self._gated(input, weight)):
+            return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+        observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        if observed or not fits:
+            return int8_linear(input, weight, bias, **options)
+        quantized_x = shared_input.quantized(self, source, input)
+        quantized_weight = self.weight_cache.quantized(weight)
+        output = int8_linear(input, weight, bias, **options, quantized_x=quantized_x, quantized_weight=quantized_weight)
+        if output.requires_grad and self.guard.starts_pass():
+            rows = input.reshape(-1, input.shape[-1])
+            self.guard.measure(rows, quantized_x, weight, quantized_weight, output, self.backward)
+        return output
+
+    def _gated(self, input: Tensor, weight: Tensor) -> bool:
+        rows = input.shape[:-1].numel()
+        return self.options.shape_gating and not gains(rows, weight.shape[1], weight.shape[0], weight.device)

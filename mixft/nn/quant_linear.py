@@ -5,9 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixft.ops.activation import check_activation
+from mixft.ops.activation import activate, check_activation
 
-from . import int8_training, int8_weight
+from . import int8_weight
+from .int8_training import Int8Training, TrainingOptions
 from .linear import Linear
 
 Mode = Literal["weight_only", "dynamic", "train"]
@@ -18,6 +19,12 @@ def check_mode(mode: str) -> None:
     """Raise ValueError for a mode that there is not."""
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
+
+
+def check_training(mode: str, training: dict) -> None:
+    """Raise unless the options for training fit the mode."""
+    if training and mode != "train":
+        raise ValueError(f"{', '.join(training)} is for mode 'train'; the mode is {mode!r}")
 
 
 class QuantLinear(nn.Module):
@@ -44,10 +51,12 @@ class QuantLinear(nn.Module):
         activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu", applied to the output.
         device: where to make the tensors.
         dtype: of the parameters; None is torch's default.
+        training: the fields of :class:`mixft.nn.int8_training.TrainingOptions`, for mode "train" alone.
 
     Raises:
-        ValueError: an unknown mode or activation, or an input whose last dimension is not ``in_features``.
-        TypeError: an input that is no FP16, BF16 or FP32 tensor.
+        ValueError: an unknown mode or activation, training options in another mode, or an input whose last dimension
+            is not ``in_features``.
+        TypeError: an input that is no FP16, BF16 or FP32 tensor, or an option that there is not.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class QuantLinear(nn.Module):
         activation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **training,
     ):
         super().__init__()
         check_mode(mode)
@@ -68,7 +78,9 @@ class QuantLinear(nn.Module):
         self.mode = mode
         self.activation = activation
         self.float_dtype = dtype or torch.get_default_dtype()
+        check_training(mode, training)
         if mode == "train":
+            self.int8_training = Int8Training(TrainingOptions(**training))
             self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
             self.weight_scale = None
         else:
@@ -88,7 +100,7 @@ class QuantLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, mode: Mode = "dynamic") -> "QuantLinear":
+    def from_linear(cls, linear: nn.Linear, mode: Mode = "dynamic", **training) -> "QuantLinear":
         """A layer with the weights of ``linear``, on its device, in its training or evaluation state.
 
         In ``train`` mode the parameters are shared, so an optimizer built before goes on working. In the other modes
@@ -96,7 +108,7 @@ class QuantLinear(nn.Module):
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``.
-            ValueError: an unknown mode, or a weight with NaN or Inf.
+            ValueError: an unknown mode, training options in another mode than "train", or a weight with NaN or Inf.
         """
         check_mode(mode)
         if not isinstance(linear, nn.Linear):
@@ -109,6 +121,7 @@ class QuantLinear(nn.Module):
             getattr(linear, "activation", None),
             device="meta",
             dtype=linear.weight.dtype,
+            **training,
         )
         if mode == "train":
             layer.weight = linear.weight
@@ -136,10 +149,11 @@ class QuantLinear(nn.Module):
         return (self.weight * self.weight_scale).to(self.float_dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        source = input
         if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self.mode == "train":
-            return int8_training.forward(input, self.weight, self.bias, self.activation)
+            return activate(self.int8_training(source, input, self.weight, self.bias), self.activation)
         return int8_weight.forward(self.mode, input, self.weight, self.weight_scale, self.bias, self.activation)
 
     def _apply(self, fn, recurse: bool = True):
@@ -154,4 +168,6 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", mode={self.mode!r}"
+        if self.mode == "train":
+            text += f", backward={self.int8_training.backward!r}"
         return text if self.activation is None else f"{text}, activation={self.activation!r}"

@@ -9,8 +9,9 @@ from torch import nn
 
 from mixft.ops.validation import FLOATS
 
+from .int8_training import TrainingOptions
 from .linear import Linear
-from .quant_linear import Mode, QuantLinear, check_mode
+from .quant_linear import Mode, QuantLinear, check_mode, check_training
 
 # A product below this size costs less than quantizing its input.
 SMALLEST_WEIGHT = 128 * 128
@@ -80,6 +81,7 @@ def quantize_(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    **training,
 ) -> QuantizationReport:
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`mixft.nn.QuantLinear`, in place.
 
@@ -93,13 +95,16 @@ def quantize_(
         mode: ``"weight_only"``, ``"dynamic"`` or ``"train"``.
         include: a glob of module names, or several; only those layers are taken.
         exclude: a glob of module names, or several; those layers are left.
+        training: for mode "train" the fields of :class:`mixft.nn.int8_training.TrainingOptions`: ``backward``,
+            ``stochastic``, ``shape_gating``, ``min_sqnr``.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: an unknown mode; a pattern that matches no linear layer; ``model`` is itself a linear layer; no
-            layer is left to quantize; a weight holds NaN or Inf. The model is then as it was.
+        TypeError: ``model`` is no module, or an option that there is not.
+        ValueError: an unknown mode; training options in another mode; a pattern that matches no linear layer; ``model``
+            is itself a linear layer; no layer is left to quantize; a weight holds NaN or Inf. The model is then as it
+            was.
     """
-    reasons = choose_layers(model, mode, include=include, exclude=exclude)
+    reasons = choose_layers(model, mode, include=include, exclude=exclude, **training)
     candidates = {name: model.get_submodule(name) for name in reasons}
     for name, module in candidates.items():
         if not reasons[name] and module.weight.is_meta:
@@ -107,7 +112,9 @@ def quantize_(
     if all(reasons.values()):
         listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
         raise ValueError(f"model has no layer to quantize ({listing})")
-    layers = {name: _converted(name, candidates[name], mode) for name, reason in reasons.items() if not reason}
+    layers = {
+        name: _converted(name, candidates[name], mode, training) for name, reason in reasons.items() if not reason
+    }
     report = QuantizationReport(
         mode, [_report(name, candidates[name], layers.get(name), reasons[name]) for name in candidates]
     )
@@ -121,16 +128,20 @@ def choose_layers(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    **training,
 ) -> dict[str, str]:
     """The rules of :func:`quantize_`, with its arguments: {name of each linear layer: why it is left, or ""}.
 
     No weight is read, so ``model`` may be on the meta device.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: an unknown mode; a pattern that matches no linear layer; ``model`` is itself a linear layer.
+        TypeError: ``model`` is no module, or an option that there is not.
+        ValueError: an unknown mode; training options in another mode; a pattern that matches no linear layer; ``model``
+            is itself a linear layer.
     """
     check_mode(mode)
+    check_training(mode, training)
+    options = TrainingOptions(**training)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
     if isinstance(model, (nn.Linear, QuantLinear)):
@@ -149,7 +160,7 @@ def choose_layers(
         elif name in excluded:
             reasons[name] = "in exclude"
         else:
-            reasons[name] = _reason_to_leave(name, module, mode, model, explicit=name in included)
+            reasons[name] = _reason_to_leave(name, module, mode, options, model, explicit=name in included)
     return reasons
 
 
@@ -188,9 +199,11 @@ def _matching(argument: str, patterns: str | Iterable[str] | None, names: Iterab
     return matched
 
 
-def _reason_to_leave(name: str, module: nn.Module, mode: Mode, model: nn.Module, explicit: bool) -> str:
+def _reason_to_leave(
+    name: str, module: nn.Module, mode: Mode, options: TrainingOptions, model: nn.Module, explicit: bool
+) -> str:
     if isinstance(module, QuantLinear):
-        if module.mode == mode:
+        if module.mode == mode and (mode != "train" or module.int8_training.options == options):
             return f"already in mode {mode!r}"
         return "" if module.mode == "train" else f"its weight is int8 ({module.mode}); dequantize_ the model first"
     if type(module) not in (nn.Linear, Linear):
@@ -213,11 +226,14 @@ def _reason_to_leave(name: str, module: nn.Module, mode: Mode, model: nn.Module,
     return ""
 
 
-def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode) -> QuantLinear:
+def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode, training: dict) -> QuantLinear:
     if not module.weight.isfinite().all():
         raise ValueError(f"the weight of layer {name!r} holds NaN or Inf; repair or exclude it")
     linear = module.to_linear() if isinstance(module, QuantLinear) else module
-    return QuantLinear.from_linear(linear, mode)
+    layer = QuantLinear.from_linear(linear, mode, **training)
+    if mode == "train":
+        layer.int8_training.guard.name = name
+    return layer
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

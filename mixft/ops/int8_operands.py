@@ -9,18 +9,29 @@ from math import prod
 
 from torch import Tensor
 
+from .quantize import _quantize
+from .registration import without_dispatch
 from .validation import FLOATS, check_bias, check_dtype, check_same_device
 
 
-def quantize_rows(serve: Callable, x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 values of ``x`` [M, K] and FP32 scales [M, 1]; ``factor`` FP32 [K] multiplies each row first."""
-    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, None, factor, True)
+def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values of ``x`` [M, K] and FP32 scales [M, 1], outside of any op's body."""
+    x = x.detach()
+    values, scale, _ = without_dispatch(_quantize, x)(x.unsqueeze(-1), True, None, None, True)
     return values.view(x.shape), scale.view(-1, 1)
 
 
-def quantize_columns(serve: Callable, x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    serve: Callable, x: Tensor, factor: Tensor | None = None, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """int8 values of ``x`` [M, K] and FP32 scales [M, 1]; ``factor`` FP32 [K] multiplies each row first."""
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(-1), True, seed, factor, True)
+    return values.view(x.shape), scale.view(-1, 1)
+
+
+def quantize_columns(serve: Callable, x: Tensor, factor: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """int8 values of ``x`` [M, N] and FP32 scales [N, 1]; ``factor`` FP32 [M] multiplies each column first."""
-    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, None, factor, True)
+    values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, seed, factor, True)
     return values.view(x.shape), scale.view(-1, 1)
 
 

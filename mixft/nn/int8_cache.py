@@ -1,0 +1,119 @@
+"""Quantized copies that serve again: a layer's weight while gradients accumulate, an input that several layers read."""
+
+import functools
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mixft.ops.int8_operands import quantized_rows
+
+Quantized = tuple[Tensor, Tensor]
+
+# Elements of a CPU weight that are compared with what they were before a copy serves again.
+PROBED = 64
+
+_optimizer_steps = [0]
+
+
+def _count_step(*_) -> None:
+    _optimizer_steps[0] += 1
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Count the steps of every torch optimizer of the process: some write through ``.data``, which no version shows."""
+    register_optimizer_step_post_hook(_count_step)
+
+
+def _capturing(tensor: Tensor) -> bool:
+    # What a CUDA graph replays must quantize again, since its inputs and weights change in between.
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+class WeightCache:
+    """The int8 copy of one weight, kept while gradients accumulate in ``weight.grad``.
+
+    A copy serves again only if the weight has a gradient, so that at least one backward has run since it was cleared,
+    and nothing shows that the weight has changed: its memory, its version (every in-place operation raises it, those of
+    mixft's optimizers too), a step of any ``torch.optim.Optimizer``, and on a CPU a sample of its elements, which a
+    write through ``weight.data`` to all of it changes. Not seen is such a write between two parts of one batch on a
+    GPU, or one to single elements.
+    """
+
+    def __init__(self):
+        self.accumulates = False
+        self.entry: tuple[tuple, Tensor | None, Quantized] | None = None
+
+    def __reduce__(self):
+        return WeightCache, ()
+
+    def quantized(self, weight: Tensor) -> Quantized:
+        """Values and scale of ``mixft.ops.int8_operands.quantized_rows(weight)``."""
+        if type(weight) is not torch.nn.Parameter or _capturing(weight) or weight.is_inference():
+            return quantized_rows(weight)
+        _watch_optimizers()
+        key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, _optimizer_steps[0])
+        probe = _probe(weight)
+        accumulating, entry = weight.grad is not None, self.entry
+        unchanged = entry is not None and entry[0] == key and (probe is None or torch.equal(probe, entry[1]))
+        if accumulating and unchanged:
+            return entry[2]
+        # The first part of a batch cannot tell whether there will be another one: the last batch tells.
+        self.accumulates = self.accumulates or accumulating
+        quantized = quantized_rows(weight)
+        self.entry = (key, probe, quantized) if self.accumulates else None
+        return quantized
+
+
+def _probe(weight: Tensor) -> Tensor | None:
+    if weight.device.type != "cpu":
+        return None
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // PROBED)].clone()
+
+
+class SharedInput(threading.local):
+    """The int8 copy of the input that was quantized last in this thread.
+
+    The query, key and value layers of attention read one tensor: the second and third take the first's copy. It serves
+    each layer once and as long as the tensor lives and has not been written to.
+    """
+
+    def __init__(self):
+        self.entry = None
+
+    def quantized(self, layer: object, source: Tensor, input: Tensor) -> Quantized:
+        """Values and scale of the rows of ``input``, which is ``source`` in the dtype to compute in."""
+        rows = input.reshape(-1, input.shape[-1])
+        if type(source) is not Tensor or _capturing(source) or source.is_inference():
+            return quantized_rows(rows)
+        entry = self.entry
+        if entry is not None and entry.serves(layer, source, input.dtype):
+            return entry.quantized
+        self.entry = _Entry(layer, source, input.dtype, quantized_rows(rows))
+        return self.entry.quantized
+
+
+class _Entry:
+    def __init__(self, layer: object, source: Tensor, dtype: torch.dtype, quantized: Quantized):
+        self.source = weakref.ref(source, self.forget)
+        self.version = source._version
+        self.dtype = dtype
+        self.layers = {id(layer)}
+        self.quantized = quantized
+
+    def forget(self, _) -> None:
+        self.quantized = None
+
+    def serves(self, layer: object, source: Tensor, dtype: torch.dtype) -> bool:
+        if self.source() is not source or self.version != source._version or self.dtype != dtype:
+            return False
+        first_use = id(layer) not in self.layers
+        self.layers.add(id(layer))
+        return first_use
+
+
+shared_input = SharedInput()

@@ -1,0 +1,117 @@
+"""How well int8 holds what one layer multiplies, measured now and then while it trains, and when floats take over.
+
+The measure is the signal-to-quantization-noise ratio of a feature, 10 log10(sum x^2 / sum (x - Q(x))^2) over rows, and
+of a tensor the median of its features. Not that of the whole tensor: an outlier that takes a row's scale leaves nothing
+of the other features, yet makes up nearly all of the norm; and the optimizer divides each weight's gradient by its own
+size, so that a feature lost in noise trains on noise, however small its share.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from mixft.ops.int8_operands import quantized_rows
+
+MEASURE_EVERY = 100  # training passes
+GPU_LAG = 10  # passes after which a figure is read on a GPU, which has it by then
+SAMPLED_ROWS = 512
+
+
+def feature_sqnr(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """Median over columns of the signal-to-quantization-noise ratio in dB, 0-d on x's device.
+
+    Args:
+        x: floating [M, K].
+        values: int8 [M, K].
+        scale: FP32 [M, 1].
+
+    Returns:
+        NaN where no column has a finite ratio; columns of zeros do not count.
+    """
+    x = x.float()
+    noise = (x - values * scale).square().sum(0) / x.square().sum(0)
+    # A column without noise, of zeros and a few exact values, is as good as FP32's own rounding.
+    return -10 * noise.nanmedian().clamp(min=2.0**-48).log10()
+
+
+class NoiseGuard:
+    """Measures the operands of one layer every ``MEASURE_EVERY`` training passes, and says what is to run in floats.
+
+    Attributes:
+        name: of the layer in messages; set by ``quantize_``.
+        passes: training passes so far.
+        sqnr: the last figures in dB, by "input", "weight" and "gradient"; the gradient's is the lower of its roundings
+            for the two products.
+        fallback: "" while all runs as asked, "gradients" where the backward runs in floats, "layer" where all does.
+        since: the pass after which it does.
+    """
+
+    def __init__(self, minimum: float | None):
+        self.minimum = minimum
+        self.name = ""
+        self.passes = 0
+        self.sqnr: dict[str, float] = {}
+        self.fallback = ""
+        self.since: int | None = None
+        self.measured: dict[str, Tensor] = {}
+        self.read_at = 0
+
+    def __getstate__(self):
+        return {**self.__dict__, "measured": {}}
+
+    def starts_pass(self) -> bool:
+        """Count one training pass, act on figures that are due, and tell whether this pass is to be measured."""
+        self.passes += 1
+        if self.measured and self.passes >= self.read_at:
+            self._read()
+        return self.minimum is not None and self.fallback != "layer" and self.passes % MEASURE_EVERY == 1
+
+    @torch.no_grad()
+    def measure(self, x: Tensor, quantized_x, weight: Tensor, quantized_weight, output: Tensor, backward: str) -> None:
+        """Measure the input and the weight now, and the gradient of ``output`` when it comes.
+
+        Args:
+            x: [M, K] as it is quantized.
+            quantized_x: its values and scale.
+            weight: [N, K].
+            quantized_weight: its values and scale.
+            output: [..., N], of a graph.
+            backward: what its backward runs in.
+        """
+        self.read_at = self.passes + (GPU_LAG if x.is_cuda else 1)
+        for kind, tensor, (values, scale) in (("input", x, quantized_x), ("weight", weight, quantized_weight)):
+            sample = slice(None, None, max(1, len(tensor) // SAMPLED_ROWS))
+            self.measured[kind] = feature_sqnr(tensor[sample], values[sample], scale[sample])
+        if backward != "16bit":
+            x_scale = quantized_x[1] if backward == "int8" else None
+            output.register_hook(lambda gradient: self._measure_gradient(gradient, x_scale, quantized_weight[1]))
+
+    @torch.no_grad()
+    def _measure_gradient(self, gradient: Tensor, x_scale: Tensor | None, weight_scale: Tensor) -> None:
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        sample = slice(None, None, max(1, len(rows) // SAMPLED_ROWS))
+        rows = rows[sample].float()
+        for_input = rows * weight_scale.view(-1)
+        ratio = feature_sqnr(for_input, *quantized_rows(for_input))
+        if x_scale is not None:
+            for_weight = rows * x_scale[sample]
+            values, scale = quantized_rows(for_weight.t())
+            ratio = torch.minimum(ratio, feature_sqnr(for_weight, values.t(), scale.t()))
+        self.measured["gradient"] = ratio
+
+    def _read(self) -> None:
+        figures = dict(zip(self.measured, torch.stack(list(self.measured.values())).tolist(), strict=True))
+        self.measured = {}
+        self.sqnr |= {kind: ratio for kind, ratio in figures.items() if ratio == ratio}
+        low = {kind: ratio for kind, ratio in self.sqnr.items() if ratio < self.minimum}
+        fallback = "layer" if low.keys() - {"gradient"} else "gradients" if low else self.fallback
+        if fallback == self.fallback:
+            return
+        self.fallback, self.since = fallback, self.passes - 1
+        reason = ", ".join(f"{kind} {ratio:.1f} dB" for kind, ratio in low.items())
+        warnings.warn(
+            f"{f'layer {self.name!r}' if self.name else 'a QuantLinear'}: signal to quantization noise below {self.minimum:g} dB ({reason}); its "
+            f"{'products' if fallback == 'layer' else 'gradients'} run in floats from training pass {self.passes} on",
+            stacklevel=2,
+        )

@@ -1,0 +1,116 @@
+"""The guard of int8 training: what it measures, that it catches an outlier, and what it says."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+import mixft
+from mixft.nn import QuantLinear
+from mixft.nn.noise_guard import feature_sqnr
+from mixft.ops import quantize
+
+
+def train(model, x, passes):
+    for _ in range(passes):
+        model(x).square().sum().backward()
+        model.zero_grad()
+
+
+def network(device):
+    model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Tanh(), torch.nn.Linear(128, 128)).to(device)
+    mixft.quantize_(model, "train", shape_gating=False)
+    return model
+
+
+def test_the_ratio_is_the_median_of_features(device):
+    x = torch.randn(33, 18, device=device)
+    x[:, 4] = 0
+    x[:, 7] *= 1000
+    values, scale, _ = quantize(x)
+    noise = (x.double() - values.double() * scale.double()).square().sum(0) / x.double().square().sum(0)
+    exact = -10 * noise[~noise.isnan()].sort().values[8].log10()
+    assert feature_sqnr(x, values, scale).item() == pytest.approx(exact.item(), abs=1e-3)
+    assert exact < 3
+    whole = (x - values * scale).square().sum() / x.square().sum()
+    assert -10 * whole.log10() > 25
+
+
+def test_normal_data_is_measured_and_left_in_int8(native_device):
+    model = network(native_device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, torch.randn(40, 128, device=native_device), 12)
+    report = mixft.model_report(model)
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    for layer in report.layers:
+        assert set(layer.sqnr) == {"input", "weight", "gradient"}
+        assert all(25 < ratio < 50 for ratio in layer.sqnr.values())
+        assert (layer.mode, layer.backward, layer.fallback) == ("train", "int8", "")
+        assert layer.bytes == 4 * 128 * 129
+    assert not report.fallbacks
+    assert "2 linear layers" in str(report)
+
+
+def test_an_outlier_layer_falls_back_and_says_so_once(native_device):
+    model = network(native_device)
+    x = torch.randn(40, 128, device=native_device)
+    x[:, 5] = 3000.0
+    with pytest.warns(UserWarning, match="layer '0': signal to quantization noise below 10 dB .input") as caught:
+        train(model, x, 120)
+    assert len(caught) == 1
+    first, last = mixft.model_report(model).layers
+    assert first.fallback == "layer"
+    assert first.fallback_since < 12
+    assert first.backward == "16bit"
+    assert last.fallback == ""
+    assert "pass" in str(mixft.model_report(model))
+    linear = model[0].to_linear()
+    torch.testing.assert_close(model[0](x), linear(x))
+
+
+def test_a_gradient_alone_takes_only_the_backward_to_floats(native_device):
+    layer = QuantLinear(128, 128, mode="train", shape_gating=False, device=native_device)
+    x = torch.randn(40, 128, device=native_device, requires_grad=True)
+    grad = torch.randn(40, 128, device=native_device)
+    grad[:, 3] = 1e5
+    layer(x).backward(grad)
+    lag = 10 if native_device.type == "cuda" else 1
+    for _ in range(lag - 1):
+        layer(x)
+    with pytest.warns(UserWarning, match="a QuantLinear: .*gradient"):
+        layer(x)
+    guard = layer.int8_training.guard
+    assert guard.fallback == "gradients"
+    assert guard.sqnr["input"] > 30
+    expected = mixft.ops.int8_linear(x, layer.weight, layer.bias, backward="16bit")
+    assert torch.equal(layer(x), expected)
+    (found,) = torch.autograd.grad(layer(x), x, grad)
+    (want,) = torch.autograd.grad(expected, x, grad)
+    assert torch.equal(found, want)
+
+
+def test_no_floor_no_measurement(native_device):
+    layer = QuantLinear(128, 128, mode="train", shape_gating=False, min_sqnr=None, device=native_device)
+    x = torch.randn(40, 128, device=native_device)
+    x[:, 5] = 3000.0
+    train(layer, x, 5)
+    assert layer.int8_training.guard.sqnr == {}
+
+
+def test_a_copy_keeps_what_was_found(native_device):
+    layer = QuantLinear(128, 128, mode="train", shape_gating=False, device=native_device)
+    layer(torch.randn(40, 128, device=native_device)).sum().backward()
+    twin = copy.deepcopy(layer)
+    assert twin.int8_training.guard.passes == 1
+    train(twin, torch.randn(40, 128, device=native_device), 1)
+
+
+def test_report_of_other_layers_and_input():
+    model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 8))
+    mixft.quantize_(model)
+    report = mixft.model_report(model)
+    assert [(layer.mode, layer.backward) for layer in report.layers] == [("dynamic", "float"), ("float", "float")]
+    with pytest.raises(TypeError, match="it is a int"):
+        mixft.model_report(3)
