@@ -110,8 +110,9 @@ class NoiseGuard:
             return
         self.fallback, self.since = fallback, self.passes - 1
         reason = ", ".join(f"{kind} {ratio:.1f} dB" for kind, ratio in low.items())
+        layer = f"layer {self.name!r}" if self.name else "a QuantLinear"
         warnings.warn(
-            f"{f'layer {self.name!r}' if self.name else 'a QuantLinear'}: signal to quantization noise below {self.minimum:g} dB ({reason}); its "
+            f"{layer}: signal to quantization noise below {self.minimum:g} dB ({reason}); its "
             f"{'products' if fallback == 'layer' else 'gradients'} run in floats from training pass {self.passes} on",
             stacklevel=2,
         )
