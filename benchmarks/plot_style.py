@@ -38,6 +38,8 @@ STYLES = {
     "gemlite": (BLACK, ""),
     "flashoptim": (GREY, ""),
     "liger-kernel": (VERMILION, "////"),
+    "torch GradScaler": (ORANGE, "||||"),
+    "no scaler": (BLACK, "...."),
 }
 SETTINGS = {
     "font.size": 8,

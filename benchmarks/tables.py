@@ -82,6 +82,8 @@ AIMS = (
     Aim("int8 linear layer, 128 rows and more", "cpu", "≥ 3.5x FP32", ("int8_linear/[125][0-9][0-9]*x*-fp32",)),
     Aim("FP16 linear layer", "cpu", "≥ 4x torch", ("linear/*-fp16",)),
     Aim("FP16 linear layer", "cpu", "≥ 1.5x torch in FP32", ("linear/*-fp16",), "torch FP32"),
+    Aim("FP16 training step: cost of the scaler", "cpu", "≥ 0.97x no scaler", ("loss_scaling/*",), "no scaler"),
+    Aim("gradients accumulated in FP32", "cpu", "≥ 2x by hand", ("accumulate/*",)),
     Aim("AdamW step, FP32", "cpu", "≥ 1.0x torch fused", ("optimizer_step/adamw-fp32",), "torch fused"),
     Aim(
         "FP16 step: unscale, clip, AdamW, cast",

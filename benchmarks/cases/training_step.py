@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,20 @@ def training_step(shape: Shape, precision: str, **options) -> Case:
     recipes = {"mixft": {"int8": _int8, "fp16": _fp16}[precision], **PEERS}
     if shape.kind == "llama":
         recipes["liger-kernel"] = _liger
+    return _case("training_step", shape, precision, recipes, memory=True, **options)
+
+
+def loss_scaling(shape: Shape) -> Case:
+    """What scaling the loss costs: the FP16 step with mixft's scaler, with torch's and with none."""
+    recipes = {"mixft": _fp16, "torch GradScaler": _fp16_torch_scaler, "no scaler": _fp16_unscaled}
+    return _case("loss_scaling", shape, "fp16", recipes, reason_if_slower="no scaler checks nothing and counts nothing")
+
+
+def _case(
+    family: str, shape: Shape, precision: str, recipes: dict[str, Callable[[nn.Module], Recipe]], **options
+) -> Case:
     return Case(
-        f"training_step/{shape.kind}-{shape.layers}-layers-{precision}",
+        f"{family}/{shape.kind}-{shape.layers}-layers-{precision}",
         inputs=shape.inputs(labels=True),
         exact=lambda inputs: _provider(_plain)((copy.deepcopy(inputs[0]).double(), inputs[1])).checked_result(),
         providers={name: _provider(recipe) for name, recipe in recipes.items()},
@@ -76,7 +88,6 @@ def training_step(shape: Shape, precision: str, **options) -> Case:
         rate=precision,
         tokens=shape.tokens,
         devices=shape.devices,
-        memory=True,
         **options,
     )
 
@@ -149,6 +160,15 @@ def _fp16(model: nn.Module) -> Recipe:
     return Recipe(model, optimizer, scaler=mixft.amp.LossScaler(LOSS_SCALE, device=device), clips=True)
 
 
+def _fp16_unscaled(model: nn.Module) -> Recipe:
+    return replace(_fp16(model), scaler=None)
+
+
+def _fp16_torch_scaler(model: nn.Module) -> Recipe:
+    recipe = _fp16(model)
+    return replace(recipe, scaler=torch.amp.GradScaler(next(model.parameters()).device.type, init_scale=LOSS_SCALE))
+
+
 PEERS = {
     "torch": _plain,
     "torch AMP": _amp,
@@ -165,5 +185,7 @@ CASES = (
     training_step(LLAMA_SMALL, "int8", reason_if_slower=SMALL_PRODUCTS),
     training_step(BERT_SMALL, "fp16", reason_if_slower=THROUGH_FP32),
     training_step(LLAMA_SMALL, "fp16", reason_if_slower=THROUGH_FP32),
+    loss_scaling(BERT_SMALL),
+    loss_scaling(BERT_BASE),
     *(training_step(shape, precision) for shape in (BERT_BASE, LLAMA) for precision in ("int8", "fp16")),
 )
