@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from transformers.utils import logging as transformers_logging
 
 import mixft
+from mixft.huggingface import mark_quantized
 from mixft.nn import QuantLinear
 
 AUTO = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
@@ -133,12 +134,53 @@ def test_dequantize_gives_linear_layers_and_a_folder_that_needs_no_mixft(saved, 
     assert torch.equal(logits(AUTO["bert"].from_pretrained(tmp_path / "plain")), logits(model))
 
 
+def test_training_options_travel(saved, tmp_path):
+    config = mixft.Int8Config("train", backward="16bit", min_sqnr=None)
+    model = AutoModel.from_pretrained(saved("bert"), quantization_config=config)
+    model.save_pretrained(tmp_path / "train")
+    loaded = AutoModel.from_pretrained(tmp_path / "train")
+    options = {layer.int8_training.options for layer in int8_layers(loaded).values()}
+    assert [(found.backward, found.min_sqnr, found.stochastic) for found in options] == [("16bit", None, False)]
+    mixft.dequantize_(loaded)
+    mixft.quantize_(loaded, "train", stochastic=True)
+    mark_quantized(loaded).save_pretrained(tmp_path / "stochastic")
+    again = AutoModel.from_pretrained(tmp_path / "stochastic")
+    assert again.pooler.dense.int8_training.options.stochastic
+    again.pooler.dense = QuantLinear(128, 128, mode="train")
+    with pytest.raises(ValueError, match="several training options"):
+        mark_quantized(again)
+
+
 def test_a_train_mode_folder_holds_the_floating_point_weights(saved, tmp_path):
     model = AUTO["llama"].from_pretrained(saved("llama"), quantization_config=mixft.Int8Config("train"))
     model.save_pretrained(tmp_path / "train")
     tensors = load_file(tmp_path / "train" / "model.safetensors")
     assert tensors.keys() == load_file(tmp_path / "llama" / "model.safetensors").keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items() if name in tensors)
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic", "train"])
+def test_a_model_of_quantize_saves_as_one_of_from_pretrained(tmp_path, mode):
+    model = llama()
+    mixft.quantize_(model, mode, exclude="*v_proj")
+    mark_quantized(model).save_pretrained(tmp_path / "int8")
+    loaded = AUTO["llama"].from_pretrained(tmp_path / "int8")
+    assert int8_layers(loaded).keys() == int8_layers(model).keys()
+    assert torch.equal(logits(loaded), logits(model))
+    assert logits(model.dequantize()).isfinite().all()
+    assert not int8_layers(model)
+
+
+def test_what_cannot_be_marked_is_refused():
+    with pytest.raises(TypeError, match=r"must be a transformers\.PreTrainedModel; it is a Linear"):
+        mark_quantized(nn.Linear(4, 4))
+    model = llama()
+    with pytest.raises(ValueError, match="no QuantLinear layers"):
+        mark_quantized(model)
+    mixft.quantize_(model, "dynamic", include="*mlp*")
+    mixft.quantize_(model, "weight_only", include="*self_attn*")
+    with pytest.raises(ValueError, match="modes dynamic, weight_only; config"):
+        mark_quantized(model)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +229,10 @@ def test_arguments_are_refused_by_name(saved):
         mixft.Int8Config("int4")
     with pytest.raises(TypeError, match="exclude must be a glob or several; it is 3"):
         mixft.Int8Config(exclude=3)
+    with pytest.raises(ValueError, match="backward is for mode 'train'"):
+        mixft.Int8Config("dynamic", backward="16bit")
+    with pytest.raises(TypeError, match="forward"):
+        mixft.Int8Config("train", forward="16bit")
     with pytest.raises(ValueError, match=r"\['bits'\], which this version of mixft does not know"):
         mixft.Int8Config.from_dict({"quant_method": "mixft", "mode": "dynamic", "bits": 4})
     folder = saved("bert")

@@ -27,7 +27,8 @@ pytestmark = [
 class Layer(nn.Module):
     def __init__(self, mode, dtype=torch.float32, activation=None):
         super().__init__()
-        self.dense = QuantLinear.from_linear(nn.Linear(66, 50).to(dtype), mode)
+        training = {"shape_gating": False} if mode == "train" else {}
+        self.dense = QuantLinear.from_linear(nn.Linear(66, 50).to(dtype), mode, **training)
         self.dense.activation = activation
 
     def forward(self, x):
@@ -140,7 +141,7 @@ def test_a_broken_adapter_is_refused_and_the_weight_stays(native_device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_train_mode_layer_sees_the_merged_weight(native_device, mode):
+def test_the_merged_layer_computes_what_the_adapters_did(native_device, mode):
     model, _ = adapted(mode, native_device)
     x = torch.randn(9, 66, device=native_device)
     before = model(x)

@@ -4,6 +4,7 @@ With transformers, :class:`Int8Config` becomes a ``quantization_config`` of ``fr
 ``save_pretrained`` then writes load again with a plain ``from_pretrained``, in every process that imports this module.
 """
 
+import importlib
 import importlib.util
 
 OLDEST_TRANSFORMERS = 5
@@ -23,11 +24,20 @@ if int(transformers.__version__.split(".")[0]) < OLDEST_TRANSFORMERS:
     )
 
 from .config import Int8Config  # noqa: E402
-from .quantizer import Int8Quantizer  # noqa: E402
+from .quantizer import Int8Quantizer, mark_quantized  # noqa: E402
 
-__all__ = ["Int8Config", "Int8Quantizer"]
+__all__ = ["Int8Config", "Int8Quantizer", "NumericsCallback", "mark_quantized"]
 
 if importlib.util.find_spec("peft") is not None:
     from .lora import LoraQuantLinear
 
     __all__ += ["LoraQuantLinear"]
+
+
+def __getattr__(name: str):
+    if name == "NumericsCallback":
+        # The Trainer that it needs takes seconds to import.
+        value = importlib.import_module("mixft.huggingface.callback").NumericsCallback
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mixft.huggingface' has no attribute {name!r}")

@@ -1,13 +1,17 @@
 """``Int8Config``: what ``from_pretrained`` is to do, and what config.json says of a saved model."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mixft.nn.quant_linear import Mode, check_mode
+from mixft.nn.int8_training import TrainingOptions
+from mixft.nn.quant_linear import Mode, check_mode, check_training
 
 QUANT_METHOD = "mixft"
+SETTINGS = ("mode", "include", "exclude", "layers")
+TRAINING_SETTINGS = tuple(field.name for field in fields(TrainingOptions))
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -25,10 +29,13 @@ class Int8Config(QuantizationConfigMixin):
         exclude: a glob of module names, or several; those layers are left.
         layers: the names of the layers that are quantized, relative to the base model: written by mixft, which chooses
             them when it loads floating-point weights, and read from the config.json of a saved model.
+        training: for mode ``"train"`` the fields of :class:`mixft.nn.int8_training.TrainingOptions`: ``backward``,
+            ``stochastic``, ``shape_gating``, ``min_sqnr``.
 
     Raises:
-        TypeError: ``include``, ``exclude`` or ``layers`` is of another type.
-        ValueError: an unknown mode, or in :meth:`from_dict` a setting that this version of mixft does not know.
+        TypeError: ``include``, ``exclude`` or ``layers`` is of another type, or an option that there is not.
+        ValueError: an unknown mode; training options in another mode; in :meth:`from_dict` a setting that this version
+            of mixft does not know.
     """
 
     def __init__(
@@ -37,19 +44,28 @@ class Int8Config(QuantizationConfigMixin):
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         layers: Iterable[str] | None = None,
+        **training,
     ):
         check_mode(mode)
+        check_training(mode, training)
+        TrainingOptions(**training)
         self.quant_method = QUANT_METHOD
         self.mode = mode
         self.include = _names("include", include)
         self.exclude = _names("exclude", exclude)
         self.layers = _names("layers", layers)
+        self.__dict__.update(training)
+
+    @property
+    def training(self) -> dict:
+        """The training options that were given."""
+        return {name: value for name, value in self.__dict__.items() if name in TRAINING_SETTINGS}
 
     @classmethod
     def from_dict(cls, config_dict: dict, return_unused_kwargs: bool = False, **kwargs):
         """The configuration that ``to_dict`` gave; ValueError for a setting that is unknown here."""
         known = {name: value for name, value in config_dict.items() if name != "quant_method"}
-        unknown = known.keys() - {"mode", "include", "exclude", "layers"}
+        unknown = known.keys() - {*SETTINGS, *TRAINING_SETTINGS}
         if unknown:
             raise ValueError(f"quantization_config has {sorted(unknown)}, which this version of mixft does not know")
         return super().from_dict(known, return_unused_kwargs, **kwargs)

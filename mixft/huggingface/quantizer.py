@@ -1,6 +1,7 @@
 """The quantizer that transformers calls: it swaps layers on the meta device and quantizes each weight as it is read."""
 
 import copy
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,9 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         config = self.quantization_config
         if not self.pre_quantized:
-            reasons = choose_layers(model, config.mode, include=config.include, exclude=config.exclude)
+            reasons = choose_layers(
+                model, config.mode, include=config.include, exclude=config.exclude, **config.training
+            )
             chosen = [name for name, reason in reasons.items() if not reason]
             if not chosen:
                 listing = (
@@ -95,14 +98,51 @@ class Int8Quantizer(HfQuantizer):
         config = self.quantization_config
         if config.mode == "train":
             names = [name for name, _ in model.named_modules() if _relative(name, model) in config.layers]
-            quantize_(model, "train", include=names)
+            quantize_(model, "train", include=names, **config.training)
         elif self.pre_quantized:
             _check_complete(model)
         return model
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dequantize_(model)
+        # A configuration that has been saved holds the name of its dtype.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
+
+
+def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """Let ``save_pretrained`` of a model that ``mixft.quantize_`` changed write what ``from_pretrained`` reads.
+
+    ``from_pretrained`` with an :class:`Int8Config` does so itself.
+
+    Returns:
+        ``model``, with a quantization_config in its configuration.
+
+    Raises:
+        TypeError: ``model`` is no model of transformers.
+        ValueError: it has no QuantLinear layers, or some of several modes or training options.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers.PreTrainedModel; it is a {type(model).__name__}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    modes = sorted({layer.mode for layer in layers.values()})
+    if not modes:
+        raise ValueError("model has no QuantLinear layers; call mixft.quantize_(model) first, or save it as usual")
+    if len(modes) > 1:
+        raise ValueError(f"model has layers of the modes {', '.join(modes)}; config.json holds one mode")
+    training = {layer.int8_training.options for layer in layers.values() if layer.mode == "train"}
+    if len(training) > 1:
+        raise ValueError("model has layers of several training options; config.json holds one set of them")
+    config = Int8Config(
+        modes[0],
+        layers=[_relative(name, model) for name in layers],
+        **{name: value for options in training for name, value in asdict(options).items()},
+    )
+    model.hf_quantizer = Int8Quantizer(config, pre_quantized=False)
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+    return model
 
 
 class QuantizeWeight(ConversionOps):
