@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mixft.ops import grad_scalars, unscale_
 from mixft.ops.validation import FLOATS
 
 from .overflow import Counts
@@ -59,6 +60,41 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> dict[torch.device, Gradien
                 if type(grad) is Tensor:
                     here.plain.append((param, grad))
     return found
+
+
+def unscale_gradients(
+    optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor
+) -> tuple[dict[torch.device, Tensor], list[Counts]]:
+    """Multiply the gradients by ``inv_scale`` in place.
+
+    Returns:
+        By device, a copy of ``found_inf`` that is 1 where a gradient there is NaN or Inf; and how many elements are.
+    """
+    found, nonfinite = {}, []
+    for device, gradients in gradients_of(optimizer).items():
+        found[device] = found_inf.to(device, non_blocking=True, copy=True)
+        local_inv_scale = inv_scale.to(device, non_blocking=True)
+        counts = torch.zeros(len(gradients.ours), dtype=torch.int64, device=device)
+        nonfinite += [(gradients.params, counts), *gradients.count_others()]
+        unscale_(gradients.ours, local_inv_scale, found[device], counts)
+        for same in gradients.others.values():
+            torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], local_inv_scale)
+    return found, nonfinite
+
+
+def find_overflows(optimizer: torch.optim.Optimizer) -> tuple[dict[torch.device, Tensor], list[Counts]]:
+    """The same finding as :func:`unscale_gradients`'s, with the gradients as they are."""
+    found, nonfinite = {}, []
+    for device, gradients in gradients_of(optimizer).items():
+        found[device] = torch.zeros((), dtype=torch.float32, device=device)
+        if gradients.ours:
+            _, _, found[device], counts = grad_scalars(gradients.ours)
+            nonfinite.append((gradients.params, counts))
+        nonfinite += gradients.count_others()
+        for same in gradients.others.values():
+            one = torch.ones((), dtype=torch.float32, device=device)
+            torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], one)
+    return found, nonfinite
 
 
 def has_gradient(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,5 +1,6 @@
 """``LossScaler``: ``torch.amp.GradScaler`` for pure-FP16 training, which says where gradients overflowed."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -7,19 +8,16 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
-from mixft.ops import grad_scalars, unscale_
-
 from .floor_watch import FloorWatch
-from .gradients import gradients_of, has_gradient
+from .gradients import find_overflows, has_gradient, unscale_gradients
 from .overflow import OverflowRing, OverflowStep, merge
+from .scale_rule import Counters, ScaleRule
 
 if TYPE_CHECKING:
     from .grad_accumulator import GradAccumulator
 
-# What GradScaler saves, and what this class saves of its options and of its counters.
+# What GradScaler saves.
 ENTRIES = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-OPTIONS = ("dynamic", "min_scale", "max_scale", "hysteresis", "consecutive_hysteresis", "patience")
-COUNTERS = ("iteration", "overflow_steps", "hysteresis_left", "floor_steps")
 
 
 class LossScaler(torch.amp.GradScaler):
@@ -101,22 +99,17 @@ class LossScaler(torch.amp.GradScaler):
             enabled=enabled,
         )
         self._dynamic = dynamic
-        self._min_scale = float(min_scale)
-        self._max_scale = float(max_scale)
-        self._hysteresis = hysteresis
-        self._consecutive_hysteresis = consecutive_hysteresis
         self._patience = patience
-        self._floor_watch = FloorWatch(patience, self._min_scale)
-        # Values for the device counters, which are made with the scale at its first use.
-        self._init_counters = self._fresh_counters()
-        self._counters: dict[str, Tensor] | None = None
+        self._rule = ScaleRule(float(min_scale), float(max_scale), hysteresis, consecutive_hysteresis)
+        self._floor_watch = FloorWatch(patience, self._rule.min_scale)
+        self._counters = Counters.fresh(hysteresis)
         self._rings: WeakKeyDictionary[torch.optim.Optimizer, OverflowRing] = WeakKeyDictionary()
         self._loaded_history: list[OverflowStep] = []
 
     @property
     def overflow_steps(self) -> int:
         """Optimizer steps skipped so far; reading it waits for the device."""
-        return self._counter_values()["overflow_steps"]
+        return self._counters.values()["overflow_steps"]
 
     def overflow_report(self) -> list[tuple[str, int]]:
         """Which parameters overflowed in the last iteration that skipped a step; waits for the device.
@@ -190,13 +183,21 @@ class LossScaler(torch.amp.GradScaler):
             elif isinstance(new_scale, Tensor) and new_scale.numel() == 1:
                 new_scale = new_scale.reshape(())
             super().update(new_scale)
-            self._scale.clamp_(self._min_scale, self._max_scale)
+            self._rule.confine(self._scale)
         else:
             found = [value for state in self._per_optimizer_states.values() for value in self._found_of(state)]
             if not found:
                 raise AssertionError("No inf checks were recorded prior to update.")
             if self._dynamic:
-                self._adapt(found[0] if len(found) == 1 else torch.stack(found).amax(0))
+                self._rule.adapt(
+                    self._scale,
+                    self._growth_tracker,
+                    self._counters,
+                    _any(found),
+                    self._growth_factor,
+                    self._backoff_factor,
+                    self._growth_interval,
+                )
             self._per_optimizer_states.clear()
         self._counters["iteration"].add_(1)
         if self._dynamic:
@@ -233,7 +234,7 @@ class LossScaler(torch.amp.GradScaler):
         """GradScaler's entries, which a GradScaler can load, and this class's own; empty when not enabled."""
         if not self._enabled:
             return {}
-        own = {name: getattr(self, f"_{name}") for name in OPTIONS} | self._counter_values()
+        own = self._options() | self._counters.values()
         return super().state_dict() | own | {"overflow_history": list(map(tuple, self.overflow_history()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,24 +249,22 @@ class LossScaler(torch.amp.GradScaler):
         missing = [name for name in ENTRIES if name not in state_dict]
         if state_dict and missing:
             raise ValueError(f"state_dict lacks {', '.join(missing)}; it must be what a scaler's state_dict() gave")
-        own = {name: state_dict.get(name, getattr(self, f"_{name}")) for name in OPTIONS}
+        own = {name: state_dict.get(name, value) for name, value in self._options().items()}
         if state_dict:
             scale = min(max(state_dict["scale"], own["min_scale"]), own["max_scale"])
             state_dict = state_dict | {"scale": scale}
         super().load_state_dict(state_dict)
-        for name, value in own.items():
-            setattr(self, f"_{name}", value)
-        self._floor_watch = FloorWatch(self._patience, self._min_scale)
-        self._init_counters = {name: state_dict.get(name, value) for name, value in self._fresh_counters().items()}
-        for name, counter in (self._counters or {}).items():
-            counter.fill_(self._init_counters[name])
+        self._dynamic, self._patience = own.pop("dynamic"), own.pop("patience")
+        self._rule = ScaleRule(**own)
+        self._floor_watch = FloorWatch(self._patience, self._rule.min_scale)
+        fresh = Counters.fresh(self._rule.hysteresis).initial
+        self._counters.load({name: state_dict.get(name, value) for name, value in fresh.items()})
         self._rings.clear()
         self._loaded_history = [OverflowStep(*step) for step in state_dict.get("overflow_history", [])]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {
-            "_init_counters": self._counter_values(),
-            "_counters": None,
+            "_counters": Counters(self._counters.values()),
             "_loaded_history": self.overflow_history(),
             "_rings": None,
         }
@@ -273,44 +272,12 @@ class LossScaler(torch.amp.GradScaler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_rings": WeakKeyDictionary()})
 
-    def _fresh_counters(self) -> dict[str, int]:
-        return dict.fromkeys(COUNTERS, 0) | {"iteration": 1, "hysteresis_left": self._hysteresis}
-
-    def _counter_values(self) -> dict[str, int]:
-        if self._counters is None:
-            return dict(self._init_counters)
-        return {name: int(counter) for name, counter in self._counters.items()}
+    def _options(self) -> dict[str, Any]:
+        return {"dynamic": self._dynamic, "patience": self._patience} | asdict(self._rule)
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         super()._lazy_init_scale_growth_tracker(dev)
-        self._counters = {
-            name: torch.full((), value, dtype=torch.int64, device=dev) for name, value in self._init_counters.items()
-        }
-
-    def _adapt(self, found_inf: Tensor) -> None:
-        """Move the scale and its counters by one iteration."""
-        overflowed = found_inf > 0
-        before = self._scale.clone() if self._hysteresis > 1 else None
-        torch._amp_update_scale_(
-            self._scale,
-            self._growth_tracker,
-            found_inf,
-            self._growth_factor,
-            self._backoff_factor,
-            self._growth_interval,
-        )
-        if before is not None:
-            left = self._counters["hysteresis_left"]
-            left.sub_(overflowed.long()).clamp_(min=0)
-            self._scale.copy_(torch.where(overflowed & (left > 0), before, self._scale))
-            # The tracker of finite steps is at zero after one only where the scale has just grown.
-            restored = ~overflowed if self._consecutive_hysteresis else ~overflowed & (self._growth_tracker == 0)
-            left.masked_fill_(restored, self._hysteresis)
-        self._scale.clamp_(self._min_scale, self._max_scale)
-        at_floor = self._counters["floor_steps"]
-        # Counted from an overflow on: a scale that merely starts at its floor needs no cure.
-        counts = (self._scale <= self._min_scale) & (overflowed | (at_floor > 0))
-        at_floor.add_(1).mul_(counts)
+        self._counters.place(dev)
 
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Count and attribute what the step of ``optimizer`` found."""
@@ -321,7 +288,7 @@ class LossScaler(torch.amp.GradScaler):
         found = self._found_of(state)
         if not found:
             return
-        overflowed = (found[0] if len(found) == 1 else torch.stack(found).amax(0)) > 0
+        overflowed = _any(found) > 0
         self._counters["overflow_steps"].add_(overflowed)
         ring = self._rings.get(optimizer)
         if ring is None:
@@ -345,38 +312,25 @@ class LossScaler(torch.amp.GradScaler):
         if accumulator is not None:
             self._per_optimizer_states[id(optimizer)]["nonfinite"] = accumulator.counts()
             return accumulator.found_inf_per_device()
-        found, nonfinite = {}, []
-        for device, gradients in gradients_of(optimizer).items():
-            found[device] = found_inf.to(device, non_blocking=True, copy=True)
-            local_inv_scale = inv_scale.to(device, non_blocking=True)
-            counts = torch.zeros(len(gradients.ours), dtype=torch.int64, device=device)
-            nonfinite += [(gradients.params, counts), *gradients.count_others()]
-            unscale_(gradients.ours, local_inv_scale, found[device], counts)
-            for same in gradients.others.values():
-                torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], local_inv_scale)
+        found, nonfinite = unscale_gradients(optimizer, inv_scale, found_inf)
         self._per_optimizer_states[id(optimizer)]["nonfinite"] = nonfinite
         return found
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
         self._check_scale_growth_tracker("_check_inf_per_device")
         state = self._per_optimizer_states[id(optimizer)]
-        found, nonfinite = {}, []
         if getattr(optimizer, "finds_overflows", False):
             state["found_by_step"] = has_gradient(optimizer)
-            if state["found_by_step"]:
-                found[self._scale.device] = torch.zeros_like(self._scale)
+            found = {self._scale.device: torch.zeros_like(self._scale)} if state["found_by_step"] else {}
+            nonfinite = []
         else:
-            for device, gradients in gradients_of(optimizer).items():
-                found[device] = torch.zeros((), dtype=torch.float32, device=device)
-                if gradients.ours:
-                    _, _, found[device], counts = grad_scalars(gradients.ours)
-                    nonfinite.append((gradients.params, counts))
-                nonfinite += gradients.count_others()
-                for same in gradients.others.values():
-                    one = torch.ones((), dtype=torch.float32, device=device)
-                    torch._amp_foreach_non_finite_check_and_unscale_(same, found[device], one)
+            found, nonfinite = find_overflows(optimizer)
         state["found_inf_per_device"], state["nonfinite"] = found, nonfinite
         return found
+
+
+def _any(found: list[Tensor]) -> Tensor:
+    return found[0] if len(found) == 1 else torch.stack(found).amax(0)
 
 
 def _check_growth_factor(factor: float) -> None:
