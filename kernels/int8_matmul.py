@@ -5,6 +5,8 @@
     out[m, n] = act(a_scale[m] * b_scale[n] * sum_k a[m, k] * b[n, k] + bias[n])
 
 a int8 [M, K], b int8 [N, K], scales FP32 [M] and [N], the sum exact in int32, the rest in FP32, one cast at the store.
+With zero points z int32 [M] it is the sum of (a[m, k] - z[m]) b[n, k] that is scaled: z[m] times the sum of row n of b
+is taken off in int32, which is exact where the result fits, whatever wraps around on the way.
 
 ``weight_only_matmul`` (W8A16)::
 
@@ -51,6 +53,8 @@ def scaled_matmul_kernel(
     b_ptr,
     a_scale_ptr,
     b_scale_ptr,
+    a_zero_point_ptr,
+    b_sum_ptr,
     bias_ptr,
     out_ptr,
     M,
@@ -60,6 +64,7 @@ def scaled_matmul_kernel(
     stride_bn,
     stride_a_scale,
     stride_b_scale,
+    stride_a_zero_point,
     stride_out,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -97,6 +102,9 @@ def scaled_matmul_kernel(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
 
+    if a_zero_point_ptr is not None:
+        zero_point = tl.load(a_zero_point_ptr + read_rows * stride_a_zero_point, mask=rows < M, other=0)
+        accumulator -= zero_point[:, None] * tl.load(b_sum_ptr + read_columns)[None, :]
     result = accumulator.to(tl.float32)
     valid_columns = columns < N
     if HAS_A_SCALE:
@@ -117,9 +125,15 @@ def int8_matmul(
     bias: torch.Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    a_zero_point: torch.Tensor | None = None,
+    b_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch the W8A8 product of the module docstring. ``a_scale`` [M, 1], ``b_scale`` [N, 1], any strides."""
-    return _launch("int8_matmul", a, b, a_scale, b_scale, bias, activation, out_dtype)
+    """Launch the W8A8 product of the module docstring.
+
+    ``a_scale`` [M, 1] and ``b_scale`` [N, 1], any strides; ``a_zero_point`` int32 [M, 1], any strides, with ``b_sum``
+    int32 [N], contiguous, the sums of the rows of ``b``; or neither.
+    """
+    return _launch("int8_matmul", a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
 
 
 def weight_only_matmul(
@@ -139,7 +153,7 @@ def weight_only_matmul(
     return _launch("weight_only_matmul", a, b, None, b_scale, bias, activation, out_dtype)
 
 
-def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
+def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point=None, b_sum=None):
     (M, K), N = a.shape, b.shape[0]
     out = torch.empty((M, N), device=a.device, dtype=out_dtype)
     if out.numel() == 0:
@@ -157,6 +171,8 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
             b,
             a_scale if a_scale is not None else b_scale,
             b_scale,
+            a_zero_point,
+            b_sum,
             bias.contiguous() if bias is not None else b_scale,
             out,
             M,
@@ -166,6 +182,7 @@ def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype):
             b.stride(0),
             a_scale.stride(0) if a_scale is not None else 0,
             b_scale.stride(0),
+            a_zero_point.stride(0) if a_zero_point is not None else 0,
             out.stride(0),
             BLOCK_M=config.BLOCK_M,
             BLOCK_N=config.BLOCK_N,
@@ -200,7 +217,10 @@ def _readable(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def variants(arch: Architecture) -> list[Variant]:
-    """The W8A8 and W8A16 products in each bucket, plain with whole blocks of K, and with an epilogue and a ragged K."""
+    """The W8A8 and W8A16 products in each bucket, plain with whole blocks of K, and with an epilogue and a ragged K.
+
+    W8A8 in "small" and "large" also with zero points.
+    """
     if not arch.tensor_cores:
         return []
     operand = {"int8_matmul": ("i8", "fp16"), "weight_only_matmul": ("fp16", "fp16")}
@@ -210,25 +230,29 @@ def variants(arch: Architecture) -> list[Variant]:
             if name != arch.name:
                 continue
             for epilogue, even in (("none", True), ("none" if bucket == "wide" else "gelu", False)):
-                found.append(_variant(op, bucket, config, a_type, out_type, epilogue, even))
+                found.append(_variant(op, bucket, config, a_type, out_type, epilogue, even, affine=False))
+            if op == "int8_matmul" and bucket != "wide":
+                found.append(_variant(op, bucket, config, a_type, out_type, "gelu", True, affine=True))
     return found
 
 
-def _variant(op, bucket, config, a_type, out_type, epilogue, even):
+def _variant(op, bucket, config, a_type, out_type, epilogue, even, *, affine):
     pointers = {
         "a_ptr": f"*{a_type}",
         "b_ptr": "*i8",
         "a_scale_ptr": "*fp32",
         "b_scale_ptr": "*fp32",
+        **({"a_zero_point_ptr": "*i32", "b_sum_ptr": "*i32"} if affine else {}),
         "bias_ptr": f"*{out_type}",
         "out_ptr": f"*{out_type}",
     }
-    sizes = ("M", "N", "K", "stride_am", "stride_bn", "stride_a_scale", "stride_b_scale", "stride_out")
+    sizes = ("M", "N", "K", "stride_am", "stride_bn", "stride_a_scale", "stride_b_scale", "stride_a_zero_point")
     return Variant(
-        name=f"{op}[{a_type},{epilogue},{bucket},{'even' if even else 'ragged'}]",
+        name=f"{op}[{a_type},{epilogue},{bucket},{'even' if even else 'ragged'}{',affine' if affine else ''}]",
         function=scaled_matmul_kernel,
-        signature={**pointers, **dict.fromkeys(sizes, "i32")},
+        signature={**pointers, **dict.fromkeys((*sizes, "stride_out"), "i32")},
         constexprs={
+            **({} if affine else {"a_zero_point_ptr": None, "b_sum_ptr": None}),
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_K": config.BLOCK_K,

@@ -12,6 +12,7 @@ _ATTRIBUTES = {
     "quantize_": "mixft.nn.quantization",
     "dequantize_": "mixft.nn.quantization",
     "model_report": "mixft.nn.model_report",
+    "calibrate": "mixft.nn.calibration",
     "save_quantized": "mixft.nn.checkpoint",
     "load_quantized": "mixft.nn.checkpoint",
     "PrecisionPolicy": "mixft.precision",

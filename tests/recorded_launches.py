@@ -19,6 +19,7 @@ from mixft.kernels import (
     matmul_split_k,
     matmul_tiles,
     quantize,
+    static_int8_linear,
 )
 from mixft.kernels.architecture import Architecture
 from mixft.kernels.multi_tensor import TRITON_NAMES
@@ -34,6 +35,7 @@ LAUNCHERS = (
     matmul_split_k,
     matmul_tiles,
     quantize,
+    static_int8_linear,
 )
 
 
@@ -130,6 +132,14 @@ def w8a8(M: int, N: int, K: int, *, per_tensor: bool = False, bias: bool = False
     int8_matmul.int8_matmul(a, b, a_scale, b_scale, half(N) if bias else None, activation, torch.float16)
 
 
+def w8a8_static(M: int, N: int, K: int):
+    integers = torch.empty(N, dtype=torch.int32)
+    weight, scale, zero_point = torch.empty(N, K, dtype=torch.int8), torch.empty(()), integers[0]
+    static_int8_linear.static_int8_linear(
+        half(M, K), weight, torch.empty(N, 1), None, "none", scale, zero_point, integers
+    )
+
+
 def w8a16(M: int, N: int, K: int, *, bias: bool = False, activation: str = "none"):
     b = torch.empty(N, K, dtype=torch.int8)
     int8_matmul.weight_only_matmul(
@@ -167,6 +177,8 @@ PRODUCTS = {
     "w8a8 shallow": lambda: w8a8(4096, 4096, 16, activation="gelu"),
     "w8a8 ragged": lambda: w8a8(4096, 4096, 4096 + 16, activation="silu", bias=True),
     "w8a8 per tensor": lambda: w8a8(4096, 4096, 4096, per_tensor=True),
+    "w8a8 static": lambda: w8a8_static(4096, 4096, 4096),
+    "w8a8 static, one row": lambda: w8a8_static(1, 4096, 4096),
     "w8a16 one row": lambda: w8a16(1, 4096, 4096),
     "w8a16 one column": lambda: w8a16(17, 1, 4096, bias=True),
     "w8a16 ragged": lambda: w8a16(4096, 4096, 4096 + 16, activation="gelu", bias=True),

@@ -35,6 +35,7 @@ SHIPPED = {
     "optimizer_state",
     "quantize",
     "sgd",
+    "static_int8_linear",
 }
 
 

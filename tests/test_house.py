@@ -17,6 +17,7 @@ ATTRIBUTES = (
     "quantize_",
     "dequantize_",
     "model_report",
+    "calibrate",
     "save_quantized",
     "load_quantized",
     "PrecisionPolicy",

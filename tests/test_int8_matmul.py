@@ -59,6 +59,30 @@ def test_epilogues(device, activation, with_bias):
     assert_within_budget(out, exact, exact.float(), 2**-20)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("per_row", [True, False])
+def test_zero_points(device, shape, per_row):
+    M, K, N = shape
+    a, b = int8(M, K, device=device), int8(N, K, device=device)
+    a_scale, b_scale, bias = torch.rand(M, device=device), torch.rand(N, device=device), torch.randn(N, device=device)
+    zero_point = int8(M if per_row else 1, device=device).int()
+    shifted = a.double().cpu() - zero_point.double().cpu().reshape(-1, 1)
+    exact = exact_product(shifted, b, a_scale, b_scale, bias, "gelu")
+    arguments = a, b, a_scale, b_scale, bias, "gelu", torch.float32
+    out = int8_matmul(*arguments, a_zero_point=zero_point)
+    assert_within_budget(out, exact, exact.float(), 2**-21)
+    assert torch.equal(int8_matmul(*arguments, a_zero_point=zero_point, b_sum=b.sum(1, dtype=torch.int32)), out)
+
+
+def test_zero_points_are_exact_where_the_sum_without_them_is_beyond_fp32(device):
+    a = torch.full((2, 2080), 127, dtype=torch.int8, device=device)
+    b = torch.full((3, 2080), 127, dtype=torch.int8, device=device)
+    a[0, 5] = 126
+    one, zero_point = torch.ones(1, device=device), torch.full((1,), 127, dtype=torch.int32, device=device)
+    out = int8_matmul(a, b, one, one, out_dtype=torch.float32, a_zero_point=zero_point)
+    assert out.tolist() == [[-127.0] * 3, [0.0] * 3]
+
+
 def test_sums_beyond_fp32_are_exact_before_the_scale(device):
     a = torch.full((2, 2080), -128, dtype=torch.int8, device=device)
     b = torch.full((3, 2080), -128, dtype=torch.int8, device=device)
@@ -127,6 +151,9 @@ def test_opcheck(device):
     a_scale, b_scale = torch.rand(5, 1, device=device), torch.rand(4, 1, device=device)
     bias = torch.randn(4, device=device)
     torch.library.opcheck(torch.ops.mixft.int8_matmul.default, (a, b, a_scale, b_scale, bias, "gelu", torch.float16))
+    zero_points = torch.ones(5, 1, dtype=torch.int32, device=device), torch.ones(4, dtype=torch.int32, device=device)
+    affine = (a, b, a_scale, b_scale, bias, "none", torch.float32, *zero_points)
+    torch.library.opcheck(torch.ops.mixft.int8_matmul.default, affine)
     x = torch.randn(5, 32, device=device, requires_grad=True)
     torch.library.opcheck(torch.ops.mixft.weight_only_matmul.default, (x, b, b_scale, bias, "none", torch.float32))
 
@@ -142,6 +169,14 @@ def test_opcheck(device):
         ({"activation": "tanh"}, ValueError, "activation must be None or one of relu, gelu"),
         ({"out_dtype": torch.int32}, TypeError, "out_dtype must be torch.float16 or"),
         ({"b": torch.ones(3, 4, dtype=torch.int8, device="meta")}, ValueError, "b on meta"),
+        ({"a_zero_point": torch.ones(3).int()}, ValueError, r"a_zero_point must have 1 or 2 elements"),
+        ({"a_zero_point": torch.ones(2)}, TypeError, "a_zero_point must be torch.int32; it is torch.float32"),
+        ({"b_sum": torch.ones(3).int()}, ValueError, "b_sum serves zero points"),
+        (
+            {"a_zero_point": torch.ones(2).int(), "b_sum": torch.ones(4).int()},
+            ValueError,
+            r"b_sum must have shape \(3,",
+        ),
     ],
 )
 def test_bad_input_is_named(change, error, message):
@@ -170,6 +205,8 @@ def test_sums_that_could_exceed_int32_are_refused():
     a, b = torch.empty(1, 2**17, dtype=torch.int8), torch.empty(1, 2**17, dtype=torch.int8)
     with pytest.raises(ValueError, match="K must be at most 131071"):
         int8_matmul(a, b, torch.ones(1), torch.ones(1))
+    with pytest.raises(ValueError, match="K must be at most 65793"):
+        int8_matmul(a, b, torch.ones(1), torch.ones(1), a_zero_point=torch.ones(1).int())
 
 
 @pytest.mark.parametrize(

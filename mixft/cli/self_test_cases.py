@@ -110,6 +110,33 @@ def _dynamic_linear_case(dtype: torch.dtype) -> Case:
     )
 
 
+def _outlier_linear_case(dtype: torch.dtype) -> Case:
+    return Case(
+        "outlier_int8_linear",
+        dtype,
+        _weight_only_inputs,
+        lambda x, weight, scale, bias: [ops.outlier_int8_linear(x, weight, scale[:, None], bias, threshold=2.5)],
+        lambda x, weight, scale, bias: [F.linear(x, weight * scale[:, None], bias)],
+        3 * INT8_STEP + ROUNDING[dtype],
+    )
+
+
+def _static_linear_case(dtype: torch.dtype) -> Case:
+    def actual(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> list[Tensor]:
+        _, input_scale, zero_point = ops.quantize(x, dim=None, symmetric=False)
+        inputs = {"input_scale": input_scale, "input_zero_point": zero_point}
+        return [ops.static_int8_linear(x, weight, scale[:, None], bias, **inputs)]
+
+    return Case(
+        "static_int8_linear",
+        dtype,
+        _weight_only_inputs,
+        actual,
+        lambda x, weight, scale, bias: [F.linear(x, weight * scale[:, None], bias)],
+        3 * INT8_STEP + ROUNDING[dtype],
+    )
+
+
 def _quantize_case(dtype: torch.dtype) -> Case:
     def actual(x: Tensor) -> list[Tensor]:
         results = []
@@ -314,6 +341,8 @@ CASES = [
         _int8_matmul_case,
         _weight_only_case,
         _dynamic_linear_case,
+        _outlier_linear_case,
+        _static_linear_case,
         _int8_linear_case,
         _quantize_case,
         _dequantize_case,

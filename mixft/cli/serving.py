@@ -8,7 +8,7 @@ from mixft.cpu.instruction_set import has_bf16_dot
 from mixft.cpu.int8_matmul import int_mm_is_fast_and_exact
 from mixft.ops.registration import interpreting
 
-INT8_PRODUCTS = ("int8_matmul", "dynamic_int8_linear", "int8_linear")
+INT8_PRODUCTS = ("int8_matmul", "dynamic_int8_linear", "outlier_int8_linear", "static_int8_linear", "int8_linear")
 FLOAT_PRODUCTS = ("matmul", "weight_only_matmul")
 
 

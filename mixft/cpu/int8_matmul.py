@@ -26,9 +26,14 @@ def int8_matmul(
     bias: Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
-    out = _in_place_float(integer_product(a, b.t()))
+    product = integer_product(a, b.t())
+    if a_zero_point is not None:
+        product.addcmul_(a_zero_point, b_sum, value=-1)
+    out = _in_place_float(product)
     if b_scale.stride(0) == 0:
         a_scale = a_scale * b_scale[:1]
     else:

@@ -89,6 +89,20 @@ def packed_product(unsigned: Tensor, weight: PackedWeight, scale: Tensor, *, exa
     )
 
 
+def packed_layer(
+    unsigned: Tensor, weight: PackedWeight, weight_scale: Tensor, bias: Tensor | None, scale: float, zero_point: int
+) -> Tensor:
+    """``scale * weight_scale * ((u - zero_point) w^T) + bias`` in FP32, ``scale`` and ``zero_point`` for all of u."""
+    columns, offset = weight.column_terms(weight_scale)
+    # What the packed product adds in FP32 to the scaled sum of u w.
+    added = offset * (scale * zero_point / ZERO)
+    if bias is not None:
+        added += bias
+    return torch.ops.onednn.qlinear_pointwise.default(
+        unsigned, scale, 0, weight.values, columns, weight.zero_points, added, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
 @functools.cache
 def packed_product_is_exact() -> bool:
     """Whether to use packed weights here: the first call holds both forms to exact products at the extremes."""

@@ -20,7 +20,7 @@ from .tensor_file import CHECKSUMS, Entry
 
 FORMAT = "mixft-quantized-2"
 FIRST_FORMAT = "mixft-quantized-1"  # one file, without checksums; read, no longer written
-FIELDS = ("in_features", "out_features", "mode", "activation")
+FIELDS = ("in_features", "out_features", "mode", "activation", "outlier_threshold")
 
 
 def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: int | str | None = None) -> None:
@@ -167,6 +167,7 @@ def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -
         fields["activation"],
         device="meta",
         dtype=module.bias.dtype if module.bias is not None else dtype,
+        outlier_threshold=fields.get("outlier_threshold"),
     )
 
 

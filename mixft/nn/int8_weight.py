@@ -1,12 +1,19 @@
 """The modes of ``QuantLinear`` that keep an int8 weight: what such a layer holds and computes."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mixft.ops import dynamic_int8_linear, quantize, weight_only_matmul
+from mixft.ops import (
+    dynamic_int8_linear,
+    outlier_int8_linear,
+    quantize,
+    static_int8_linear,
+    weight_only_matmul,
+)
 from mixft.ops.activation import activate
 
-SERVE = {"dynamic": dynamic_int8_linear, "weight_only": weight_only_matmul}
+# Buffers that half() and to(dtype) leave in FP32: a scale in 16 bits would change the weights or the input.
+SCALES = ("weight_scale", "input_scale")
 
 
 def int8_weight_of(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,11 +27,29 @@ def int8_weight_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def forward(
-    mode: str, input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str | None
-) -> Tensor:
+def register_input_range(layer: nn.Module, scale: Tensor, zero_point: Tensor, weight_sum: Tensor) -> None:
+    """Give ``layer`` the buffers of the static mode: scale and zero point of its input, and the sums of its weight."""
+    layer.register_buffer("input_scale", scale)
+    layer.register_buffer("input_zero_point", zero_point)
+    layer.register_buffer("weight_sum", weight_sum)
+
+
+def forward(layer: nn.Module, input: Tensor) -> Tensor:
     """The layer's output; an activation is fused unless a gradient may have to go through it."""
-    serve = SERVE[mode]
-    if activation is None or not torch.is_grad_enabled():
-        return serve(input, weight, weight_scale, bias, activation)
-    return activate(serve(input, weight, weight_scale, bias), activation)
+    operands = input, layer.weight, layer.weight_scale, layer.bias
+    if layer.outlier_threshold is not None:
+        return activate(outlier_int8_linear(*operands, threshold=layer.outlier_threshold), layer.activation)
+    fused = layer.activation is None or not torch.is_grad_enabled()
+    activation = layer.activation if fused else None
+    if layer.mode == "static":
+        out = static_int8_linear(
+            *operands,
+            activation,
+            input_scale=layer.input_scale,
+            input_zero_point=layer.input_zero_point,
+            weight_sum=layer.weight_sum,
+        )
+    else:
+        serve = dynamic_int8_linear if layer.mode == "dynamic" else weight_only_matmul
+        out = serve(*operands, activation)
+    return out if fused else activate(out, layer.activation)

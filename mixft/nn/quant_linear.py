@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mixft.ops.activation import activate, check_activation
+from mixft.ops.outlier_int8_linear import check_threshold
 
 from . import int8_weight
 from .int8_training import Int8Training, TrainingOptions
@@ -16,9 +17,19 @@ MODES = ("weight_only", "dynamic", "train")
 
 
 def check_mode(mode: str) -> None:
-    """Raise ValueError for a mode that there is not."""
+    """Raise ValueError for a mode that a layer cannot be converted to."""
     if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}")
+        hint = "; mixft.calibrate(model, batches) makes static layers of dynamic ones" if mode == "static" else ""
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}{hint}")
+
+
+def check_outlier_threshold(threshold: float | None, mode: str) -> None:
+    """Raise ValueError unless ``threshold`` is None or one for a layer of ``mode``."""
+    if threshold is None:
+        return
+    check_threshold(threshold)
+    if mode != "dynamic":
+        raise ValueError(f"outlier_threshold={threshold!r} needs mode 'dynamic'; mode is {mode!r}")
 
 
 def check_training(mode: str, training: dict) -> None:
@@ -35,13 +46,17 @@ class QuantLinear(nn.Module):
     ===============  =======================  ============================  =========================================
     ``weight_only``  int8 and a scale a row   activations 16 or 32 bits     small batches; adapters on frozen weights
     ``dynamic``      int8 and a scale a row   int8, a scale an input row    inference
+    ``static``       int8 and a scale a row   int8, one scale for the input  inference on traffic known beforehand
     ``train``        as given, a parameter    int8 forward and backward     fine-tuning
     ===============  =======================  ============================  =========================================
 
-    In the first two modes ``weight`` is an int8 buffer [out_features, in_features] and ``weight_scale`` an FP32 buffer
-    [out_features, 1]; the gradient reaches the input and the bias. In ``train`` mode ``weight`` is a parameter and
-    ``weight_scale`` is None. Inputs are [..., in_features] of FP16, BF16 or FP32, under autocast of its dtype, and the
-    output has the input's dtype.
+    In all modes but ``train``, ``weight`` is an int8 buffer [out_features, in_features] and ``weight_scale`` an FP32
+    buffer [out_features, 1]; the gradient reaches the input and the bias. A ``static`` layer, which
+    :func:`mixft.calibrate` makes of a ``dynamic`` one, also has ``input_scale``, ``input_zero_point`` and
+    ``weight_sum``, the sums of the weight's rows. In ``train`` mode ``weight`` is a parameter and ``weight_scale`` is
+    None. Inputs are [..., in_features] of FP16, BF16 or FP32, under autocast of its dtype, and the output has the
+    input's dtype. On a CPU with VNNI an int8 weight is packed at its first call and again after a change in place; a
+    change through ``.data`` goes unnoticed.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -51,11 +66,14 @@ class QuantLinear(nn.Module):
         activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu", applied to the output.
         device: where to make the tensors.
         dtype: of the parameters; None is torch's default.
+        outlier_threshold: in ``dynamic`` mode, a column of the input with a magnitude above this is multiplied in
+            floating point (:func:`mixft.ops.outlier_int8_linear`); for models whose activations have outliers. None
+            takes all columns in int8.
         training: the fields of :class:`mixft.nn.int8_training.TrainingOptions`, for mode "train" alone.
 
     Raises:
-        ValueError: an unknown mode or activation, training options in another mode, or an input whose last dimension
-            is not ``in_features``.
+        ValueError: an unknown mode or activation, a threshold that is not positive or in another mode, training options
+            in another mode, or an input whose last dimension is not ``in_features``.
         TypeError: an input that is no FP16, BF16 or FP32 tensor, or an option that there is not.
     """
 
@@ -68,15 +86,19 @@ class QuantLinear(nn.Module):
         activation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        outlier_threshold: float | None = None,
         **training,
     ):
         super().__init__()
-        check_mode(mode)
+        if mode != "static":
+            check_mode(mode)
         check_activation(activation)
+        check_outlier_threshold(outlier_threshold, mode)
         self.in_features = in_features
         self.out_features = out_features
         self.mode = mode
         self.activation = activation
+        self.outlier_threshold = outlier_threshold
         self.float_dtype = dtype or torch.get_default_dtype()
         check_training(mode, training)
         if mode == "train":
@@ -86,6 +108,14 @@ class QuantLinear(nn.Module):
         else:
             self.register_buffer("weight", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
             self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
+        if mode == "static":
+            integers = {"device": device, "dtype": torch.int32}
+            int8_weight.register_input_range(
+                self,
+                torch.ones((), device=device, dtype=torch.float32),
+                torch.zeros((), **integers),
+                torch.zeros(out_features, **integers),
+            )
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -100,7 +130,9 @@ class QuantLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, mode: Mode = "dynamic", **training) -> "QuantLinear":
+    def from_linear(
+        cls, linear: nn.Linear, mode: Mode = "dynamic", *, outlier_threshold: float | None = None, **training
+    ) -> "QuantLinear":
         """A layer with the weights of ``linear``, on its device, in its training or evaluation state.
 
         In ``train`` mode the parameters are shared, so an optimizer built before goes on working. In the other modes
@@ -108,7 +140,7 @@ class QuantLinear(nn.Module):
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``.
-            ValueError: an unknown mode, training options in another mode than "train", or a weight with NaN or Inf.
+            ValueError: an unknown mode, a threshold or training options that do not fit it, or a weight with NaN or Inf.
         """
         check_mode(mode)
         if not isinstance(linear, nn.Linear):
@@ -121,6 +153,7 @@ class QuantLinear(nn.Module):
             getattr(linear, "activation", None),
             device="meta",
             dtype=linear.weight.dtype,
+            outlier_threshold=outlier_threshold,
             **training,
         )
         if mode == "train":
@@ -154,15 +187,37 @@ class QuantLinear(nn.Module):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self.mode == "train":
             return activate(self.int8_training(source, input, self.weight, self.bias), self.activation)
-        return int8_weight.forward(self.mode, input, self.weight, self.weight_scale, self.bias, self.activation)
+        return int8_weight.forward(self, input)
+
+    def to_static(self, scale: float, zero_point: int) -> None:
+        """Make this ``dynamic`` or ``static`` layer ``static``, its input quantized with ``scale`` and ``zero_point``.
+
+        Raises:
+            ValueError: a layer of another mode or with an ``outlier_threshold``, a scale that is not positive and
+                finite, or a zero point outside [-128, 127].
+        """
+        if self.mode not in ("dynamic", "static") or self.outlier_threshold is not None:
+            raise ValueError(f"only a dynamic layer without outlier_threshold can become static; this is {self}")
+        if not 0 < scale < float("inf") or not -128 <= zero_point <= 127:
+            raise ValueError(
+                f"scale must be positive and finite, zero_point in [-128, 127]; they are {scale!r} and {zero_point!r}"
+            )
+        device = self.weight.device
+        int8_weight.register_input_range(
+            self,
+            torch.tensor(scale, dtype=torch.float32, device=device),
+            torch.tensor(zero_point, dtype=torch.int32, device=device),
+            self.weight.sum(1, dtype=torch.int32),
+        )
+        self.mode = "static"
 
     def _apply(self, fn, recurse: bool = True):
-        # half() and to(dtype) convert floating buffers; a scale in 16 bits would change the weights.
-        scale = self.weight_scale
+        scales = {name: getattr(self, name, None) for name in int8_weight.SCALES}
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         super()._apply(fn, recurse)
-        if scale is not None and self.weight_scale.dtype != torch.float32:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for name, scale in scales.items():
+            if scale is not None and getattr(self, name).dtype != torch.float32:
+                setattr(self, name, scale.to(getattr(self, name).device))
         return self
 
     def extra_repr(self) -> str:
@@ -170,4 +225,5 @@ class QuantLinear(nn.Module):
         text += f", mode={self.mode!r}"
         if self.mode == "train":
             text += f", backward={self.int8_training.backward!r}"
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
+        text += "" if self.activation is None else f", activation={self.activation!r}"
+        return text if self.outlier_threshold is None else f"{text}, outlier_threshold={self.outlier_threshold}"

@@ -9,8 +9,10 @@ from .int8_linear import int8_linear
 from .int8_matmul import int8_matmul, weight_only_matmul
 from .lion import lion_
 from .matmul import matmul
+from .outlier_int8_linear import outlier_int8_linear
 from .quantize import dequantize, quantize
 from .sgd import sgd_
+from .static_int8_linear import static_int8_linear
 
 __all__ = [
     "accumulate_",
@@ -23,8 +25,10 @@ __all__ = [
     "int8_matmul",
     "lion_",
     "matmul",
+    "outlier_int8_linear",
     "quantize",
     "sgd_",
+    "static_int8_linear",
     "unscale_",
     "weight_only_matmul",
 ]

@@ -9,8 +9,9 @@ from .activation import check_activation
 from .registration import define_op
 from .validation import FLOATS, check_bias, check_dtype, check_out_dtype, check_same_device
 
-# The longest sum of int8 products that int32 always holds: 2^31 / 128^2, less one.
+# The longest sum of int8 products that int32 always holds: 2^31 / 128^2, less one; with zero points 2^31 / (255 * 128).
 MOST_TERMS = 2**17 - 1
+MOST_AFFINE_TERMS = 65793
 
 
 @define_op("int8_matmul", name="int8_matmul")
@@ -22,6 +23,8 @@ def _int8_matmul(
     bias: Tensor | None,
     activation: str,
     out_dtype: torch.dtype,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
 ) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
@@ -46,8 +49,11 @@ def int8_matmul(
     bias: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype = torch.float16,
+    *,
+    a_zero_point: Tensor | None = None,
+    b_sum: Tensor | None = None,
 ) -> Tensor:
-    """``act(a_scale * b_scale * (a @ b.T) + bias)`` with the product exact in int32 and the rest in FP32.
+    """``act(a_scale * b_scale * ((a - a_zero_point) @ b.T) + bias)``, the product exact in int32 and the rest in FP32.
 
     Args:
         a: int8 [..., K].
@@ -57,21 +63,31 @@ def int8_matmul(
         bias: FP16, BF16 or FP32 [N].
         activation: None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
         out_dtype: torch.float16, torch.bfloat16 or torch.float32.
+        a_zero_point: int32 in [-128, 127], what stands for zero in ``a``: one element, or one a row, as ``a_scale``.
+        b_sum: int32 [N], ``b.sum(1)``, which zero points need; computed here when not given.
 
     Returns:
         [..., N] of ``out_dtype``. No gradient flows through int8 operands.
 
     Raises:
-        TypeError: an operand, scale or ``out_dtype`` of another dtype.
-        ValueError: shapes that do not fit, K above 131,071, an unknown activation, tensors on several devices.
+        TypeError: an operand, scale, zero point, sum or ``out_dtype`` of another dtype.
+        ValueError: shapes that do not fit, K above 131,071 (65,793 with zero points), ``b_sum`` without zero points, an
+            unknown activation, tensors on several devices.
     """
     check_dtype("a", a, (torch.int8,))
     check_dtype("b", b, (torch.int8,))
     check_dtype("a_scale", a_scale, (torch.float32,))
-    if a.dim() and a.shape[-1] > MOST_TERMS:
-        raise ValueError(f"K must be at most {MOST_TERMS}, or its sum could exceed int32; a has shape {tuple(a.shape)}")
+    most = MOST_TERMS if a_zero_point is None else MOST_AFFINE_TERMS
+    if a.dim() and a.shape[-1] > most:
+        raise ValueError(f"K must be at most {most}, or its sum could exceed int32; a has shape {tuple(a.shape)}")
     rows = _check_operands(a, b, b_scale, bias, out_dtype)
-    check_same_device(a=a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias)
+    check_same_device(a=a, b=b, a_scale=a_scale, b_scale=b_scale, bias=bias, a_zero_point=a_zero_point, b_sum=b_sum)
+    if a_zero_point is not None:
+        check_dtype("a_zero_point", a_zero_point, (torch.int32,))
+        a_zero_point = _as_column("a_zero_point", a_zero_point, rows)
+        b_sum = b.sum(1, dtype=torch.int32) if b_sum is None else check_row_sums(b_sum, b)
+    elif b_sum is not None:
+        raise ValueError("b_sum serves zero points; give a_zero_point with it, or neither")
     out = _int8_matmul(
         a.reshape(rows, a.shape[-1]),
         b,
@@ -80,8 +96,18 @@ def int8_matmul(
         bias,
         check_activation(activation),
         out_dtype,
+        a_zero_point,
+        b_sum,
     )
     return out.view(*a.shape[:-1], b.shape[0])
+
+
+def check_row_sums(row_sums: Tensor, b: Tensor) -> Tensor:
+    """``row_sums`` contiguous; raise unless it is int32 [N] for ``b`` [N, K]."""
+    check_dtype("b_sum", row_sums, (torch.int32,))
+    if row_sums.shape != b.shape[:1]:
+        raise ValueError(f"b_sum must have shape ({b.shape[0]},); it has shape {tuple(row_sums.shape)}")
+    return row_sums.contiguous()
 
 
 def weight_only_matmul(
@@ -150,13 +176,16 @@ def frozen_weight_gradient(grad_out: Tensor, weight: Tensor, weight_scale: Tenso
     return _weight_only_matmul(scaled, weight.t(), largest.expand(weight.shape[1], 1), None, "none", dtype)
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_frozen(ctx, inputs, output):
+    """Keep what :func:`differentiate_frozen` needs of an op on (input, int8 weight, its scale, bias, ...)."""
     a, b, b_scale, bias = inputs[:4]
+    ctx.others = len(inputs) - 4
     ctx.save_for_backward(b, b_scale)
     ctx.dtypes = a.dtype, None if bias is None else bias.dtype
 
 
-def _backward(ctx, grad_out: Tensor):
+def differentiate_frozen(ctx, grad_out: Tensor):
+    """Gradients of such an op as if its input were not rounded: the input's and the bias's."""
     b, b_scale = ctx.saved_tensors
     a_dtype, bias_dtype = ctx.dtypes
     grad_a = grad_bias = None
@@ -164,10 +193,10 @@ def _backward(ctx, grad_out: Tensor):
         grad_a = frozen_weight_gradient(grad_out, b, b_scale, a_dtype)
     if ctx.needs_input_grad[3]:
         grad_bias = grad_out.sum(0, dtype=torch.float32).to(bias_dtype)
-    return grad_a, None, None, grad_bias, None, None
+    return grad_a, None, None, grad_bias, *[None] * ctx.others
 
 
-_weight_only_matmul.register_autograd(_backward, setup_context=_save_for_backward)
+_weight_only_matmul.register_autograd(differentiate_frozen, setup_context=save_frozen)
 
 
 def _check_operands(a, b, b_scale, bias, out_dtype) -> int:

@@ -7,6 +7,7 @@ scaling sees them.
 from collections.abc import Callable
 from math import prod
 
+import torch
 from torch import Tensor
 
 from .quantize import _quantize
@@ -33,6 +34,16 @@ def quantize_columns(serve: Callable, x: Tensor, factor: Tensor, seed: Tensor | 
     """int8 values of ``x`` [M, N] and FP32 scales [N, 1]; ``factor`` FP32 [M] multiplies each column first."""
     values, scale, _ = serve("quantize", "quantize")(x.unsqueeze(0), True, seed, factor, True)
     return values.view(x.shape), scale.view(-1, 1)
+
+
+def check_frozen_weight(weight: Tensor, weight_scale: Tensor) -> None:
+    """Raise unless ``weight`` is int8 and ``weight_scale`` FP32 with one element a row."""
+    check_dtype("weight", weight, (torch.int8,))
+    check_dtype("weight_scale", weight_scale, (torch.float32,))
+    if weight_scale.shape != (weight.shape[0], 1):
+        raise ValueError(
+            f"weight_scale must have shape ({weight.shape[0]}, 1); it has shape {tuple(weight_scale.shape)}"
+        )
 
 
 def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

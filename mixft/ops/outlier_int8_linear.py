@@ -1,0 +1,66 @@
+"""The dynamic int8 layer with the input's outlier columns in floating point, as in LLM.int8().
+
+Columns of x where a magnitude exceeds the threshold are left out of the int8 product, so that they do not widen the
+steps of all others, and multiplied by the dequantized columns of the weight (Dettmers et al., LLM.int8(): 8-bit matrix
+multiplication for transformers at scale, 2022).
+"""
+
+import torch
+from torch import Tensor
+
+from .int8_matmul import differentiate_frozen, save_frozen
+from .int8_operands import check_frozen_weight, check_layer
+from .registration import composition, server
+
+
+@torch.library.custom_op("mixft::outlier_int8_linear", mutates_args=())
+@composition
+def _outlier_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
+    linear = server(x.device)("dynamic_int8_linear", "dynamic_int8_linear")
+    columns = (x.abs().amax(0) > threshold).nonzero().view(-1) if len(x) else x.new_empty(0)
+    if columns.numel() == 0:
+        return linear(x, weight, weight_scale, bias, "none")
+    # FP32 until both parts are added; 16-bit numbers and int8 are exact in it.
+    rest = linear(x.float().index_fill(1, columns, 0.0), weight, weight_scale, bias, "none")
+    return rest.addmm_(x[:, columns].float(), (weight[:, columns] * weight_scale).t()).to(x.dtype)
+
+
+@_outlier_linear.register_fake
+def _(x, weight, weight_scale, bias, threshold):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_outlier_linear.register_autograd(differentiate_frozen, setup_context=save_frozen)
+
+
+def outlier_int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, threshold: float
+) -> Tensor:
+    """:func:`mixft.ops.dynamic_int8_linear` with columns of ``x`` that hold outliers kept in floating point.
+
+    Which columns those are is read off ``x``: on a GPU each call waits for that once, and no graph can capture it.
+
+    Args:
+        x: FP16, BF16 or FP32 [..., K].
+        weight: int8 [N, K].
+        weight_scale: FP32 [N, 1].
+        bias: FP16, BF16 or FP32 [N].
+        threshold: a column of ``x`` with a magnitude above this is an outlier, an infinity too; LLM.int8() takes 6.
+
+    Returns:
+        [..., N] of the dtype of ``x``. The gradient of ``x`` is that of the layer without rounding (straight-through).
+
+    Raises:
+        TypeError: an argument of another dtype.
+        ValueError: shapes that do not fit, tensors on several devices, or a threshold that is not positive.
+    """
+    check_threshold(threshold)
+    check_frozen_weight(weight, weight_scale)
+    out = _outlier_linear(check_layer(x, weight, bias), weight, weight_scale, bias, float(threshold))
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise ValueError unless outliers can be told by ``threshold``."""
+    if not threshold > 0:
+        raise ValueError(f"the outlier threshold must be positive; it is {threshold!r}")
