@@ -112,6 +112,17 @@ def test_static_layers_are_saved_and_loaded(tmp_path):
         assert torch.equal(loaded(x), model(x))
 
 
+def test_a_model_with_an_outlier_threshold():
+    model = quantized_model(outlier_threshold=6.0)
+    assert model.first.outlier_threshold == model.second.outlier_threshold == 6.0
+    with pytest.raises(ValueError, match="model has no dynamic QuantLinear layers"):
+        mixft.calibrate(model, [torch.ones(1, 128)])
+    model = Model()
+    with pytest.raises(ValueError, match="needs mode 'dynamic'"):
+        mixft.quantize_(model, "weight_only", outlier_threshold=6.0)
+    assert type(model.first) is nn.Linear
+
+
 def test_layers_with_an_outlier_threshold_stay_dynamic_and_are_saved(tmp_path):
     model = Model().eval()
     model.first = QuantLinear.from_linear(model.first, outlier_threshold=6.0)

@@ -140,7 +140,7 @@ class QuantLinear(nn.Module):
 
         Raises:
             TypeError: ``linear`` is no ``nn.Linear``.
-            ValueError: an unknown mode, a threshold or training options that do not fit it, or a weight with NaN or Inf.
+            ValueError: an unknown mode, a threshold or training options that do not fit it, a weight with NaN or Inf.
         """
         check_mode(mode)
         if not isinstance(linear, nn.Linear):

@@ -11,7 +11,7 @@ from mixft.ops.validation import FLOATS
 
 from .int8_training import TrainingOptions
 from .linear import Linear
-from .quant_linear import Mode, QuantLinear, check_mode, check_training
+from .quant_linear import Mode, QuantLinear, check_mode, check_outlier_threshold, check_training
 
 # A product below this size costs less than quantizing its input.
 SMALLEST_WEIGHT = 128 * 128
@@ -81,6 +81,7 @@ def quantize_(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    outlier_threshold: float | None = None,
     **training,
 ) -> QuantizationReport:
     """Replace the ``nn.Linear`` layers of ``model`` by :class:`mixft.nn.QuantLinear`, in place.
@@ -95,15 +96,17 @@ def quantize_(
         mode: ``"weight_only"``, ``"dynamic"`` or ``"train"``.
         include: a glob of module names, or several; only those layers are taken.
         exclude: a glob of module names, or several; those layers are left.
+        outlier_threshold: for mode "dynamic", see :class:`mixft.nn.QuantLinear`.
         training: for mode "train" the fields of :class:`mixft.nn.int8_training.TrainingOptions`: ``backward``,
             ``stochastic``, ``shape_gating``, ``min_sqnr``.
 
     Raises:
         TypeError: ``model`` is no module, or an option that there is not.
-        ValueError: an unknown mode; training options in another mode; a pattern that matches no linear layer; ``model``
-            is itself a linear layer; no layer is left to quantize; a weight holds NaN or Inf. The model is then as it
-            was.
+        ValueError: an unknown mode; an outlier threshold that is not positive; that or training options in another
+            mode; a pattern that matches no linear layer; ``model`` is itself a linear layer; no layer is left to
+            quantize; a weight holds NaN or Inf. The model is then as it was.
     """
+    check_outlier_threshold(outlier_threshold, mode)
     reasons = choose_layers(model, mode, include=include, exclude=exclude, **training)
     candidates = {name: model.get_submodule(name) for name in reasons}
     for name, module in candidates.items():
@@ -112,9 +115,8 @@ def quantize_(
     if all(reasons.values()):
         listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
         raise ValueError(f"model has no layer to quantize ({listing})")
-    layers = {
-        name: _converted(name, candidates[name], mode, training) for name, reason in reasons.items() if not reason
-    }
+    options = {**training, "outlier_threshold": outlier_threshold}
+    layers = {name: _converted(name, candidates[name], mode, options) for name, reason in reasons.items() if not reason}
     report = QuantizationReport(
         mode, [_report(name, candidates[name], layers.get(name), reasons[name]) for name in candidates]
     )
@@ -226,11 +228,11 @@ def _reason_to_leave(
     return ""
 
 
-def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode, training: dict) -> QuantLinear:
+def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode, options: dict) -> QuantLinear:
     if not module.weight.isfinite().all():
         raise ValueError(f"the weight of layer {name!r} holds NaN or Inf; repair or exclude it")
     linear = module.to_linear() if isinstance(module, QuantLinear) else module
-    layer = QuantLinear.from_linear(linear, mode, **training)
+    layer = QuantLinear.from_linear(linear, mode, **options)
     if mode == "train":
         layer.int8_training.guard.name = name
     return layer
