@@ -150,7 +150,8 @@ def test_learning_rate_rises_for_a_tenth_and_falls_to_zero(total):
 def job(model, **changes):
     fields = {"epochs": 2, "max_steps": None, "batch_size": 4, "max_length": 16, "learning_rate": 1e-3}
     fields |= {"master_weights": "auto", "state_dtype": "fp32", "grad_accumulation": 1}
-    data = {"train": "", "eval": None, "text_column": "", "label_column": "", "device": "cpu"}
+    data = {"train": "", "eval": None, "text_column": "", "label_column": "", "device": "cpu", "task": "classification"}
+    data |= {"lora": None, "lora_alpha": None}
     return Job(Recipe(model=str(model), **{**fields, **data, **changes}), "fp32", 1, "out")
 
 

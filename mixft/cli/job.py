@@ -15,11 +15,12 @@ LOG = "train.log"  # in a run's folder from its start on
 class Recipe:
     """What all runs of one command share: the options of ``mixft finetune``, checked."""
 
+    task: str
     model: str
     train: str
     eval: str | None
-    text_column: str
-    label_column: str
+    text_column: str | None
+    label_column: str | None
     epochs: int
     max_steps: int | None
     batch_size: int
@@ -28,6 +29,8 @@ class Recipe:
     learning_rate: float
     master_weights: str
     state_dtype: str
+    lora: int | None
+    lora_alpha: float | None
     device: str
 
 

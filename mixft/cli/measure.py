@@ -49,9 +49,9 @@ class Meter:
         self.tokens = 0
         self.started = self.shown = time.perf_counter()
 
-    def count(self, logits: torch.Tensor, labels: torch.Tensor, tokens: int) -> None:
+    def count(self, logits: torch.Tensor, labels: torch.Tensor, predictions: int, tokens: int) -> None:
         self.correct += (logits.detach().argmax(-1) == labels).sum()
-        self.seen += len(labels)
+        self.seen += predictions
         self.tokens += tokens
 
     def due(self) -> bool:

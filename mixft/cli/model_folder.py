@@ -109,21 +109,37 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def load_config(folder: Path):
-    """The folder's configuration, of a kind that transformers can build a text classifier for.
+def load_any_config(folder: Path):
+    """The folder's configuration, of any kind.
 
     Raises:
-        InputError: it cannot be read, or no classifier exists for it.
+        InputError: it cannot be read.
     """
-    transformers = quiet_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        return quiet_transformers().AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"config.json in {folder} does not load: {error}") from error
-    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+
+
+def load_config(folder: Path, task: str = "classification"):
+    """The folder's configuration, of a kind that transformers can build a model of the task for.
+
+    Raises:
+        InputError: it cannot be read, or no such model exists for it.
+    """
+    transformers = quiet_transformers()
+    config = load_any_config(folder)
+    if task == "classification" and type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(
             f"the model in {folder} is of type {config.model_type!r}, for which transformers has no text "
             "classifier; a BERT-like model would do"
+        )
+    # BERT and its like have a causal form too, but were trained to look at what follows.
+    looks_ahead = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if task == "causal-lm" and (type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or looks_ahead):
+        raise InputError(
+            f"the model in {folder} is of type {config.model_type!r}, which is no causal language model; one such as "
+            "GPT-2 or Llama would do, or --task classification"
         )
     return config
 
@@ -137,13 +153,12 @@ def longest_input(tokenizer, config) -> int:
     return min(limit for limit in (tokenizer.model_max_length, positions, UNLIMITED) if limit and limit > 0)
 
 
-def outline(folder: Path):
-    """The layers and shapes of the folder's classifier, with no memory behind its weights."""
+def outline(folder: Path, task: str):
+    """The layers and shapes of the folder's model for the task, with no memory behind its weights."""
     import torch
 
-    config = load_config(folder)
     with torch.device("meta"):
-        return quiet_transformers().AutoModelForSequenceClassification.from_config(config)
+        return _auto_class(task).from_config(load_config(folder, task))
 
 
 def load_classifier(folder: Path, labels: list[str] | None = None):
@@ -160,12 +175,33 @@ def load_classifier(folder: Path, labels: list[str] | None = None):
             "label2id": {label: index for index, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,
         }
-    transformers = quiet_transformers()
+    return _load("classification", folder, heads)
+
+
+def load_causal_lm(folder: Path):
+    """The folder's causal language model in FP32, or in int8 as it was saved.
+
+    Raises:
+        InputError: its weights cannot be read or do not fit its configuration.
+    """
+    return _load("causal-lm", folder, {})
+
+
+def _load(task: str, folder: Path, options: dict):
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **heads)
+        model = _auto_class(task).from_pretrained(folder, **options)
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(f"the weights in {folder} do not load: {error}") from error
     return model if getattr(model, "is_quantized", False) else model.float()
+
+
+def _auto_class(task: str):
+    """The class of transformers that makes models of the task."""
+    transformers = quiet_transformers()
+    return {
+        "classification": transformers.AutoModelForSequenceClassification,
+        "causal-lm": transformers.AutoModelForCausalLM,
+    }[task]
 
 
 def is_quantized(folder: Path) -> bool:
@@ -173,7 +209,7 @@ def is_quantized(folder: Path) -> bool:
     return (folder / QUANTIZED_WEIGHTS).is_file()
 
 
-def load_quantized_classifier(folder: Path, config):
+def load_quantized_model(folder: Path, config, task: str):
     """The int8 model of a folder that `is_quantized`.
 
     Raises:
@@ -181,7 +217,7 @@ def load_quantized_classifier(folder: Path, config):
     """
     import mixft
 
-    model = quiet_transformers().AutoModelForSequenceClassification.from_config(config).float()
+    model = _auto_class(task).from_config(config).float()
     try:
         return mixft.load_quantized(model, folder / QUANTIZED_WEIGHTS)
     except ValueError as error:

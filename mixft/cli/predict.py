@@ -9,15 +9,19 @@ from mixft.cli import model_folder
 from mixft.cli.errors import InputError
 
 BATCH = 32
+NEW_TOKENS = 40
 
 
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved model, or the int8 folder in one.")],
-    sentences: Annotated[list[str], typer.Argument(metavar="SENTENCE...", help="Texts to label.")],
+    sentences: Annotated[list[str], typer.Argument(metavar="SENTENCE...", help="Texts to label or to go on with.")],
     int8: Annotated[bool, typer.Option("--int8", help="Use the int8 copy in DIR.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens that a causal language model adds; default 40.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
 ) -> None:
-    """Print label, probability and sentence, one sentence a line, tabs between."""
+    """Print label, probability and sentence, or the sentence and how it goes on, a line each, tabs between."""
     for number, sentence in enumerate(sentences, start=1):
         if not sentence.strip():
             raise InputError(f"sentence {number} is empty; give some text")
@@ -29,23 +33,33 @@ def predict(
     if model_folder.is_quantized(folder):
         model_folder.require_configuration(folder)
 
-    import torch
-
+    from mixft.cli import saved_model
     from mixft.cli.device import choose_device
 
-    target = choose_device(device)
-    tokenizer, config = model_folder.load_tokenizer(folder), model_folder.load_config(folder)
-    load = model_folder.load_quantized_classifier if model_folder.is_quantized(folder) else _load
-    model = load(folder, config).to(target).eval()
-    length = model_folder.longest_input(tokenizer, config)
+    saved = saved_model.load(folder, choose_device(device))
+    if saved.task == "causal-lm":
+        _go_on(saved, sentences, max_new_tokens or NEW_TOKENS)
+    elif max_new_tokens is not None:
+        raise InputError(f"--max-new-tokens is for a causal language model; the model in {folder} labels texts")
+    else:
+        _label(saved, sentences)
+
+
+def _label(saved, sentences: list[str]) -> None:
     for start in range(0, len(sentences), BATCH):
         batch = sentences[start : start + BATCH]
-        inputs = tokenizer(batch, truncation=True, max_length=length, padding=True, return_tensors="pt").to(target)
-        with torch.no_grad():
-            probabilities = model(**inputs).logits.float().softmax(-1).cpu()
-        for sentence, row in zip(batch, probabilities, strict=True):
+        for sentence, row in zip(batch, saved.probabilities(batch), strict=True):
             best = int(row.argmax())
-            print(f"{config.id2label[best]}\t{row[best].item():.3f}\t{' '.join(sentence.split())}")
+            print(f"{saved.config.id2label[best]}\t{row[best].item():.3f}\t{_on_one_line(sentence)}")
+
+
+def _go_on(saved, sentences: list[str], new_tokens: int) -> None:
+    for sentence in sentences:
+        print(f"{_on_one_line(sentence)}\t{_on_one_line(saved.continuation(sentence, new_tokens))}")
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _model_in(folder: Path) -> Path:
@@ -59,13 +73,3 @@ def _model_in(folder: Path) -> Path:
     if model_folder.is_quantized(folder):
         return folder
     return model_folder.find_model(str(folder))
-
-
-def _load(folder: Path, config):
-    from mixft.cli import stored_weights
-
-    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
-        raise InputError(f"the model in {folder} has no classifier yet; mixft finetune --model {folder} trains one")
-    if stored_weights.is_int8_folder(folder):
-        stored_weights.prepare_int8(folder)
-    return model_folder.load_classifier(folder)

@@ -14,6 +14,7 @@ from mixft.cli.output_folder import REPORT
 from mixft.precision import PrecisionEvent
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito: distinct for the colour-blind
+FIGURES = {"eval_accuracy": ("accuracy, %", ", %"), "eval_perplexity": ("perplexity", "")}  # and what a column adds
 SMOOTHING = 0.05  # share of the steps that one point of a curve averages
 
 
@@ -36,6 +37,7 @@ def by_precision(runs: list[dict]) -> dict[str, list[dict]]:
 def comparison(runs: list[dict]) -> Table:
     """One row a precision, means over its seeds; ± is the standard deviation over seeds."""
     grouped = by_precision(runs)
+    metric = next(key for key in FIGURES if key in runs[0])
     first, seeds = next(iter(grouped)), len({run["seed"] for run in runs})
     title = f"means over {seeds} seeds" if seeds > 1 else f"seed {runs[0]['seed']}"
     caption = "± standard deviation over seeds" if seeds > 1 else None
@@ -52,8 +54,8 @@ def comparison(runs: list[dict]) -> Table:
         f"speed-up\nover {first}",
         "peak\nMiB",
         "optimizer\nMiB",
-        "held-out\naccuracy, %",
-        "after\nint8, %",
+        f"held-out\n{FIGURES[metric][0]}",
+        f"after\nint8{FIGURES[metric][1]}",
         "overflow\nsteps",
     )
     for column in columns:
@@ -67,8 +69,8 @@ def comparison(runs: list[dict]) -> Table:
             f"{baseline / seconds:.2f}x",
             _mebibytes(group, "peak_memory_bytes"),
             _mebibytes(group, "optimizer_bytes"),
-            _percent(group, "eval_accuracy"),
-            _percent(group, "eval_accuracy_int8"),
+            _over_seeds(group, metric),
+            _over_seeds(group, f"{metric}_int8"),
             f"{_mean(group, 'overflow_steps'):g}",
         )
     return table
@@ -127,8 +129,9 @@ def _mean(group: list[dict], key: str) -> float:
     return statistics.fmean(run[key] for run in group)
 
 
-def _percent(group: list[dict], key: str) -> str:
-    values = [100 * run[key] for run in group if run[key] is not None]
+def _over_seeds(group: list[dict], key: str) -> str:
+    factor = 100 if key.startswith("eval_accuracy") else 1
+    values = [factor * run[key] for run in group if run[key] is not None]
     if not values:
         return "none"
     spread = f"±{statistics.stdev(values):.1f}" if len(values) > 1 else ""

@@ -8,15 +8,15 @@ import torch
 from rich.console import Console
 
 from mixft.cli import report
-from mixft.cli.dataset import Dataset
 from mixft.cli.environment import environment
 from mixft.cli.job import LOG, Job
 from mixft.cli.output_folder import CURVES, OldRuns
 from mixft.cli.process import RunFailed, run_in_process
 from mixft.cli.progress import RunProgress
+from mixft.cli.tasks import Task
 
 
-def run_all(jobs: list[Job], data: Dataset, folder: Path, old_runs: OldRuns) -> int:
+def run_all(jobs: list[Job], task: Task, folder: Path, old_runs: OldRuns) -> int:
     """Run every job, write the report after each, and print the comparison. The old runs go with the first report.
 
     Returns:
@@ -24,12 +24,9 @@ def run_all(jobs: list[Job], data: Dataset, folder: Path, old_runs: OldRuns) -> 
     """
     recipe = jobs[0].recipe
     machine = environment(torch.device(recipe.device))
-    fitted, held_out = data.split(jobs[0].seed)
-    task = {
+    described = {
         **asdict(recipe),
-        "labels": data.labels,
-        "train_examples": len(fitted),
-        "eval_examples": len(held_out),
+        **task.description(jobs[0].seed),
         "precisions": list(dict.fromkeys(job.precision for job in jobs)),
         "seeds": list(dict.fromkeys(job.seed for job in jobs)),
     }
@@ -50,7 +47,7 @@ def run_all(jobs: list[Job], data: Dataset, folder: Path, old_runs: OldRuns) -> 
             code = 130
         if code:
             break
-        report.write_report(folder, machine, task, finished)
+        report.write_report(folder, machine, described, finished)
         old_runs.discard()
     if finished:
         report.draw_curves(finished, folder / CURVES)

@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 
 import mixft
 from mixft.cli import model_folder
-from mixft.cli.batching import Batches
-from mixft.cli.dataset import load_dataset
+from mixft.cli.batching import Batches, Blocks
 from mixft.cli.job import Job
 from mixft.cli.measure import Emit, Meter, StepClock, finite, peak_memory
 from mixft.cli.precision import Setup, inner_linear_layers, quantize, set_up
+from mixft.cli.tasks import Task, task_of
 
 WARMUP = 0.1  # of the steps, over which the learning rate rises
 UNTIMED_STEPS = 5  # first steps, in which caches fill and code is loaded
-EVAL_BATCH = 64
 
 
 def run(job: Job, emit: Emit) -> dict:
@@ -34,34 +34,32 @@ def run(job: Job, emit: Emit) -> dict:
     device = torch.device(recipe.device)
     torch.manual_seed(job.seed)
     emit("phase", name="loading")
-    data = load_dataset(recipe.train, recipe.eval, recipe.text_column, recipe.label_column)
+    task = task_of(recipe)
     source, output = Path(recipe.model), Path(job.output)
     tokenizer = model_folder.load_tokenizer(source)
-    model = model_folder.load_classifier(source, data.labels).to(device)
+    model = task.load_model(source).to(device)
     model.config.pad_token_id = tokenizer.pad_token_id
-    fitted, held = data.split(job.seed)
-    train = Batches(tokenizer, fitted, data.labels, recipe.max_length, recipe.batch_size)
-    held_out = Batches(tokenizer, held, data.labels, recipe.max_length, EVAL_BATCH)
+    train, held_out = task.batches(tokenizer, job.seed)
 
     setup = set_up(job.precision, model, recipe)
     entry = {"precision": job.precision, "seed": job.seed, **train_epochs(setup, train, job, device, emit)}
     emit("phase", name="evaluating")
-    entry["eval_accuracy"] = accuracy(setup, held_out, device)
+    entry[task.metric] = evaluate(setup, task, held_out, device)
     emit("phase", name="saving")
     if job.precision == "int8":
         mixft.dequantize_(setup.model)
     plain = plain_model(setup.model, device)
     save(plain, tokenizer, output, setup.widest_dtype())
-    entry["eval_accuracy_int8"] = None
+    entry[f"{task.metric}_int8"] = None
     if inner_linear_layers(plain):
         emit("phase", name="evaluating in int8")
         quantize(plain, mode="dynamic")
-        entry["eval_accuracy_int8"] = accuracy(Setup(plain, setup.optimizer), held_out, device)
+        entry[f"{task.metric}_int8"] = evaluate(Setup(plain, setup.optimizer), task, held_out, device)
         save_int8(plain, tokenizer, output / model_folder.QUANTIZED)
     return entry
 
 
-def train_epochs(setup: Setup, train: Batches, job: Job, device: torch.device, emit: Emit) -> dict:
+def train_epochs(setup: Setup, train: Batches | Blocks, job: Job, device: torch.device, emit: Emit) -> dict:
     """Train for the recipe's epochs, or its ``max_steps`` where that is less.
 
     Raises:
@@ -80,12 +78,12 @@ def train_epochs(setup: Setup, train: Batches, job: Job, device: torch.device, e
         loss = torch.zeros((), device=device)
         for part in micro_batches(indices, recipe.grad_accumulation):
             inputs, labels = train.collate(part, device)
-            logits = setup.logits(inputs)
+            logits, labels = train.predicted(setup.logits(inputs), labels)
             # The parts' losses add up to the mean over the batch.
-            share = torch.nn.functional.cross_entropy(logits, labels) * (len(part) / len(indices))
+            share = cross_entropy(logits, labels, reduction="sum") / train.predictions(indices)
             setup.backward(share)
             loss += share.detach()
-            meter.count(logits, labels, sum(train.lengths[index] for index in part))
+            meter.count(logits, labels, train.predictions(part), sum(train.lengths[index] for index in part))
         setup.step(loss)
         clock.step(started)
         meter.losses.append(loss)
@@ -116,7 +114,7 @@ def micro_batches(indices: list[int], count: int) -> list[list[int]]:
     return [indices[start:stop] for start, stop in itertools.pairwise(bounds) if stop > start]
 
 
-def endless_batches(train: Batches, seed: int) -> Iterator[list[int]]:
+def endless_batches(train: Batches | Blocks, seed: int) -> Iterator[list[int]]:
     """The batches of one epoch after another."""
     for epoch in itertools.count():
         yield from train.shuffled(seed, epoch)
@@ -131,14 +129,19 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def accuracy(setup: Setup, held_out: Batches, device: torch.device) -> float:
-    """Share of the held-out texts whose label the model gives."""
+def evaluate(setup: Setup, task: Task, held_out: Batches | Blocks, device: torch.device) -> float | None:
+    """The task's figure over all held-out data."""
     setup.model.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
+    count = 0
     for indices in held_out.in_order():
         inputs, labels = held_out.collate(indices, device)
-        correct += (setup.logits(inputs).argmax(-1) == labels).sum()
-    return correct.item() / len(held_out.labels)
+        logits, labels = held_out.predicted(setup.logits(inputs), labels)
+        loss += cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(-1) == labels).sum()
+        count += held_out.predictions(indices)
+    return task.figure(loss.item() / count, correct.item() / count)
 
 
 def plain_model(trained: torch.nn.Module, device: torch.device) -> torch.nn.Module:
