@@ -3,18 +3,21 @@
 ``fp32`` is plain torch, the baseline: ``torch.nn.Linear``, ``torch.optim.AdamW``, torch's own clipping. ``bf16``
 is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16, FP32 masters in the optimizer and
 a loss scaler. ``auto`` starts as ``fp16`` under a precision controller, which raises to FP32 what needs it. ``int8``
-multiplies in int8, forward and backward, from FP32 parameters. These three use mixft's layers, dropout included. What
-mixft's optimizer stores beside the parameters is a choice of its own, `Storage`.
+multiplies in int8, forward and backward, from FP32 parameters. These three use mixft's layers, dropout included, and
+``int8`` on a CPU its attention with dropout. What mixft's optimizer stores beside the parameters is a choice of its
+own, `Storage`.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 import mixft
+from mixft.cli.attention import use_dropout_attention
 from mixft.cli.job import Recipe
 from mixft.nn.quantization import SMALLEST_SIDE, SMALLEST_WEIGHT
+from mixft.precision import PrecisionEvent
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
@@ -42,6 +45,7 @@ class Setup:
         max_grad_norm: clip to this norm before the step; None where the optimizer clips inside it.
         accumulator: sums the gradients of 16-bit parameters over micro-batches, None where ``.grad`` does it.
         controller: changes the precision of layers on the way, None for none.
+        events: the layers that the noise of int8 took back to floats, in the order they did.
     """
 
     model: torch.nn.Module
@@ -51,6 +55,8 @@ class Setup:
     max_grad_norm: float | None = None
     accumulator: "mixft.amp.GradAccumulator | None" = None
     controller: "mixft.PrecisionController | None" = None
+    events: list[PrecisionEvent] = field(default_factory=list)
+    steps: int = 0
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The model's logits, FP32 [batch, classes]."""
@@ -77,6 +83,8 @@ class Setup:
         if self.controller is not None:
             self.controller.step(loss)
         self.optimizer.zero_grad()
+        self.steps += 1
+        self.events += self._new_fallbacks()
 
     def loss_scale(self) -> float | None:
         return None if self.scaler is None else self.scaler.get_scale()
@@ -85,8 +93,24 @@ class Setup:
         return 0 if self.scaler is None else int(self.scaler.overflow_steps)
 
     def precision_events(self) -> list[dict]:
-        """The switches of the controller, as ``report.json`` has them."""
-        return [] if self.controller is None else [asdict(event) for event in self.controller.events]
+        """The switches of the controller and the fallbacks of int8 layers, as ``report.json`` has them."""
+        return [asdict(event) for event in (*self.events, *(self.controller.events if self.controller else ()))]
+
+    def _new_fallbacks(self) -> list[PrecisionEvent]:
+        known = {(event.layer, event.after) for event in self.events}
+        after = {"layer": "bf16" if self.autocast else "fp32", "gradients": "int8 with gradients in floats"}
+        fallbacks = [
+            PrecisionEvent(self.steps, name, "signal-to-noise", "int8", after[guard.fallback], dict(guard.sqnr))
+            for name, guard in self._guards()
+            if guard.fallback
+        ]
+        return [event for event in fallbacks if (event.layer, event.after) not in known]
+
+    def _guards(self):
+        """The guards of layers that train in int8, by the layers' names."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, mixft.nn.QuantLinear) and module.mode == "train":
+                yield name, module.int8_training.guard
 
     def optimizer_bytes(self) -> int:
         """Bytes of all tensors in the optimizer's state."""
@@ -112,7 +136,8 @@ def quantize(model: torch.nn.Module, mode: str) -> None:
     inner = inner_linear_layers(model)
     weights = [model.get_submodule(name).weight for name in inner]
     gain = any(weight.numel() >= SMALLEST_WEIGHT and min(weight.shape) >= SMALLEST_SIDE for weight in weights)
-    mixft.quantize_(model, mode, include=None if gain else inner)
+    gating = {} if gain or mode != "train" else {"shape_gating": False}
+    mixft.quantize_(model, mode, include=None if gain else inner, **gating)
 
 
 def inner_linear_layers(model: torch.nn.Module) -> list[str]:
@@ -155,6 +180,8 @@ def _int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Set
     quantize(model, mode="train")
     _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     on_gpu = next(model.parameters()).is_cuda
+    if not on_gpu:
+        use_dropout_attention(model)
     return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16 if on_gpu else None)
 
 

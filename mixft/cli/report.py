@@ -77,23 +77,27 @@ def comparison(runs: list[dict]) -> Table:
 
 
 def draw_curves(runs: list[dict], path: Path) -> None:
-    """Draw the training loss of every precision over the steps as a PNG: the mean over seeds, smoothed, and
-    behind it, faint, the losses of each run as they were."""
+    """Draw the training loss of every precision over the steps as a PNG: the mean over seeds, smoothed, in the band
+    that the smoothed losses of the seeds span, or with one seed over the losses as they were."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (precision, group) in enumerate(by_precision(runs).items()):
         curves = [[float("nan") if loss is None else loss for loss in run["losses"]] for run in group]
         color = COLORS[index % len(COLORS)]
-        for curve in curves:
-            axes.plot(range(1, len(curve) + 1), curve, color=color, alpha=0.2 / len(group), linewidth=0.8)
-        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        smooth = _smooth(mean)
-        axes.plot(range(1, len(mean) + 1), smooth, color=color, linewidth=1.8, label=precision)
-        _mark_switches(axes, [event for run in group for event in run["precision_events"]], smooth, color, precision)
+        smooth = [_smooth(curve) for curve in curves]
+        steps = range(1, min(map(len, curves)) + 1)
+        if len(curves) > 1:
+            lowest, highest = zip(*((min(values), max(values)) for values in zip(*smooth, strict=False)), strict=True)
+            axes.fill_between(steps, lowest, highest, color=color, alpha=0.15, linewidth=0)
+        else:
+            axes.plot(steps, curves[0], color=color, alpha=0.2, linewidth=0.8)
+        mean = [statistics.fmean(values) for values in zip(*smooth, strict=False)]
+        axes.plot(steps, mean, color=color, linewidth=1.8, label=precision)
+        _mark_switches(axes, [event for run in group for event in run["precision_events"]], mean, color, precision)
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
-    axes.set_title("Training loss, running mean" + (" over seeds" if len(curves) > 1 else ""))
+    axes.set_title("Training loss, running mean" + (" and the band of the seeds" if len(curves) > 1 else ""))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -109,14 +113,17 @@ def switches(runs: list[dict]) -> list[str]:
 
 
 def _mark_switches(axes, events: list[dict], curve: list[float], color: str, precision: str) -> None:
-    """A triangle on ``curve`` at every step that raised a layer to FP32, upside down where one was lowered."""
-    for marker, raised, label in (("^", True, "layer to FP32"), ("v", False, "layer back to FP16")):
-        steps = [
-            event["step"] for event in events if (event["after"] == "fp32") == raised and event["step"] <= len(curve)
-        ]
+    """A triangle on ``curve`` at every step that raised a layer, upside down where one was lowered."""
+    up = "layer to floats" if precision == "int8" else "layer to FP32"
+    for marker, raised, label in (("^", True, up), ("v", False, "layer back to FP16")):
+        steps = [event["step"] for event in events if _raised(event) == raised and event["step"] <= len(curve)]
         if steps:
             heights = [curve[step - 1] for step in steps]
             axes.plot(steps, heights, marker, color=color, markersize=8, label=f"{precision}: {label}")
+
+
+def _raised(event: dict) -> bool:
+    return event["after"] == "fp32" or event["before"] == "int8"
 
 
 def _smooth(values: list[float]) -> list[float]:
