@@ -145,6 +145,7 @@ def test_linux_answers_for_the_probes_that_torch_lacks(monkeypatch):
         ("sm_90", "matmul", torch.float16, "Triton, sm_90"),
         ("sm_90", "matmul", torch.float32, "torch.matmul"),
         ("sm_75", "matmul", torch.float16, "torch.matmul"),
+        ("sm_90", "mlp", torch.float32, "torch.matmul"),
         ("sm_75", "grad_stats", torch.float16, "Triton, sm_75"),
         ("sm_75", "int8_matmul", torch.float16, None),
         ("gfx942", "int8_linear", torch.bfloat16, "Triton, gfx942"),

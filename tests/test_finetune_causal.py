@@ -207,7 +207,15 @@ def test_report_table_and_curves(finished):
 
 @pytest.mark.parametrize("options", [[], ["--int8"]])
 def test_predict_goes_on_with_a_text(finished, capsys, options):
-    arguments = ["predict", str(finished[0] / "int8-seed1"), "sun rain\nsnow wind", "fog hail frost", "--max-new-tokens", "1", *options]
+    arguments = [
+        "predict",
+        str(finished[0] / "int8-seed1"),
+        "sun rain\nsnow wind",
+        "fog hail frost",
+        "--max-new-tokens",
+        "1",
+        *options,
+    ]
     assert main([*arguments, "--device", "cpu"]) == 0
     first, second = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert (first[0], second[0]) == ("sun rain snow wind", "fog hail frost")

@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_within_budget
+from conftest import assert_within_budget, error
+from torch.utils.checkpoint import checkpoint
 
 from mixft.nn import Linear
+from mixft.optim import AdamW
 
 
 def pair(device, dtype=torch.float16, bias=True):
@@ -139,6 +141,108 @@ def test_compiled_equals_eager(device, activation, autocast):
             torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
         ):
             assert torch.equal(got, eager)
+
+
+def test_residual(device):
+    theirs, ours = pair(device)
+    x = torch.randn(5, 33, device=device).half()
+    for residual in (torch.randn(5, 20, device=device).half(), torch.randn(5, 20, device=device)):
+        out, expected = ours(x, residual), theirs(x) + residual
+        assert out.dtype == expected.dtype
+        exact = copy.deepcopy(theirs).double()(x.double()) + residual.double()
+        assert_within_budget(out, exact, expected, 1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(native_device, use_reentrant):
+    layer = Linear(33, 20, activation="gelu", device=native_device, dtype=torch.float16)
+    x = torch.randn(5, 33, device=native_device).half().requires_grad_()
+    leaves = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x).sum(), leaves)
+    checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert all(map(torch.equal, [leaf.grad for leaf in leaves], expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_weight_gradients_of_two_batches_in_fp32(device, activation, dtype):
+    """Both forwards first, as in a pipeline: the buffer changes between a forward and its backward."""
+    layer = Linear(33, 20, activation=activation, device=device, dtype=dtype, fuse_wgrad_accumulation=True)
+    layer.weight.main_grad = torch.ones_like(layer.weight, dtype=torch.float32)
+    batches = [torch.randn(5, 33, device=device).to(dtype).requires_grad_() for _ in range(2)]
+    for out in [layer(x) for x in batches]:
+        assert out.shape == (5, 20)
+        out.sum().backward()
+    twin = Linear.from_linear(copy.deepcopy(layer).double(), activation)
+    truth = torch.ones_like(layer.weight, dtype=torch.float64)
+    for x in batches:
+        exact_x = x.detach().double().requires_grad_()
+        function = {None: lambda x: x, "relu": F.relu, "gelu": F.gelu}[activation]
+        loss = function(F.linear(exact_x, twin.weight, twin.bias)).sum()
+        grad_x, grad_weight = torch.autograd.grad(loss, [exact_x, twin.weight])
+        truth += grad_weight
+        assert error(x.grad, grad_x) < 2e-3
+    assert layer.weight.grad is None
+    assert layer.bias.grad.dtype == dtype
+    assert error(layer.weight.main_grad, truth) < (1e-2 if activation == "gelu" else 1e-5)
+
+
+def test_weight_gradient_under_autocast_goes_to_main_grad(native_device):
+    layer = Linear(33, 20, device=native_device, fuse_wgrad_accumulation=True)
+    layer.weight.main_grad = torch.zeros_like(layer.weight)
+    x = torch.randn(5, 33, device=native_device)
+    with torch.autocast(native_device.type, torch.bfloat16):
+        layer(x).float().sum().backward()
+        with torch.no_grad():
+            layer(x)
+    assert layer.weight.grad is None
+    assert error(layer.weight.main_grad, x.bfloat16().double().sum(0).expand(20, 33)) < 1e-5
+
+
+def test_main_grad_compiled(native_device):
+    layer = Linear(33, 20, device=native_device, dtype=torch.float16, fuse_wgrad_accumulation=True)
+    layer.weight.main_grad = torch.zeros_like(layer.weight, dtype=torch.float32)
+    torch.compiler.reset()
+    x = torch.randn(5, 33, device=native_device).half()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    compiled = layer.weight.main_grad.clone()
+    layer.weight.main_grad.zero_()
+    layer(x).sum().backward()
+    assert torch.equal(layer.weight.main_grad, compiled)
+    assert compiled.any()
+
+
+def test_a_step_with_main_grad_is_a_step_with_the_gradient(native_device):
+    layers = [Linear(33, 20, False, device=native_device, dtype=torch.float16) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].fuse_wgrad_accumulation = True
+    layers[1].weight.main_grad = torch.zeros_like(layers[1].weight, dtype=torch.float32)
+    x = torch.ones(4, 33, device=native_device).half()
+    optimizers = [AdamW(layer.parameters(), lr=1e-2) for layer in layers]
+    for layer in layers:
+        layer(x).sum().backward()
+    optimizers[1].main_grads = {layers[1].weight: layers[1].weight.main_grad}
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+def test_main_grad_refused(native_device):
+    layer = Linear(33, 20, device=native_device, dtype=torch.float16, fuse_wgrad_accumulation=True)
+    x = torch.zeros(5, 33, device=native_device).half()
+    with pytest.raises(ValueError, match=r"no main_grad; set weight.main_grad = torch.zeros_like"):
+        layer(x)
+    with torch.no_grad():
+        assert layer(x).shape == (5, 20)
+    layer.weight.main_grad = torch.zeros_like(layer.weight, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="accumulate_into has no second derivative"):
+        torch.autograd.grad(layer(x).sum(), layer.bias, create_graph=True)
+    layer.weight.main_grad = torch.zeros_like(layer.weight)
+    with pytest.raises(TypeError, match=r"accumulate_into is torch.float16; it must be torch.float32"):
+        layer(x)
+    layer.weight.main_grad = torch.zeros(33, 20, device=native_device)
+    with pytest.raises(ValueError, match=r"accumulate_into has shape \(20, 33\).*must be \(33, 20\)"):
+        layer(x)
 
 
 def test_representation():

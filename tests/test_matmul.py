@@ -75,6 +75,30 @@ def test_many_multiplications(device):
     assert error(matmul(a, b, bias), exact(a, b, bias, None)) < 1e-5
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("keep", [False, True])
+def test_many_multiplications_in_bf16_are_rounded_once(native_device, activation, keep):
+    """As many as take a CPU to another library, whose activations have to see the sum before it is rounded."""
+    a, b, bias = operands(260, 512, 528, torch.bfloat16, native_device)
+    b = b.t().contiguous().t()
+    residual = torch.randn(260, 528, device=native_device).bfloat16()
+    truth, total = exact(a, b, bias, activation), exact(a, b, bias, None)
+    a[3, 4] = a[5, 6] = float("nan")
+    sound = [row for row in range(260) if row not in (3, 5)]
+
+    def is_rounded_once(out, exact):
+        allowed = torch.finfo(torch.bfloat16).eps * exact.abs() / 2 * 1.001 + 1e-5
+        assert out[3].isnan().all()
+        assert out[5].isnan().all()
+        wrong = (out.double() - exact).abs() > allowed
+        return not wrong[sound].any()
+
+    out, kept = matmul_forward(a, b, bias, activation or "none", torch.bfloat16, keep, None)
+    assert is_rounded_once(out, truth)
+    assert not keep or is_rounded_once(kept, total)
+    assert is_rounded_once(matmul(a, b, bias, activation, residual=residual), truth + residual.double())
+
+
 LAYOUTS = {
     "transposed a": lambda a, b: (a.t().contiguous().t(), b),
     "transposed b": lambda a, b: (a, b.t().contiguous().t()),
@@ -147,7 +171,7 @@ def test_every_element_is_written(device):
     a, b, bias = operands(67, 40, 70, torch.float16, device)
     torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN
     try:
-        out, kept = matmul_forward(a, b, bias, "gelu", torch.float32, True)
+        out, kept = matmul_forward(a, b, bias, "gelu", torch.float32, True, None)
         grad, grad_bias = activation_backward(out, kept, "gelu", torch.float16, True)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -265,11 +289,11 @@ def test_gradient_of_the_preactivation_itself(device):
     ones = torch.ones(4, 6, device=device).double()
 
     def both(a, b, bias):
-        out, kept = matmul_forward(a, b, bias, "gelu", torch.float32, True)
+        out, kept = matmul_forward(a, b, bias, "gelu", torch.float32, True, None)
         return out.double() + 2 * kept.double()
 
     def kept_alone(a, b, bias):
-        return matmul_forward(a, b, bias, "gelu", torch.float32, True)[1]
+        return matmul_forward(a, b, bias, "gelu", torch.float32, True, None)[1]
 
     for function, truth in (
         (both, lambda a, b, bias: exact(a, b, bias, "gelu") + 2 * exact(a, b, bias, None)),
@@ -283,7 +307,7 @@ def test_gradient_of_the_preactivation_itself(device):
 
 def test_gradient_without_the_preactivation_is_refused(device):
     a, b, _ = operands(4, 5, 6, torch.float16, device)
-    out, _ = matmul_forward(a.requires_grad_(), b, None, "gelu", torch.float16, False)
+    out, _ = matmul_forward(a.requires_grad_(), b, None, "gelu", torch.float16, False, None)
     with pytest.raises(RuntimeError, match="keep_preactivation"):
         out.sum().backward()
 
@@ -304,11 +328,11 @@ def test_gpus_without_matrix_instructions(monkeypatch, dtype, activation):
     a, b, bias = operands(17, 66, 33, dtype, "cpu")
     for given in (bias, None, bias.float()):
         for out_dtype, limit in ((torch.float32, 3e-6), (dtype, torch.finfo(dtype).eps * 4)):
-            out, kept = kernels.matmul_forward(a, b, given, activation or "none", out_dtype, True)
+            out, kept = kernels.matmul_forward(a, b, given, activation or "none", out_dtype, True, None)
             assert out.dtype == out_dtype
             assert error(out, exact(a, b, given, activation)) < limit
             assert error(kept, exact(a, b, given, None)) < torch.finfo(dtype).eps * 4
-    out, kept = kernels.matmul_forward(a, b, bias, activation or "none", dtype, False)
+    out, kept = kernels.matmul_forward(a, b, bias, activation or "none", dtype, False, None)
     assert error(out, exact(a, b, bias, activation)) < torch.finfo(dtype).eps * 4
     assert kept.numel() == 0
 
@@ -318,8 +342,8 @@ def test_opcheck(device, activation):
     a, b, bias = operands(3, 10, 6, torch.float16, device, lead=(2,))
     keep = activation == "gelu"
     leaves = [x.requires_grad_() for x in (a, b, bias)]
-    torch.library.opcheck(matmul_forward, (*leaves, activation, torch.float32, keep))
-    torch.library.opcheck(matmul_forward, (a[0], b, None, activation, torch.float16, keep))
+    torch.library.opcheck(matmul_forward, (*leaves, activation, torch.float32, keep, None))
+    torch.library.opcheck(matmul_forward, (a[0], b, None, activation, torch.float16, keep, None))
     grad = torch.randn(6, 6, device=device)
     torch.library.opcheck(activation_backward, (grad, grad.half(), activation, torch.float16, True))
     torch.library.opcheck(activation_backward, (grad.t(), grad.half(), activation, torch.float16, False))

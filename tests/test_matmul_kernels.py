@@ -244,7 +244,7 @@ def test_a_plain_product_goes_to_torch_where_the_data_says_so(monkeypatch, arch)
     def plain(device_type):
         monkeypatch.setattr(matmul, "is_interpreted", lambda product: device_type == "cpu")
         taken.clear()
-        matmul.matmul_forward(a, b, bias, "none", torch.float16, False)
+        matmul.matmul_forward(a, b, bias, "none", torch.float16, False, None)
         return taken
 
     assert plain("cuda") == [1]
@@ -254,7 +254,13 @@ def test_a_plain_product_goes_to_torch_where_the_data_says_so(monkeypatch, arch)
     plain("cuda")
     taken.clear()
     for options in ({"activation": "relu"}, {"out_dtype": torch.float32}, {"bias": bias.float()}, {"residual": a}):
-        arguments = {"bias": bias, "activation": "none", "out_dtype": torch.float16, "keep_preactivation": False}
+        arguments = {
+            "bias": bias,
+            "activation": "none",
+            "out_dtype": torch.float16,
+            "keep_preactivation": False,
+            "residual": None,
+        }
         matmul.matmul_forward(a, b, **{**arguments, **options})
     assert taken == [0, 0, 0, 0]
 

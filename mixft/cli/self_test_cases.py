@@ -24,11 +24,13 @@ def _layer(dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype), weight.to(dtype), bias.to(dtype)]
 
 
-def _with_gradients(layer: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+def _with_gradients(layer: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
     """A layer's output and the gradients of the sum of its squares, each leaf with its own."""
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     out = layer(*leaves)
-    return [out, *torch.autograd.grad(out.float().square().sum() / 8, leaves)]
+    # FP64 stays what it is.
+    total = out.to(torch.promote_types(out.dtype, FP32)).square().sum()
+    return [out, *torch.autograd.grad(total / 8, leaves)]
 
 
 def _exact_with_gradients(activation: Callable[[Tensor], Tensor]) -> Callable[..., list[Tensor]]:
@@ -49,6 +51,23 @@ def _matmul_case(dtype: torch.dtype) -> Case:
         _exact_with_gradients(F.gelu),
         2 * ROUNDING[dtype],
     )
+
+
+def _mlp_case(dtype: torch.dtype) -> Case:
+    def inputs(dtype: torch.dtype) -> list[Tensor]:
+        back = torch.randn(DEPTH, COLUMNS) / 8
+        return [*_layer(dtype), back.to(dtype), torch.randn(DEPTH).to(dtype)]
+
+    def exact(*tensors: Tensor) -> list[Tensor]:
+        def block(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+            return F.linear(F.silu(F.linear(x, weight1, bias1)), weight2, bias2) + x
+
+        return _with_gradients(block, *tensors)
+
+    def actual(*tensors: Tensor) -> list[Tensor]:
+        return _with_gradients(lambda x, *parameters: ops.mlp(x, *parameters, "silu", residual=x), *tensors)
+
+    return Case("mlp", dtype, inputs, actual, exact, 3 * ROUNDING[dtype])
 
 
 def _int8_linear_case(dtype: torch.dtype) -> Case:
@@ -338,6 +357,7 @@ CASES = [
     make(dtype)
     for make in (
         _matmul_case,
+        _mlp_case,
         _int8_matmul_case,
         _weight_only_case,
         _dynamic_linear_case,

@@ -9,7 +9,7 @@ from mixft.cpu.int8_matmul import int_mm_is_fast_and_exact
 from mixft.ops.registration import interpreting
 
 INT8_PRODUCTS = ("int8_matmul", "dynamic_int8_linear", "outlier_int8_linear", "static_int8_linear", "int8_linear")
-FLOAT_PRODUCTS = ("matmul", "weight_only_matmul")
+FLOAT_PRODUCTS = ("matmul", "mlp", "weight_only_matmul")
 
 
 def served_by(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -38,7 +38,7 @@ def _on_gpu(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
         arch = architecture_of(device)
     except RuntimeError:  # older than every architecture that mixft compiles for
         return None
-    if op == "matmul" and (dtype == torch.float32 or not arch.tensor_cores):
+    if op in ("matmul", "mlp") and (dtype == torch.float32 or not arch.tensor_cores):
         return "torch.matmul"
     if op in (*INT8_PRODUCTS, "weight_only_matmul") and not arch.tensor_cores:
         return None

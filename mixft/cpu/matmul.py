@@ -71,7 +71,7 @@ def matmul_forward(
     activation: str,
     out_dtype: torch.dtype,
     keep_preactivation: bool,
-    residual: Tensor | None = None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``activation(a @ b + bias) + residual`` and the pre-activation in ``a``'s dtype, empty unless asked for."""
     shape = (*a.shape[:-1], b.shape[1])

@@ -1,11 +1,12 @@
-"""Drop-in layers: ``Linear`` in 16-bit floats, ``QuantLinear`` in int8, and ``Dropout``."""
+"""Drop-in layers: ``Linear`` and ``MLP`` in 16-bit floats, ``QuantLinear`` in int8, and ``Dropout``."""
 
 import importlib
 
 from .dropout import Dropout
 from .linear import Linear
+from .mlp import MLP
 
-__all__ = ["Dropout", "Linear", "QuantLinear"]
+__all__ = ["MLP", "Dropout", "Linear", "QuantLinear"]
 
 
 def __getattr__(name: str):

@@ -7,6 +7,29 @@ from mixft.ops import matmul
 from mixft.ops.activation import check_activation
 
 
+def in_autocast_dtype(input: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype of the autocast around this call, as they are where there is none."""
+    tensors = [input, *parameters]
+    device_type = input.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def check_input(input: Tensor, weight: Tensor) -> None:
+    """Raise ValueError or TypeError unless a layer of ``weight`` [out_features, in_features] takes ``input``."""
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; the last dimension of the "
+            f"input must be in_features, {weight.shape[1]}"
+        )
+    if input.dtype != weight.dtype:
+        raise TypeError(
+            f"input is {input.dtype} and weight is {weight.dtype}; convert one of them, or use torch.autocast"
+        )
+
+
 class Linear(torch.nn.Linear):
     """``activation(input @ weight.t() + bias)``, summed in FP32 and rounded once.
 
@@ -20,9 +43,15 @@ class Linear(torch.nn.Linear):
         activation: ``None``, ``"relu"``, ``"gelu"`` (the erf form), ``"gelu_tanh"`` or ``"silu"``.
         device: device of the parameters.
         dtype: dtype of the parameters: FP16, BF16 or FP32.
+        fuse_wgrad_accumulation: add the weight's gradient to ``weight.main_grad``, an FP32 tensor of the weight's shape
+            that the caller makes, and leave ``weight.grad`` None: the product of each backward adds to it in its own
+            pass, unrounded. The names are those of Megatron-LM and Transformer Engine. A step with it is
+            ``weight.grad = weight.main_grad`` for an FP32 weight, and for any weight ``optimizer.main_grads =
+            {weight: weight.main_grad, ...}`` of a mixft optimizer.
 
     Raises:
-        ValueError: an unknown activation, or an input whose last dimension is not ``in_features``.
+        ValueError: an unknown activation, an input whose last dimension is not ``in_features``, or a weight that lacks
+            the ``main_grad`` that its gradient is to be added to.
         TypeError: an input whose dtype is not the weight's.
     """
 
@@ -34,10 +63,13 @@ class Linear(torch.nn.Linear):
         activation: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        fuse_wgrad_accumulation: bool = False,
     ):
         check_activation(activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
 
     @classmethod
     def from_linear(cls, linear: torch.nn.Linear, activation: str | None = None) -> "Linear":
@@ -54,23 +86,33 @@ class Linear(torch.nn.Linear):
         layer.bias = linear.bias
         return layer.train(linear.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        device_type = input.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            input, weight = input.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The layer's output, and ``residual`` [..., out_features] added to it after the activation, if given.
+
+        The sum has the dtype that torch's addition would give it: FP32 where ``residual`` is FP32.
+        """
+        input, weight, bias = in_autocast_dtype(input, self.weight, self.bias)
+        check_input(input, weight)
+        return matmul(
+            input,
+            weight.t(),
+            bias,
+            self.activation,
+            None if residual is None else torch.promote_types(input.dtype, residual.dtype),
+            residual=residual,
+            accumulate_into=self._main_grad() if self.fuse_wgrad_accumulation else None,
+        )
+
+    def _main_grad(self) -> Tensor | None:
+        if not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return None
+        buffer = getattr(self.weight, "main_grad", None)
+        if buffer is None:
             raise ValueError(
-                f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; the last dimension of the "
-                f"input must be in_features, {weight.shape[1]}"
+                "fuse_wgrad_accumulation is on and the weight has no main_grad; set weight.main_grad = "
+                "torch.zeros_like(weight, dtype=torch.float32)"
             )
-        if input.dtype != weight.dtype:
-            raise TypeError(
-                f"input is {input.dtype} and weight is {weight.dtype}; convert one of them, or use torch.autocast"
-            )
-        return matmul(input, weight.t(), bias, self.activation)
+        return buffer.t()
 
     def extra_repr(self) -> str:
         text = super().extra_repr()

@@ -9,6 +9,7 @@ from .int8_linear import int8_linear
 from .int8_matmul import int8_matmul, weight_only_matmul
 from .lion import lion_
 from .matmul import matmul
+from .mlp import mlp
 from .outlier_int8_linear import outlier_int8_linear
 from .quantize import dequantize, quantize
 from .sgd import sgd_
@@ -25,6 +26,7 @@ __all__ = [
     "int8_matmul",
     "lion_",
     "matmul",
+    "mlp",
     "outlier_int8_linear",
     "quantize",
     "sgd_",

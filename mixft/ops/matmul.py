@@ -19,7 +19,7 @@ def matmul_forward(
     activation: str,
     out_dtype: torch.dtype,
     keep_preactivation: bool,
-    residual: Tensor | None = None,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (*a.shape[:-1], b.shape[1])
     return a.new_empty(shape, dtype=out_dtype), a.new_empty(shape if keep_preactivation else (0,))
@@ -46,21 +46,28 @@ def save_for_backward(ctx, inputs, output) -> None:
     kept = preactivation if keep_preactivation else out if output_serves else None
     needs_a, needs_b = ctx.needs_input_grad[:2]
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, kept)
-    # The pre-activation stays differentiable: a second derivative then meets activation_backward, which has none and
-    # says so, where a constant would give a wrong one.
-    ctx.set_materialize_grads(False)
-    if not keep_preactivation:
-        ctx.mark_non_differentiable(preactivation)
     ctx.activation = activation
     ctx.dtype = a.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.columns_first = b.stride(0) == 1
+    ctx.accumulate_into = None
+
+
+def set_up_context(ctx, inputs, output) -> None:
+    save_for_backward(ctx, inputs, output)
+    # The pre-activation stays differentiable: a second derivative then meets activation_backward, which has none and
+    # says so, where a constant would give a wrong one.
+    ctx.set_materialize_grads(False)
+    keep_preactivation = inputs[5]
+    if not keep_preactivation:
+        ctx.mark_non_differentiable(output[1])
 
 
 def backward(ctx, grad, grad_preactivation):
     a, b, kept = ctx.saved_tensors
-    needs_a, needs_b, needs_bias, *_, needs_residual = ctx.needs_input_grad
+    # The seven of matmul_forward, and one of AccumulatingMatmul's.
+    needs_a, needs_b, needs_bias, _, _, _, needs_residual, *_ = ctx.needs_input_grad
     activation = ctx.activation
     grad_residual = None
     if needs_residual and grad is not None:
@@ -91,8 +98,13 @@ def backward(ctx, grad, grad_preactivation):
             grad_bias = grad_bias + grad_preactivation.sum(0, dtype=torch.float32)
     if needs_a:
         grad_a = product(grad, b.t()).view(*lead, b.shape[0])
-    if needs_b:
-        a = a.reshape(rows, a.shape[-1])
+    a = a.reshape(rows, a.shape[-1]) if needs_b else None
+    if needs_b and ctx.accumulate_into is not None:
+        if ctx.accumulate_into.is_contiguous():
+            matmul_accumulate_(ctx.accumulate_into, a.t(), grad)
+        else:
+            matmul_accumulate_(ctx.accumulate_into.t(), grad.t(), a)
+    elif needs_b:
         # In the memory layout of b, which for weight.t() is what autograd accumulates into weight.grad without a copy.
         grad_b = product(grad.t(), a).t() if ctx.columns_first else product(a.t(), grad)
     grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
@@ -100,10 +112,35 @@ def backward(ctx, grad, grad_preactivation):
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    return matmul_forward(a, b, None, "none", a.dtype, False)[0]
+    return matmul_forward(a, b, None, "none", a.dtype, False, None)[0]
 
 
-matmul_forward.register_autograd(backward, setup_context=save_for_backward)
+matmul_forward.register_autograd(backward, setup_context=set_up_context)
+
+
+class AccumulatingMatmul(torch.autograd.Function):
+    """``matmul_forward`` whose gradient of ``b`` is added to a buffer and is None to autograd."""
+
+    @staticmethod
+    def forward(ctx, a, b, bias, activation, out_dtype, keep_preactivation, residual, accumulate_into):
+        inputs = (a, b, bias, activation, out_dtype, keep_preactivation, residual)
+        output = matmul_forward(*inputs)
+        save_for_backward(ctx, inputs, output)
+        # Not among the saved tensors, which must not change before the backward: every backward changes it.
+        ctx.accumulate_into = accumulate_into
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_derivative("a matmul with accumulate_into")
+        return *backward(ctx, grad, None), None
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise RuntimeError in the backward of an autograd function under ``create_graph``, which has no derivative."""
+    # A compiler traces it with gradients on, and has no second derivative of its own.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} has no second derivative; take the first without create_graph")
 
 
 def matmul(
@@ -114,6 +151,7 @@ def matmul(
     out_dtype: torch.dtype | None = None,
     *,
     residual: Tensor | None = None,
+    accumulate_into: Tensor | None = None,
 ) -> Tensor:
     """``activation(a @ b + bias) + residual``, summed in FP32 and rounded once.
 
@@ -132,6 +170,9 @@ def matmul(
         out_dtype: FP16, BF16 or FP32; the dtype of ``a`` when not given.
         residual: [..., M, N], the shape of the result; the dtype of ``a`` or FP32, any strides. It is added after the
             activation, as a transformer block adds its input to what its last linear layer makes of it.
+        accumulate_into: FP32 [K, N], contiguous or the transpose of a contiguous tensor. The backward adds the gradient
+            of ``b`` to it, unrounded and in the same pass as the product, and gives autograd none for ``b``; without a
+            gradient of ``b`` nothing is added. For a linear layer ``weight.main_grad.t()``.
 
     Returns:
         [..., M, N], or [N] for a 1-D ``a``, contiguous.
@@ -141,36 +182,47 @@ def matmul(
         TypeError: a dtype that is not supported, or operands of different dtypes.
     """
     name = check_activation(activation)
-    dtype = a.dtype
-    if dtype not in FLOATS:
-        raise TypeError(f"a is {dtype}; matmul takes float16, bfloat16 and float32")
-    if b.dtype != dtype:
-        raise TypeError(f"a is {dtype} and b is {b.dtype}; both must have one dtype")
+    check_operands(a, b)
+    check_added("bias", bias, (b.shape[1],), a)
+    check_added("residual", residual, (*a.shape[:-1], b.shape[1]), a)
     if out_dtype is not None and out_dtype not in FLOATS:
         raise TypeError(f"out_dtype is {out_dtype}; it can be float16, bfloat16 or float32")
+    keep = any(tensor is not None and tensor.requires_grad for tensor in (a, b, bias))
+    needs_slope = activation is not None and (activation != "relu" or residual is not None)
+    keep = keep and needs_slope and torch.is_grad_enabled()
+    arguments = (a, b, bias, name, out_dtype or a.dtype, keep, residual)
+    if accumulate_into is None:
+        return matmul_forward(*arguments)[0]
+    if accumulate_into.dtype != torch.float32:
+        raise TypeError(f"accumulate_into is {accumulate_into.dtype}; it must be torch.float32")
+    in_order = accumulate_into.is_contiguous() or accumulate_into.t().is_contiguous()
+    if accumulate_into.shape != b.shape or accumulate_into.device != a.device or not in_order:
+        raise ValueError(
+            f"accumulate_into has shape {tuple(accumulate_into.shape)}, strides {accumulate_into.stride()} and is on "
+            f"{accumulate_into.device}; it must be {tuple(b.shape)}, as b is, without gaps and on {a.device}"
+        )
+    return AccumulatingMatmul.apply(*arguments, accumulate_into)
+
+
+def check_operands(a: Tensor, b: Tensor) -> None:
+    """Raise ValueError or TypeError unless :func:`matmul` can multiply them."""
+    if a.dtype not in FLOATS:
+        raise TypeError(f"a is {a.dtype}; matmul takes float16, bfloat16 and float32")
+    if b.dtype != a.dtype:
+        raise TypeError(f"a is {a.dtype} and b is {b.dtype}; both must have one dtype")
     if b.dim() != 2 or a.dim() == 0 or a.shape[-1] != b.shape[0]:
         raise ValueError(f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}; they must be [..., M, K] and [K, N]")
     if a.device != b.device:
         raise ValueError(f"a is on {a.device} and b on {b.device}; both must be on one device")
-    keep = a.requires_grad or b.requires_grad
-    if bias is not None:
-        if bias.dtype != dtype and bias.dtype != torch.float32:
-            raise TypeError(f"bias is {bias.dtype}; it must be {dtype}, as a is, or torch.float32")
-        if bias.dim() != 1 or bias.shape[0] != b.shape[1]:
-            raise ValueError(
-                f"bias has shape {tuple(bias.shape)}; it must be ({b.shape[1]},), as b is {tuple(b.shape)}"
-            )
-        if bias.device != a.device:
-            raise ValueError(f"bias is on {bias.device} and a on {a.device}; all must be on one device")
-        keep = keep or bias.requires_grad
-    if residual is not None:
-        shape = (*a.shape[:-1], b.shape[1])
-        if residual.dtype not in (dtype, torch.float32):
-            raise TypeError(f"residual is {residual.dtype}; it must be {dtype}, as a is, or torch.float32")
-        if tuple(residual.shape) != shape:
-            raise ValueError(f"residual has shape {tuple(residual.shape)}; it must be {shape}, the result's")
-        if residual.device != a.device:
-            raise ValueError(f"residual is on {residual.device} and a on {a.device}; all must be on one device")
-    needs_slope = activation is not None and (activation != "relu" or residual is not None)
-    keep = keep and needs_slope and torch.is_grad_enabled()
-    return matmul_forward(a, b, bias, name, out_dtype or dtype, keep, residual)[0]
+
+
+def check_added(name: str, tensor: Tensor | None, shape: tuple[int, ...], a: Tensor) -> None:
+    """Raise ValueError or TypeError unless ``tensor``, None or of ``shape``, can be added to a product of ``a``."""
+    if tensor is None:
+        return
+    if tensor.dtype not in (a.dtype, torch.float32):
+        raise TypeError(f"{name} is {tensor.dtype}; it must be {a.dtype}, as a is, or torch.float32")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape} to be added to the product")
+    if tensor.device != a.device:
+        raise ValueError(f"{name} is on {tensor.device} and a on {a.device}; all must be on one device")
