@@ -15,20 +15,24 @@ is taken off in int32, which is exact where the result fits, whatever wraps arou
 a FP16 or BF16 [M, K]; int8 values are exact in both, so the product's only rounding is its FP32 sum.
 
 Both store out [M, N] in FP16, BF16 or FP32. Operands are read along K in 16-byte pieces: the launchers copy one that is
-N-contiguous, misaligned or of a K that 16 does not divide, since byte-wise loads would cost more than the copy.
+N-contiguous, misaligned or of a K that 16 does not divide, since byte-wise loads would cost more than the copy. Where a
+few rows make too few tiles for the GPU, the sum over K is split among programs and a second pass adds the parts in
+order (``int8_split_k``): the same inputs give the same bits.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from .activation import activate
 from .architecture import Architecture, architecture_of
 from .configuration import configuration, configurations
-from .matmul import torch_matmul
+from .int8_epilogue import STRIDES, Epilogue, epilogue_signature, finish
+from .int8_split_k import add_parts, split_count
+from .matmul import multiprocessors_of
 from .tile_order import tile_of_program
+from .torch_matmul import torch_matmul
 from .variant import MatrixProduct, Variant
 
 SMALL_M = 32
@@ -51,6 +55,7 @@ class Int8MatmulConfig:
 def scaled_matmul_kernel(
     a_ptr,
     b_ptr,
+    parts_ptr,
     a_scale_ptr,
     b_scale_ptr,
     a_zero_point_ptr,
@@ -60,35 +65,37 @@ def scaled_matmul_kernel(
     M,
     N,
     K,
+    depth,
     stride_am,
     stride_bn,
     stride_a_scale,
     stride_b_scale,
     stride_a_zero_point,
-    stride_out,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
-    HAS_A_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     inner = tl.arange(0, BLOCK_K)
     # Columns past the end read the last one again: no mask in the loop, and the store drops them. Rows are masked: most
     # of a decode tile's are past the end, and one row read sixteen times is as much traffic as the weights.
     row_mask = (rows < M)[:, None]
-    read_rows = rows.to(tl.int64)
-    read_columns = tl.minimum(columns, N - 1).to(tl.int64)
-    a_ptrs = a_ptr + read_rows[:, None] * stride_am + inner[None, :]
-    b_ptrs = b_ptr + read_columns[None, :] * stride_bn + inner[:, None]
+    a_ptrs = a_ptr + rows[:, None] * stride_am + inner[None, :]
+    b_ptrs = b_ptr + tl.minimum(columns, N - 1)[None, :] * stride_bn + inner[:, None]
+    first, stop = 0, K
+    if parts_ptr is not None:
+        first = tl.program_id(1) * depth
+        stop = tl.minimum(first + depth, K)
+        a_ptrs += first
+        b_ptrs += first
     INTEGER: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
     accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first, stop, BLOCK_K):
         if EVEN_K:
             a = tl.load(a_ptrs, mask=row_mask, other=0)
             b = tl.load(b_ptrs)
@@ -102,19 +109,27 @@ def scaled_matmul_kernel(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
 
-    if a_zero_point_ptr is not None:
-        zero_point = tl.load(a_zero_point_ptr + read_rows * stride_a_zero_point, mask=rows < M, other=0)
-        accumulator -= zero_point[:, None] * tl.load(b_sum_ptr + read_columns)[None, :]
-    result = accumulator.to(tl.float32)
-    valid_columns = columns < N
-    if HAS_A_SCALE:
-        result *= tl.load(a_scale_ptr + read_rows * stride_a_scale, mask=rows < M, other=0.0)[:, None]
-    result *= tl.load(b_scale_ptr + read_columns * stride_b_scale)[None, :]
-    if HAS_BIAS:
-        result += tl.load(bias_ptr + columns, mask=valid_columns, other=0.0).to(tl.float32)[None, :]
-    result = activate(result, ACTIVATION)
-    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
-    tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=row_mask & valid_columns[None, :])
+    if parts_ptr is not None:
+        part = parts_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
+        tl.store(part, accumulator, mask=row_mask & (columns < N)[None, :])
+    else:
+        finish(
+            accumulator,
+            rows,
+            columns,
+            M,
+            N,
+            a_scale_ptr,
+            b_scale_ptr,
+            a_zero_point_ptr,
+            b_sum_ptr,
+            bias_ptr,
+            out_ptr,
+            stride_a_scale,
+            stride_b_scale,
+            stride_a_zero_point,
+            ACTIVATION,
+        )
 
 
 def int8_matmul(
@@ -154,47 +169,42 @@ def weight_only_matmul(
 
 
 def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point=None, b_sum=None):
-    (M, K), N = a.shape, b.shape[0]
+    M, N = a.shape[0], b.shape[0]
     out = torch.empty((M, N), device=a.device, dtype=out_dtype)
     if out.numel() == 0:
         return out
     arch = architecture_of(a.device)
     if not arch.tensor_cores:
         raise RuntimeError(f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use")
-    config = configuration(op, Int8MatmulConfig, arch, bucket(op, M, N, activation, arch))
+    shape = bucket(op, M, N, activation, arch)
+    config = configuration(op, Int8MatmulConfig, arch, shape)
     a, b = _readable(a), _readable(b)
     K = a.shape[1]
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),)
+    tiles, blocks = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K)
+    splits = split_count(tiles, blocks, multiprocessors_of(a.device, arch)) if shape == "small" else 1
+    depth, parts = K, None
+    if splits > 1:
+        depth = triton.cdiv(blocks, splits) * config.BLOCK_K
+        part_dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
+        parts = torch.empty((triton.cdiv(K, depth), M, N), dtype=part_dtype, device=a.device)
+    epilogue = Epilogue(out, a_scale, b_scale, a_zero_point, b_sum, bias, activation)
     with torch.cuda.device_of(a):
-        scaled_matmul_kernel[grid](
-            a,
-            b,
-            a_scale if a_scale is not None else b_scale,
-            b_scale,
-            a_zero_point,
-            b_sum,
-            bias.contiguous() if bias is not None else b_scale,
-            out,
-            M,
-            N,
-            K,
-            a.stride(0),
-            b.stride(0),
-            a_scale.stride(0) if a_scale is not None else 0,
-            b_scale.stride(0),
-            a_zero_point.stride(0) if a_zero_point is not None else 0,
-            out.stride(0),
-            BLOCK_M=config.BLOCK_M,
-            BLOCK_N=config.BLOCK_N,
-            BLOCK_K=config.BLOCK_K,
-            GROUP_M=config.GROUP_M,
+        scaled_matmul_kernel[(tiles, 1 if parts is None else parts.shape[0])](
+            a_ptr=a,
+            b_ptr=b,
+            parts_ptr=parts,
+            M=M,
+            N=N,
+            K=K,
+            depth=depth,
+            stride_am=a.stride(0),
+            stride_bn=b.stride(0),
+            **epilogue.arguments(),
             EVEN_K=K % config.BLOCK_K == 0,
-            HAS_A_SCALE=a_scale is not None,
-            HAS_BIAS=bias is not None,
-            ACTIVATION=activation,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **asdict(config),
         )
+    if parts is not None:
+        add_parts(parts, epilogue)
     return out
 
 
@@ -219,7 +229,7 @@ def _readable(matrix: torch.Tensor) -> torch.Tensor:
 def variants(arch: Architecture) -> list[Variant]:
     """The W8A8 and W8A16 products in each bucket, plain with whole blocks of K, and with an epilogue and a ragged K.
 
-    W8A8 in "small" and "large" also with zero points.
+    W8A8 in "small" and "large" also with zero points, and both products in "small" also in parts.
     """
     if not arch.tensor_cores:
         return []
@@ -230,45 +240,37 @@ def variants(arch: Architecture) -> list[Variant]:
             if name != arch.name:
                 continue
             for epilogue, even in (("none", True), ("none" if bucket == "wide" else "gelu", False)):
-                found.append(_variant(op, bucket, config, a_type, out_type, epilogue, even, affine=False))
+                found.append(_variant(op, bucket, config, a_type, out_type, epilogue, even))
             if op == "int8_matmul" and bucket != "wide":
-                found.append(_variant(op, bucket, config, a_type, out_type, "gelu", True, affine=True))
+                found.append(_variant(op, bucket, config, a_type, out_type, "gelu", True, kind="affine"))
+            if bucket == "small":
+                found.append(_variant(op, bucket, config, a_type, out_type, "none", True, kind="parts"))
     return found
 
 
-def _variant(op, bucket, config, a_type, out_type, epilogue, even, *, affine):
-    pointers = {
-        "a_ptr": f"*{a_type}",
-        "b_ptr": "*i8",
-        "a_scale_ptr": "*fp32",
-        "b_scale_ptr": "*fp32",
-        **({"a_zero_point_ptr": "*i32", "b_sum_ptr": "*i32"} if affine else {}),
-        "bias_ptr": f"*{out_type}",
-        "out_ptr": f"*{out_type}",
-    }
-    sizes = ("M", "N", "K", "stride_am", "stride_bn", "stride_a_scale", "stride_b_scale", "stride_a_zero_point")
+def _variant(op, bucket, config, a_type, out_type, epilogue, even, kind=None):
+    w8a8 = op == "int8_matmul"
+    types, lacking = epilogue_signature(out_type, a_scale=w8a8, affine=kind == "affine", bias=not even)
+    pointers = {"a_ptr": f"*{a_type}", "b_ptr": "*i8"}
+    if kind == "parts":
+        pointers["parts_ptr"] = "*i32" if w8a8 else "*fp32"
+    else:
+        lacking = {"parts_ptr": None, **lacking}
+    tile = asdict(config)
+    num_warps, num_stages = tile.pop("num_warps"), tile.pop("num_stages")
+    signature = pointers | types | dict.fromkeys(("M", "N", "K", "depth", "stride_am", "stride_bn"), "i32")
     return Variant(
-        name=f"{op}[{a_type},{epilogue},{bucket},{'even' if even else 'ragged'}{',affine' if affine else ''}]",
+        name=f"{op}[{','.join([a_type, epilogue, bucket, 'even' if even else 'ragged', *([kind] if kind else [])])}]",
         function=scaled_matmul_kernel,
-        signature={**pointers, **dict.fromkeys((*sizes, "stride_out"), "i32")},
-        constexprs={
-            **({} if affine else {"a_zero_point_ptr": None, "b_sum_ptr": None}),
-            "BLOCK_M": config.BLOCK_M,
-            "BLOCK_N": config.BLOCK_N,
-            "BLOCK_K": config.BLOCK_K,
-            "GROUP_M": config.GROUP_M,
-            "EVEN_K": even,
-            "HAS_A_SCALE": op == "int8_matmul",
-            "HAS_BIAS": not even,
-            "ACTIVATION": epilogue,
-        },
-        divisible_by_16=(*pointers, "N", "K", "stride_am", "stride_bn", "stride_out"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        signature=signature,
+        constexprs={**lacking, **tile, "EVEN_K": even, "ACTIVATION": epilogue},
+        divisible_by_16=tuple(name for name in signature if name not in ("M", *STRIDES)),
+        num_warps=num_warps,
+        num_stages=num_stages,
         work=MatrixProduct(
             (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K),
-            (1 if a_type == "i8" else 2, 1, 2),
+            (1 if w8a8 else 2, 1, 2),
             (16 if bucket == "small" else 4096, 4096, 4096),
-            int8=a_type == "i8",
+            int8=w8a8,
         ),
     )

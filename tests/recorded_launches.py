@@ -14,6 +14,7 @@ import triton.language as tl
 from mixft.kernels import (
     activation_backward,
     int8_matmul,
+    int8_split_k,
     matmul,
     matmul_persistent,
     matmul_split_k,
@@ -30,6 +31,7 @@ OPTIONS = ("num_warps", "num_stages")
 LAUNCHERS = (
     activation_backward,
     int8_matmul,
+    int8_split_k,
     matmul,
     matmul_persistent,
     matmul_split_k,
@@ -179,6 +181,8 @@ PRODUCTS = {
     "w8a8 per tensor": lambda: w8a8(4096, 4096, 4096, per_tensor=True),
     "w8a8 static": lambda: w8a8_static(4096, 4096, 4096),
     "w8a8 static, one row": lambda: w8a8_static(1, 4096, 4096),
+    "w8a8 split": lambda: w8a8(1, 1024, 4096, bias=True),
+    "w8a16 split": lambda: w8a16(16, 1024, 14336 + 16, activation="silu"),
     "w8a16 one row": lambda: w8a16(1, 4096, 4096),
     "w8a16 one column": lambda: w8a16(17, 1, 4096, bias=True),
     "w8a16 ragged": lambda: w8a16(4096, 4096, 4096 + 16, activation="gelu", bias=True),

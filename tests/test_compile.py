@@ -28,6 +28,7 @@ SHIPPED = {
     "grad",
     "grad_scalars",
     "int8_matmul",
+    "int8_split_k",
     "lion",
     "matmul_persistent",
     "matmul_split_k",

@@ -8,6 +8,7 @@ from conftest import assert_within_budget
 from mixft.cpu.int8_matmul import fp32_integer_product, integer_product
 from mixft.kernels.architecture import ARCHITECTURES
 from mixft.kernels.int8_matmul import bucket
+from mixft.kernels.int8_split_k import split_count
 from mixft.ops import int8_matmul, weight_only_matmul
 
 ACTIVATIONS = {
@@ -90,6 +91,30 @@ def test_sums_beyond_fp32_are_exact_before_the_scale(device):
     one = torch.ones(1, device=device)
     out = int8_matmul(a, b, one, one, out_dtype=torch.float32)
     assert torch.equal(out.cpu(), torch.full((2, 3), 2079 * 128 * 128 + 1).float())
+
+
+@pytest.mark.parametrize("shape", [(1, 2080, 37), (17, 1500, 5), (3, 513, 70)])
+def test_sums_split_among_programs(device, shape):
+    M, K, N = shape
+    a, b = int8(M, K, device=device), int8(N, K, device=device)
+    a_scale, b_scale, bias = torch.rand(M, device=device), torch.rand(N, device=device), torch.randn(N, device=device)
+    zero_point = int8(M, device=device).int()
+    shifted = a.double().cpu() - zero_point.double().cpu()[:, None]
+    exact = exact_product(shifted, b, a_scale, b_scale, bias, "silu")
+    arguments = a, b, a_scale, b_scale, bias, "silu", torch.float32
+    out = int8_matmul(*arguments, a_zero_point=zero_point)
+    assert_within_budget(out, exact, exact.float(), 2**-21)
+    assert torch.equal(int8_matmul(*arguments, a_zero_point=zero_point), out)
+    x = torch.randn(M, K, device=device).half()
+    exact = exact_product(x, b, torch.ones(M), b_scale, bias, "relu")
+    assert_within_budget(weight_only_matmul(x, b, b_scale, bias, "relu", torch.float32), exact, exact.float(), 2**-20)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "parts"), [(132, 16, 1), (131, 16, 2), (32, 16, 5), (1, 16, 8), (1, 3, 1), (1, 1000, 132)]
+)
+def test_the_parts_of_a_sum(tiles, blocks, parts):
+    assert split_count(tiles, blocks, 132) == parts
 
 
 def test_non_contiguous_and_misaligned_operands(device):
