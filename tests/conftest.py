@@ -22,7 +22,7 @@ LIBRARIES = {
     "accelerate": ["test_amp_accelerate.py", "test_optim_trainer.py"],
     "peft": ["test_huggingface*.py"],
     "onnxruntime": ["test_onnx.py"],
-    "transformers": ["test_attention.py", "test_huggingface*.py", "test_export.py", "test_onnx.py"],
+    "transformers": ["test_attention.py", "test_conv1d.py", "test_huggingface*.py", "test_export.py", "test_onnx.py"],
 }
 if HAS_GPU:
     collect_ignore_glob = [

@@ -16,6 +16,7 @@ import torch
 import mixft
 from mixft.cli.attention import use_dropout_attention
 from mixft.cli.job import Recipe
+from mixft.nn.conv1d import is_conv1d
 from mixft.nn.quantization import SMALLEST_SIDE, SMALLEST_WEIGHT
 from mixft.precision import PrecisionEvent
 
@@ -142,7 +143,11 @@ def quantize(model: torch.nn.Module, mode: str) -> None:
 
 def inner_linear_layers(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers below the model's top, where its output head is."""
-    return [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and "." in name]
+    return [
+        name
+        for name, module in model.named_modules()
+        if "." in name and (type(module) is torch.nn.Linear or is_conv1d(module))
+    ]
 
 
 def set_up(precision: str, model: torch.nn.Module, recipe: Recipe) -> Setup:

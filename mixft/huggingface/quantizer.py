@@ -11,6 +11,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from mixft.nn import QuantLinear
+from mixft.nn.conv1d import features, is_conv1d
 from mixft.nn.int8_weight import int8_weight_of
 from mixft.nn.quantization import choose_layers, dequantize_, quantize_, replace_modules
 
@@ -180,12 +181,12 @@ def _check_complete(model: PreTrainedModel) -> None:
         raise ValueError(f"the checkpoint has no tensor {missing[0]!r}, which quantization_config in config.json names")
 
 
-def _empty_like(linear: nn.Linear, mode: str) -> QuantLinear:
+def _empty_like(linear: nn.Module, mode: str) -> QuantLinear:
     return QuantLinear(
-        linear.in_features,
-        linear.out_features,
+        *features(linear),
         linear.bias is not None,
         mode,
         device="meta",
         dtype=linear.weight.dtype,
+        transposed=is_conv1d(linear),
     )

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .conv1d import features, is_conv1d
 from .quant_linear import QuantLinear
-from .quantization import replace_modules
+from .quantization import is_linear, replace_modules
 from .shards import TensorSet, open_tensors, parse_size, split, write_shards
 from .tensor_file import CHECKSUMS, Entry
 
@@ -151,10 +152,10 @@ def _description(saved: TensorSet) -> tuple[dict[str, dict], dict[str, str]]:
 
 def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -> QuantLinear:
     """An empty QuantLinear of the saved ``fields`` to stand in for ``module``."""
-    if not isinstance(module, (nn.Linear, QuantLinear)):
+    if module is None or not is_linear(module):
         found = "no such module" if module is None else f"a {type(module).__name__}"
         raise ValueError(f"{path} has an int8 layer {name!r}, where the model has {found}")
-    found = (module.in_features, module.out_features, module.bias is not None)
+    found = (*features(module), module.bias is not None)
     saved = (fields["in_features"], fields["out_features"], fields["bias"])
     if found != saved:
         raise ValueError(f"layer {name!r} is (in, out, bias) = {saved} in {path} and {found} in the model")
@@ -168,6 +169,7 @@ def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -
         device="meta",
         dtype=module.bias.dtype if module.bias is not None else dtype,
         outlier_threshold=fields.get("outlier_threshold"),
+        transposed=is_conv1d(module) or getattr(module, "transposed", False),
     )
 
 

@@ -50,10 +50,10 @@ class WeightCache:
     def __reduce__(self):
         return WeightCache, ()
 
-    def quantized(self, weight: Tensor) -> Quantized:
-        """Values and scale of ``mixft.ops.int8_operands.quantized_rows(weight)``."""
+    def quantized(self, weight: Tensor, matrix: Tensor) -> Quantized:
+        """Values and scale of the rows of ``matrix``, which is ``weight`` or its transpose."""
         if type(weight) is not torch.nn.Parameter or _capturing(weight) or weight.is_inference():
-            return quantized_rows(weight)
+            return quantized_rows(matrix)
         _watch_optimizers()
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, _optimizer_steps[0])
         probe = _probe(weight)
@@ -63,7 +63,7 @@ class WeightCache:
             return entry[2]
         # The first part of a batch cannot tell whether there will be another one: the last batch tells.
         self.accumulates = self.accumulates or accumulating
-        quantized = quantized_rows(weight)
+        quantized = quantized_rows(matrix)
         self.entry = (key, probe, quantized) if self.accumulates else None
         return quantized
 

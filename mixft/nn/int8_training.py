@@ -66,13 +66,14 @@ class Int8Training:
         """What the backward runs in, the guard's fallback included."""
         return "16bit" if self.guard.fallback else self.options.backward
 
-    def __call__(self, source: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, source: Tensor, input: Tensor, parameter: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output, differentiable in input, weight and bias.
 
         Args:
             source: what the layer was given.
             input: ``source`` in the dtype to compute in.
-            weight: [N, K].
+            parameter: the layer's own, [N, K] or [K, N].
+            weight: it as [N, K].
             bias: [N] or None.
         """
         options = {"backward": self.backward, "stochastic": self.options.stochastic}
@@ -83,7 +84,7 @@ class Int8Training:
         if observed or not fits:
             return int8_linear(input, weight, bias, **options)
         quantized_x = shared_input.quantized(self, source, input)
-        quantized_weight = self.weight_cache.quantized(weight)
+        quantized_weight = self.weight_cache.quantized(parameter, weight)
         output = int8_linear(input, weight, bias, **options, quantized_x=quantized_x, quantized_weight=quantized_weight)
         if output.requires_grad and self.guard.starts_pass():
             rows = input.reshape(-1, input.shape[-1])

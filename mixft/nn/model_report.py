@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .quant_linear import QuantLinear
+from .quantization import is_linear
 
 KINDS = ("input", "weight", "gradient")
 
@@ -68,15 +69,10 @@ def model_report(model: nn.Module) -> ModelReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
-    layers = [
-        _describe(name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, QuantLinear))
-    ]
-    return ModelReport(layers)
+    return ModelReport([_describe(name, module) for name, module in model.named_modules() if is_linear(module)])
 
 
-def _describe(name: str, module: nn.Linear | QuantLinear) -> LayerPrecision:
+def _describe(name: str, module: nn.Module) -> LayerPrecision:
     size = sum(tensor.nbytes for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
     if not isinstance(module, QuantLinear) or module.mode != "train":
         return LayerPrecision(name, getattr(module, "mode", "float"), "float", {}, "", None, size)

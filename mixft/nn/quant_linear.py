@@ -9,6 +9,7 @@ from mixft.ops.activation import activate, check_activation
 from mixft.ops.outlier_int8_linear import check_threshold
 
 from . import int8_weight
+from .conv1d import features, is_conv1d, make_conv1d
 from .int8_training import Int8Training, TrainingOptions
 from .linear import Linear
 
@@ -69,6 +70,8 @@ class QuantLinear(nn.Module):
         outlier_threshold: in ``dynamic`` mode, a column of the input with a magnitude above this is multiplied in
             floating point (:func:`mixft.ops.outlier_int8_linear`); for models whose activations have outliers. None
             takes all columns in int8.
+        transposed: stand in for transformers' ``Conv1D``: in ``train`` mode ``weight`` is [in_features, out_features],
+            and ``to_linear`` gives a ``Conv1D``.
         training: the fields of :class:`mixft.nn.int8_training.TrainingOptions`, for mode "train" alone.
 
     Raises:
@@ -87,6 +90,7 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         outlier_threshold: float | None = None,
+        transposed: bool = False,
         **training,
     ):
         super().__init__()
@@ -99,11 +103,13 @@ class QuantLinear(nn.Module):
         self.mode = mode
         self.activation = activation
         self.outlier_threshold = outlier_threshold
+        self.transposed = transposed
         self.float_dtype = dtype or torch.get_default_dtype()
         check_training(mode, training)
         if mode == "train":
             self.int8_training = Int8Training(TrainingOptions(**training))
-            self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+            shape = (in_features, out_features) if transposed else (out_features, in_features)
+            self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.weight_scale = None
         else:
             self.register_buffer("weight", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
@@ -135,31 +141,35 @@ class QuantLinear(nn.Module):
     ) -> "QuantLinear":
         """A layer with the weights of ``linear``, on its device, in its training or evaluation state.
 
+        ``linear`` may be a ``Conv1D`` of transformers too.
+
         In ``train`` mode the parameters are shared, so an optimizer built before goes on working. In the other modes
         the weight is quantized, one symmetric scale a row, and the bias is shared.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear``.
+            TypeError: ``linear`` is no ``nn.Linear`` and no ``Conv1D``.
             ValueError: an unknown mode, a threshold or training options that do not fit it, a weight with NaN or Inf.
         """
         check_mode(mode)
-        if not isinstance(linear, nn.Linear):
+        transposed = is_conv1d(linear)
+        if not isinstance(linear, nn.Linear) and not transposed:
             raise TypeError(f"linear must be a torch.nn.Linear; it is a {type(linear).__name__}")
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            *features(linear),
             linear.bias is not None,
             mode,
             getattr(linear, "activation", None),
             device="meta",
             dtype=linear.weight.dtype,
             outlier_threshold=outlier_threshold,
+            transposed=transposed,
             **training,
         )
         if mode == "train":
             layer.weight = linear.weight
         else:
-            layer.weight, layer.weight_scale = int8_weight.int8_weight_of(linear.weight)
+            weight = linear.weight.t() if transposed else linear.weight
+            layer.weight, layer.weight_scale = int8_weight.int8_weight_of(weight)
         layer.bias = linear.bias
         return layer.train(linear.training)
 
@@ -167,8 +177,12 @@ class QuantLinear(nn.Module):
         """The floating-point layer of the same function; parameters are shared.
 
         An int8 weight is dequantized to the dtype that it came from. A layer with an activation gives a
-        :class:`mixft.nn.Linear` with it, any other a plain ``nn.Linear``.
+        :class:`mixft.nn.Linear` with it, one that stands in for a ``Conv1D`` a ``Conv1D``, any other a plain
+        ``nn.Linear``.
         """
+        if self.transposed:
+            weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight().t().contiguous())
+            return make_conv1d(weight, self.bias).train(self.training)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight())
         linear.bias = self.bias
@@ -178,15 +192,19 @@ class QuantLinear(nn.Module):
     def dequantized_weight(self) -> Tensor:
         """The weight [out_features, in_features] that an int8 one was made from, as nearly, in ``float_dtype``."""
         if self.mode == "train":
-            return self.weight.detach()
+            return self.matrix().detach()
         return (self.weight * self.weight_scale).to(self.float_dtype)
+
+    def matrix(self) -> Tensor:
+        """The weight of a layer in ``train`` mode as [out_features, in_features], differentiable."""
+        return self.weight.t() if self.transposed else self.weight
 
     def forward(self, input: Tensor) -> Tensor:
         source = input
         if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self.mode == "train":
-            return activate(self.int8_training(source, input, self.weight, self.bias), self.activation)
+            return activate(self.int8_training(source, input, self.weight, self.matrix(), self.bias), self.activation)
         return int8_weight.forward(self, input)
 
     def to_static(self, scale: float, zero_point: int) -> None:
@@ -225,5 +243,6 @@ class QuantLinear(nn.Module):
         text += f", mode={self.mode!r}"
         if self.mode == "train":
             text += f", backward={self.int8_training.backward!r}"
+        text += ", transposed=True" if self.transposed else ""
         text += "" if self.activation is None else f", activation={self.activation!r}"
         return text if self.outlier_threshold is None else f"{text}, outlier_threshold={self.outlier_threshold}"

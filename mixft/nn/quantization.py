@@ -9,6 +9,7 @@ from torch import nn
 
 from mixft.ops.validation import FLOATS
 
+from .conv1d import is_conv1d
 from .int8_training import TrainingOptions
 from .linear import Linear
 from .quant_linear import Mode, QuantLinear, check_mode, check_outlier_threshold, check_training
@@ -84,7 +85,8 @@ def quantize_(
     outlier_threshold: float | None = None,
     **training,
 ) -> QuantizationReport:
-    """Replace the ``nn.Linear`` layers of ``model`` by :class:`mixft.nn.QuantLinear`, in place.
+    """Replace the ``nn.Linear`` layers of ``model``, and the ``Conv1D`` of transformers' GPT-2 and its like, by
+    :class:`mixft.nn.QuantLinear`, in place.
 
     Left alone, with the reason in the report: output heads (by name: lm_head, classifier, score, qa_outputs,
     embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower,
@@ -107,7 +109,7 @@ def quantize_(
             quantize; a weight holds NaN or Inf. The model is then as it was.
     """
     check_outlier_threshold(outlier_threshold, mode)
-    reasons = choose_layers(model, mode, include=include, exclude=exclude, **training)
+    reasons = choose_layers(model, mode, include=include, exclude=exclude, conv1d=True, **training)
     candidates = {name: model.get_submodule(name) for name in reasons}
     for name, module in candidates.items():
         if not reasons[name] and module.weight.is_meta:
@@ -130,11 +132,13 @@ def choose_layers(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    conv1d: bool = False,
     **training,
 ) -> dict[str, str]:
     """The rules of :func:`quantize_`, with its arguments: {name of each linear layer: why it is left, or ""}.
 
-    No weight is read, so ``model`` may be on the meta device.
+    No weight is read, so ``model`` may be on the meta device. ``conv1d`` tells whether the caller can turn the weight
+    of a ``Conv1D``, which is transposed, into int8; otherwise such layers are left.
 
     Raises:
         TypeError: ``model`` is no module, or an option that there is not.
@@ -146,13 +150,11 @@ def choose_layers(
     options = TrainingOptions(**training)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
-    if isinstance(model, (nn.Linear, QuantLinear)):
+    if is_linear(model):
         raise ValueError(
             "model is itself a linear layer, which cannot be replaced in place; use QuantLinear.from_linear"
         )
-    candidates = {
-        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, QuantLinear))
-    }
+    candidates = {name: module for name, module in model.named_modules() if is_linear(module)}
     included = _matching("include", include, candidates)
     excluded = _matching("exclude", exclude, candidates)
     reasons = {}
@@ -161,16 +163,24 @@ def choose_layers(
             reasons[name] = "not in include"
         elif name in excluded:
             reasons[name] = "in exclude"
+        elif is_conv1d(module) and not conv1d:
+            reasons[name] = "a Conv1D, whose weight is transposed; mixft.quantize_ on the loaded model takes it"
         else:
             reasons[name] = _reason_to_leave(name, module, mode, options, model, explicit=name in included)
     return reasons
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer, of torch, of transformers or int8."""
+    return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
+
+
 def dequantize_(model: nn.Module) -> list[str]:
     """Replace every :class:`mixft.nn.QuantLinear` of ``model`` by a plain ``nn.Linear``, in place.
 
-    Weights kept in int8 come back in the dtype that they came from. A layer with a fused activation
-    becomes a :class:`mixft.nn.Linear` with that activation.
+    Weights kept in int8 come back in the dtype that they came from. A layer with a fused activation becomes a
+    :class:`mixft.nn.Linear` with that activation, and one that was a ``Conv1D`` a ``Conv1D``: the state dict has the
+    names and shapes that it had before :func:`quantize_`.
 
     Returns:
         The names of the layers replaced.
@@ -208,7 +218,7 @@ def _reason_to_leave(
         if module.mode == mode and (mode != "train" or module.int8_training.options == options):
             return f"already in mode {mode!r}"
         return "" if module.mode == "train" else f"its weight is int8 ({module.mode}); dequantize_ the model first"
-    if type(module) not in (nn.Linear, Linear):
+    if type(module) not in (nn.Linear, Linear) and not is_conv1d(module):
         return f"a subclass of nn.Linear, {type(module).__name__}"
     if module.weight.dtype not in FLOATS:
         return f"its weight is {module.weight.dtype}"
@@ -251,6 +261,8 @@ def _report(name: str, before: nn.Module, after: QuantLinear | None, reason: str
     if after is None:
         return LayerReport(name, reason, size, size, 0.0)
     weight = before.weight.detach().float()
+    if after.transposed:
+        weight = weight.t()
     if after.mode == "train":
         after_weight = QuantLinear.from_linear(after.to_linear(), "dynamic").dequantized_weight()
     else:
