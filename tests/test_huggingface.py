@@ -111,6 +111,18 @@ def test_the_dtype_asked_for_is_that_of_all_but_weights_and_scales(saved, tmp_pa
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_layers_may_lie_on_disk(saved, tmp_path):
+    model = AUTO["llama"].from_pretrained(saved("llama"), quantization_config=mixft.Int8Config())
+    model.save_pretrained(tmp_path / "int8")
+    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    loaded = AUTO["llama"].from_pretrained(
+        tmp_path / "int8", device_map=device_map, offload_folder=tmp_path / "disk", offload_buffers=True
+    )
+    assert loaded.model.layers[1].mlp.up_proj.weight.is_meta
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_a_configuration_serves_several_models(saved):
     config = mixft.Int8Config(exclude=["*query", "*value"])
     first = AutoModel.from_pretrained(saved("bert"), quantization_config=config)
