@@ -36,6 +36,7 @@ RUN_KEYS = {
     "eval_accuracy",
     "eval_accuracy_int8",
     "overflow_steps",
+    "overflows",
     "precision_events",
     "losses",
 }

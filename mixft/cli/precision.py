@@ -93,6 +93,10 @@ class Setup:
     def overflow_steps(self) -> int:
         return 0 if self.scaler is None else int(self.scaler.overflow_steps)
 
+    def overflows(self) -> list[dict]:
+        """The last iterations that were skipped, and the parameters that overflowed in them."""
+        return [] if self.scaler is None else [step._asdict() for step in self.scaler.overflow_history()]
+
     def precision_events(self) -> list[dict]:
         """The switches of the controller and the fallbacks of int8 layers, as ``report.json`` has them."""
         return [asdict(event) for event in (*self.events, *(self.controller.events if self.controller else ()))]
@@ -200,7 +204,7 @@ def _replace(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module
 
 def _fused_adamw(model: torch.nn.Module, learning_rate: float, storage: Storage) -> torch.optim.Optimizer:
     return mixft.optim.AdamW(
-        model.parameters(),
+        model.named_parameters(),
         lr=learning_rate,
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,

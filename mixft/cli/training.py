@@ -103,6 +103,7 @@ def train_epochs(setup: Setup, train: Batches | Blocks, job: Job, device: torch.
         "optimizer_bytes": setup.optimizer_bytes(),
         "final_train_loss": finite(meter.recent_loss()),
         "overflow_steps": setup.overflow_steps(),
+        "overflows": setup.overflows(),
         "precision_events": setup.precision_events(),
         "losses": [finite(loss) for loss in losses],
     }
