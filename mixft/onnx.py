@@ -25,8 +25,8 @@ def translation_table() -> dict[Callable, Callable]:
     """The ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)`` for inference with mixft's layers.
 
     Returns:
-        {op: its translation} for ``QuantLinear`` in the modes ``weight_only`` and ``dynamic``, ``mixft.nn.Linear``,
-        ``mixft.ops.int8_matmul`` and ``mixft.ops.matmul``; operator set 18 or newer.
+        {op: its translation} for ``QuantLinear`` in all modes but ``train``, ``mixft.nn.Linear``, ``mixft.ops.matmul``
+        and ``mixft.ops.int8_matmul``; operator set 18 or newer. Outlier columns become a product of full size in FP32.
 
     Raises:
         ImportError: onnxscript, which torch's exporter needs too, is not installed.
@@ -58,26 +58,46 @@ def translation_table() -> dict[Callable, Callable]:
             product = op.Add(product, op.Cast(bias, to=float32))
         return activated(product, activation)
 
-    def integer_product(a, b, a_scale, b_scale):
-        product = op.Cast(op.MatMulInteger(a, op.Transpose(b, perm=[1, 0])), to=float32)
+    def integer_product(a, b, a_scale, b_scale, *zero_point):
+        product = op.Cast(op.MatMulInteger(a, op.Transpose(b, perm=[1, 0]), *zero_point), to=float32)
         return op.Mul(op.Mul(product, op.Transpose(b_scale, perm=[1, 0])), a_scale)
+
+    def dynamic_product(floats, weight, weight_scale):
+        largest = op.ReduceMax(op.Abs(floats), [1], keepdims=1)
+        scale = op.Max(op.Div(largest, 127.0), SMALLEST_SCALE)
+        by_row = op.Squeeze(scale, [1])
+        zeros = op.Cast(op.Mul(by_row, 0.0), to=onnxscript.INT8.dtype)
+        return integer_product(op.QuantizeLinear(floats, by_row, zeros, axis=0), weight, scale, weight_scale)
+
+    def float_product(a, weight, weight_scale):
+        floats = op.DequantizeLinear(weight, op.Squeeze(weight_scale, [1]), axis=0)
+        return op.MatMul(a, op.Transpose(floats, perm=[1, 0]))
 
     def int8_matmul(a, b, a_scale, b_scale, bias, activation, out_dtype):
         return op.Cast(finished(integer_product(a, b, a_scale, b_scale), bias, activation), to=out_dtype)
 
     def dynamic_int8_linear(x, weight, weight_scale, bias, activation):
-        floats = op.Cast(x, to=float32)
-        largest = op.ReduceMax(op.Abs(floats), [1], keepdims=1)
-        scale = op.Max(op.Div(largest, 127.0), SMALLEST_SCALE)
-        by_row = op.Squeeze(scale, [1])
-        zeros = op.Cast(op.Mul(by_row, 0.0), to=onnxscript.INT8.dtype)
-        values = op.QuantizeLinear(floats, by_row, zeros, axis=0)
-        product = integer_product(values, weight, scale, weight_scale)
+        product = dynamic_product(op.Cast(x, to=float32), weight, weight_scale)
         return op.CastLike(finished(product, bias, activation), x)
 
+    def static_int8_linear(x, weight, weight_scale, bias, activation, input_scale, input_zero_point, weight_sum):
+        scale = op.Squeeze(input_scale)
+        zero_point = op.Cast(op.Squeeze(input_zero_point), to=onnxscript.INT8.dtype)
+        values = op.QuantizeLinear(op.Cast(x, to=float32), scale, zero_point)
+        product = integer_product(values, weight, scale, weight_scale, zero_point)
+        return op.CastLike(finished(product, bias, activation), x)
+
+    def outlier_int8_linear(x, weight, weight_scale, bias, threshold):
+        floats = op.Cast(x, to=float32)
+        outlier = op.Greater(op.ReduceMax(op.Abs(floats), [0], keepdims=1), threshold)
+        product = op.Add(
+            dynamic_product(op.Where(outlier, 0.0, floats), weight, weight_scale),
+            float_product(op.Where(outlier, floats, 0.0), weight, weight_scale),
+        )
+        return op.CastLike(finished(product, bias, "none"), x)
+
     def weight_only_matmul(a, b, b_scale, bias, activation, out_dtype):
-        weight = op.DequantizeLinear(b, op.Squeeze(b_scale, [1]), axis=0)
-        product = op.MatMul(op.Cast(a, to=float32), op.Transpose(weight, perm=[1, 0]))
+        product = float_product(op.Cast(a, to=float32), b, b_scale)
         return op.Cast(finished(product, bias, activation), to=out_dtype)
 
     def matmul_forward(a, b, bias, activation, out_dtype, keep_preactivation, residual=None):
@@ -91,5 +111,7 @@ def translation_table() -> dict[Callable, Callable]:
         torch.ops.mixft.matmul_forward.default: matmul_forward,
         torch.ops.mixft.int8_matmul.default: int8_matmul,
         torch.ops.mixft.dynamic_int8_linear.default: dynamic_int8_linear,
+        torch.ops.mixft.static_int8_linear.default: static_int8_linear,
+        torch.ops.mixft.outlier_int8_linear.default: outlier_int8_linear,
         torch.ops.mixft.weight_only_matmul.default: weight_only_matmul,
     }

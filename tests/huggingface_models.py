@@ -1,7 +1,15 @@
 """Small models of transformers with random weights, with layers large enough to be quantized."""
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 VOCABULARY = 150
 
@@ -36,7 +44,15 @@ def llama(layers: int = 2, **options) -> LlamaForCausalLM:
     ).eval()
 
 
-MODELS = {"bert": bert, "llama": llama}
+def gpt2(layers: int = 2, **options) -> GPT2LMHeadModel:
+    """Its layers are Conv1D, with weights [in_features, out_features], two of them square."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=128, n_inner=192, n_layer=layers, n_head=2, n_positions=32, **options
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+MODELS = {"bert": bert, "llama": llama, "gpt2": gpt2}
 
 
 def logits(model: PreTrainedModel, rows: int = 3, length: int = 17) -> torch.Tensor:

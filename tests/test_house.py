@@ -36,7 +36,7 @@ PARTS = {
     "mixft.onnx": ({"mixft.ops"}, {"torch", "onnxscript"}),
     "mixft.huggingface": (
         {"mixft.huggingface", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.ops"},
-        {"torch", "transformers", "peft"},
+        {"torch", "transformers", "peft", "safetensors"},
     ),
     "mixft.losses": ({"mixft.losses", "mixft.ops"}, {"torch"}),
     "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest", "transformers", "matplotlib"}),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import assert_within_budget
-from huggingface_models import bert, llama, logits
+from huggingface_models import bert, gpt2, llama, logits
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
@@ -13,7 +13,7 @@ import mixft
 from mixft.huggingface import LoraQuantLinear
 from mixft.nn import QuantLinear
 
-MODES = ["weight_only", "dynamic", "train"]
+MODES = ["weight_only", "dynamic", "static", "train"]
 
 
 # transformers and PEFT call what transformers deprecates.
@@ -28,7 +28,11 @@ class Layer(nn.Module):
     def __init__(self, mode, dtype=torch.float32, activation=None):
         super().__init__()
         training = {"shape_gating": False} if mode == "train" else {}
-        self.dense = QuantLinear.from_linear(nn.Linear(66, 50).to(dtype), mode, **training)
+        self.dense = QuantLinear.from_linear(
+            nn.Linear(66, 50).to(dtype), "dynamic" if mode == "static" else mode, **training
+        )
+        if mode == "static":
+            self.dense.to_static(0.03, 5)
         self.dense.activation = activation
 
     def forward(self, x):
@@ -179,6 +183,24 @@ def test_adapters_travel_and_the_merged_model_is_saved_in_int8(native_device, tm
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(logits(load(tmp_path / "merged")), logits(merged))
     assert (logits(merged) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "train"])
+def test_layers_that_were_conv1d_take_adapters(native_device, mode):
+    model, reference = gpt2(), gpt2()
+    reference.load_state_dict(model.state_dict())
+    plain = logits(model)
+    mixft.quantize_(model, mode)
+    models = [get_peft_model(found, lora(["c_attn", "c_proj"], fan_in_fan_out=True)) for found in (model, reference)]
+    assert isinstance(model.transformer.h[0].mlp.c_proj, LoraQuantLinear)
+    draw(models[0], std=0.5)
+    models[1].load_state_dict({k: v for k, v in models[0].state_dict().items() if "lora_" in k}, strict=False)
+    adapted, expected = map(logits, models)
+    models[0].merge_adapter()
+    merged = logits(models[0])
+    effect = (expected - plain).abs().max()
+    assert (adapted - expected).abs().max() < 0.05 * effect
+    assert (merged - expected).abs().max() < 0.05 * effect
 
 
 def test_transformers_own_add_adapter_takes_int8_layers(native_device):

@@ -109,11 +109,14 @@ class Mixed(nn.Module):
         self.rounding = QuantLinear(67, 67, bias=False)
         self.rounding.weight = torch.eye(67, dtype=torch.int8)
         self.dense = Linear(67, 33, activation="gelu")
+        self.static = QuantLinear.from_linear(nn.Linear(67, 33))
+        self.static.to_static(0.5, -7)
+        self.outliers = QuantLinear.from_linear(nn.Linear(67, 33), outlier_threshold=100.0)
         self.register_buffer("b", torch.randint(-127, 128, (20, 33), dtype=torch.int8))
 
     def forward(self, x, a, a_scale):
         y = int8_matmul(a, self.b, a_scale, torch.tensor(0.25), activation="relu", out_dtype=torch.float32)
-        return self.rounding(x), self.dense(x), y
+        return self.rounding(x), self.dense(x), self.static(x), self.outliers(x), y
 
 
 def test_exact_ties_round_to_even_and_other_ops_are_translated(tmp_path):

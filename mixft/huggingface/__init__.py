@@ -7,7 +7,7 @@ With transformers, :class:`Int8Config` becomes a ``quantization_config`` of ``fr
 import importlib
 import importlib.util
 
-OLDEST_TRANSFORMERS = 5
+OLDEST_TRANSFORMERS = (5, 12)
 
 if importlib.util.find_spec("transformers") is None:
     raise ImportError(
@@ -17,9 +17,9 @@ if importlib.util.find_spec("transformers") is None:
 
 import transformers  # noqa: E402
 
-if int(transformers.__version__.split(".")[0]) < OLDEST_TRANSFORMERS:
+if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
     raise ImportError(
-        f"mixft.huggingface needs transformers {OLDEST_TRANSFORMERS} or newer; {transformers.__version__} is installed",
+        f"mixft.huggingface needs transformers 5.12 or newer; {transformers.__version__} is installed",
         name="transformers",
     )
 

@@ -7,10 +7,10 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixft.nn.int8_training import TrainingOptions
-from mixft.nn.quant_linear import Mode, check_mode, check_training
+from mixft.nn.quant_linear import Mode, check_mode, check_outlier_threshold, check_training
 
 QUANT_METHOD = "mixft"
-SETTINGS = ("mode", "include", "exclude", "layers")
+SETTINGS = ("mode", "include", "exclude", "layers", "outlier_threshold")
 TRAINING_SETTINGS = tuple(field.name for field in fields(TrainingOptions))
 
 
@@ -24,17 +24,20 @@ class Int8Config(QuantizationConfigMixin):
     are saved as such, in a folder that loads without mixft too.
 
     Args:
-        mode: ``"weight_only"``, ``"dynamic"`` or ``"train"``; see :class:`mixft.nn.QuantLinear`.
+        mode: ``"weight_only"``, ``"dynamic"`` or ``"train"``; see :class:`mixft.nn.QuantLinear`. A saved model may have
+            ``"static"``, after ``mixft.calibrate`` and :func:`mark_quantized`.
         include: a glob of module names, or several; only those layers are taken.
         exclude: a glob of module names, or several; those layers are left.
         layers: the names of the layers that are quantized, relative to the base model: written by mixft, which chooses
             them when it loads floating-point weights, and read from the config.json of a saved model.
+        outlier_threshold: in mode ``"dynamic"``, the magnitude above which a column of the input is multiplied in
+            floating point; see :class:`mixft.nn.QuantLinear`.
         training: for mode ``"train"`` the fields of :class:`mixft.nn.int8_training.TrainingOptions`: ``backward``,
             ``stochastic``, ``shape_gating``, ``min_sqnr``.
 
     Raises:
         TypeError: ``include``, ``exclude`` or ``layers`` is of another type, or an option that there is not.
-        ValueError: an unknown mode; training options in another mode; in :meth:`from_dict` a setting that this version
+        ValueError: an unknown mode; options that are for another; in :meth:`from_dict` a setting that this version
             of mixft does not know.
     """
 
@@ -44,9 +47,12 @@ class Int8Config(QuantizationConfigMixin):
         include: str | Iterable[str] | None = None,
         exclude: str | Iterable[str] | None = None,
         layers: Iterable[str] | None = None,
+        outlier_threshold: float | None = None,
         **training,
     ):
-        check_mode(mode)
+        if mode != "static" or layers is None:
+            check_mode(mode)
+        check_outlier_threshold(outlier_threshold, mode)
         check_training(mode, training)
         TrainingOptions(**training)
         self.quant_method = QUANT_METHOD
@@ -54,6 +60,7 @@ class Int8Config(QuantizationConfigMixin):
         self.include = _names("include", include)
         self.exclude = _names("exclude", exclude)
         self.layers = _names("layers", layers)
+        self.outlier_threshold = outlier_threshold
         self.__dict__.update(training)
 
     @property

@@ -9,6 +9,7 @@ a ``LoraConfig``; importing this module puts :class:`Int8LoraModel` there, so th
 
 import warnings
 
+import peft
 import torch
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -18,6 +19,13 @@ from torch import Tensor, nn
 
 from mixft.nn import QuantLinear
 from mixft.nn.int8_weight import int8_weight_of
+
+OLDEST_PEFT = (0, 20)
+
+if tuple(map(int, peft.__version__.split(".")[:2])) < OLDEST_PEFT:
+    raise ImportError(
+        f"mixft.huggingface needs PEFT 0.20 or newer, or none; {peft.__version__} is installed", name="peft"
+    )
 
 # The others start from a decomposition of the floating-point weight, and change it.
 INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -43,7 +51,7 @@ class LoraQuantLinear(Linear):
                 "activation after it"
             )
         super().__init__(base_layer, adapter_name, config=config, **options)
-        # What was a Conv1D has its weight as [out_features, in_features] too.
+        # What stands in for a Conv1D has adapters of [out_features, in_features] all the same.
         self.fan_in_fan_out = False
         self._weight_before_merge: tuple[Tensor, ...] | None = None
 
@@ -128,8 +136,8 @@ def _int8_layers(model: nn.Module) -> set[str]:
 
 
 def _weight_of(layer: QuantLinear) -> tuple[Tensor, ...]:
-    """The weight in what it is kept in: int8 and its scales, or one floating-point tensor."""
-    return (layer.weight.detach().clone(),) if layer.mode == "train" else (layer.weight, layer.weight_scale)
+    """The weight in what it is kept in, [out_features, in_features]: int8 and its scales, or one floating tensor."""
+    return (layer.matrix().detach().clone(),) if layer.mode == "train" else (layer.weight, layer.weight_scale)
 
 
 def _in_floats(weight: tuple[Tensor, ...]) -> Tensor:
@@ -140,10 +148,12 @@ def _in_floats(weight: tuple[Tensor, ...]) -> Tensor:
 @torch.no_grad()
 def _set_weight(layer: QuantLinear, weight: tuple[Tensor, ...]) -> None:
     if layer.mode == "train":
-        layer.weight.copy_(weight[0])
+        layer.matrix().copy_(weight[0])
     else:
         device = layer.weight.device
         layer.weight, layer.weight_scale = weight[0].to(device), weight[1].to(device)
+    if layer.mode == "static":
+        layer.weight_sum = layer.weight.sum(1, dtype=torch.int32)
 
 
 PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = Int8LoraModel

@@ -16,6 +16,7 @@ from mixft.nn.int8_weight import int8_weight_of
 from mixft.nn.quantization import choose_layers, dequantize_, quantize_, replace_modules
 
 from .config import QUANT_METHOD, Int8Config
+from .files import check_files
 
 
 @register_quantizer(QUANT_METHOD)
@@ -58,9 +59,11 @@ class Int8Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         config = self.quantization_config
-        if not self.pre_quantized:
+        if self.pre_quantized:
+            check_files(kwargs.get("checkpoint_files") or [])
+        else:
             reasons = choose_layers(
-                model, config.mode, include=config.include, exclude=config.exclude, **config.training
+                model, config.mode, include=config.include, exclude=config.exclude, conv1d=True, **config.training
             )
             chosen = [name for name, reason in reasons.items() if not reason]
             if not chosen:
@@ -70,8 +73,24 @@ class Int8Quantizer(HfQuantizer):
                 raise ValueError(f"model has no layer to quantize ({listing})")
             config.layers = [_relative(name, model) for name in chosen]
         if config.mode != "train":
-            layers = {name: module for name, module in model.named_modules() if _relative(name, model) in config.layers}
-            replace_modules(model, {module: _empty_like(module, config.mode) for module in layers.values()})
+            layers = [module for name, module in model.named_modules() if _relative(name, model) in config.layers]
+            replace_modules(model, {layer: self._empty_like(layer) for layer in layers})
+
+    def _empty_like(self, linear: nn.Module) -> QuantLinear:
+        """A layer of the configured mode for ``linear``, an ``nn.Linear`` or ``Conv1D``, on the meta device."""
+        layer = QuantLinear(
+            *features(linear),
+            linear.bias is not None,
+            self.quantization_config.mode,
+            device="meta",
+            dtype=linear.weight.dtype,
+            outlier_threshold=self.quantization_config.outlier_threshold,
+            transposed=is_conv1d(linear),
+        )
+        if not self.pre_quantized:
+            # transformers before 5.23 casts what it reads to the dtype found here, and only then has it quantized.
+            layer.weight = linear.weight.detach()
+        return layer
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs) -> bool:
         """Whether ``param_name`` is a weight to turn into int8 as it is read."""
@@ -85,23 +104,26 @@ class Int8Quantizer(HfQuantizer):
         """What turns a weight of the checkpoint into those of the layer."""
         return QuantizeWeight()
 
-    def get_new_dtype(self, converter, param, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The dtype to cast a tensor of a quantized checkpoint to; ValueError where int8 meets floating point."""
-        stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
-        if (stored in ("I8", "torch.int8")) != (dtype == torch.int8):
-            raise ValueError(
-                f"tensor {converter.target_patterns[0]!r} is {stored} in the checkpoint and {dtype} in the model: "
-                "quantization_config in config.json does not fit the weights"
-            )
-        return super().get_new_dtype(converter, param, dtype)
-
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
         config = self.quantization_config
         if config.mode == "train":
             names = [name for name, _ in model.named_modules() if _relative(name, model) in config.layers]
             quantize_(model, "train", include=names, **config.training)
-        elif self.pre_quantized:
-            _check_complete(model)
+            return model
+        for name, parameter in model.named_parameters():
+            if parameter.dtype == torch.int8:
+                raise ValueError(
+                    f"{name!r} is int8 in the checkpoint; quantization_config in config.json has no such layer"
+                )
+        unread = _unread(model)
+        if unread and self.pre_quantized:
+            raise ValueError(
+                f"the checkpoint has no int8 weight and scale of {next(iter(unread))!r}, which quantization_config in "
+                "config.json names"
+            )
+        # A layer that the checkpoint lacks is new, and is left to be trained.
+        replace_modules(model, {layer: _initialized(layer, model) for layer in unread.values()})
+        config.layers = [name for name in config.layers if name not in {_relative(name, model) for name in unread}]
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -121,7 +143,7 @@ def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: ``model`` is no model of transformers.
-        ValueError: it has no QuantLinear layers, or some of several modes or training options.
+        ValueError: it has no QuantLinear layers, or some of several modes or options.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel; it is a {type(model).__name__}")
@@ -131,19 +153,22 @@ def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("model has no QuantLinear layers; call mixft.quantize_(model) first, or save it as usual")
     if len(modes) > 1:
         raise ValueError(f"model has layers of the modes {', '.join(modes)}; config.json holds one mode")
-    training = {layer.int8_training.options for layer in layers.values() if layer.mode == "train"}
-    if len(training) > 1:
-        raise ValueError("model has layers of several training options; config.json holds one set of them")
-    config = Int8Config(
-        modes[0],
-        layers=[_relative(name, model) for name in layers],
-        **{name: value for options in training for name, value in asdict(options).items()},
-    )
+    options = {_options(layer) for layer in layers.values()}
+    if len(options) > 1:
+        raise ValueError("model has layers of several options; config.json holds one set of them")
+    config = Int8Config(modes[0], layers=[_relative(name, model) for name in layers], **dict(options.pop()))
     model.hf_quantizer = Int8Quantizer(config, pre_quantized=False)
     model.config.quantization_config = model.hf_quantizer.quantization_config
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     return model
+
+
+def _options(layer: QuantLinear) -> tuple[tuple[str, object], ...]:
+    """The options of :class:`Int8Config` that ``layer`` was made with."""
+    if layer.mode == "train":
+        return tuple(asdict(layer.int8_training.options).items())
+    return (("outlier_threshold", layer.outlier_threshold),)
 
 
 class QuantizeWeight(ConversionOps):
@@ -154,10 +179,11 @@ class QuantizeWeight(ConversionOps):
         converted = {}
         for name, weight in input_dict.items():
             weight = weight[0] if isinstance(weight, list) else weight
-            expected = model.get_buffer(name).shape
-            if weight.shape != expected:
-                raise ValueError(f"{name} has shape {tuple(weight.shape)}; the model needs {tuple(expected)}")
-            converted[name], converted[f"{name}_scale"] = int8_weight_of(weight)
+            layer = model.get_submodule(name.rpartition(".")[0])
+            matrix = weight.t() if layer.transposed else weight
+            if matrix.shape != (layer.out_features, layer.in_features):
+                raise ValueError(f"{name} has shape {tuple(weight.shape)}, which does not fit {layer}")
+            converted[name], converted[f"{name}_scale"] = int8_weight_of(matrix)
         return converted
 
 
@@ -166,27 +192,21 @@ def _relative(name: str, model: PreTrainedModel) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _check_complete(model: PreTrainedModel) -> None:
-    """Raise ValueError for an int8 weight or a scale that the checkpoint lacks; transformers only warns of those."""
+def _unread(model: PreTrainedModel) -> dict[str, QuantLinear]:
+    """The int8 layers whose weight or scale the checkpoint lacks; transformers only warns of those."""
     if len(getattr(model, "hf_device_map", {})) > 1:
-        return  # tensors have moved since, without transformers' mark on those that were read
-    tensors = {
-        f"{name}.{tensor}": getattr(module, tensor)
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear)
-        for tensor in ("weight", "weight_scale")
+        return {}  # tensors have moved since, without transformers' mark on those that were read
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantLinear)
+        and not all(getattr(tensor, "_is_hf_initialized", False) for tensor in layer.buffers(recurse=False))
     }
-    missing = [name for name, tensor in tensors.items() if not getattr(tensor, "_is_hf_initialized", False)]
-    if missing:
-        raise ValueError(f"the checkpoint has no tensor {missing[0]!r}, which quantization_config in config.json names")
 
 
-def _empty_like(linear: nn.Module, mode: str) -> QuantLinear:
-    return QuantLinear(
-        *features(linear),
-        linear.bias is not None,
-        mode,
-        device="meta",
-        dtype=linear.weight.dtype,
-        transposed=is_conv1d(linear),
-    )
+def _initialized(layer: QuantLinear, model: PreTrainedModel) -> nn.Module:
+    """A floating-point layer in the place of ``layer``, with the initial weights that ``model`` gives to new ones."""
+    linear = layer.to_linear()
+    with torch.no_grad():
+        model._init_weights(linear)
+    return linear
