@@ -95,8 +95,11 @@ def int8_linear(rows: int, inner: int, columns: int, dtype: torch.dtype, mode: s
     )
 
 
-def int8_training(rows: int, inner: int, columns: int, dtype: torch.dtype, **options) -> Case:
+def int8_training(rows: int, inner: int, columns: int, dtype: torch.dtype, backward: str = "int8", **options) -> Case:
     """Forward and backward with int8 products, against the layer in ``dtype`` and torchao's int8 training."""
+
+    def ours(layer: nn.Linear) -> nn.Module:
+        return mixft.nn.QuantLinear.from_linear(layer, "train", backward=backward)
 
     def gradients(layer: nn.Module):
         def run(inputs):
@@ -121,11 +124,11 @@ def int8_training(rows: int, inner: int, columns: int, dtype: torch.dtype, **opt
         return gradients(copy.deepcopy(layer).double())((None, x.detach().double().requires_grad_(), grad.double()))
 
     return Case(
-        f"int8_training/{rows}x{inner}x{columns}-{SHORT[dtype]}",
+        f"int8_training/{rows}x{inner}x{columns}-{SHORT[dtype]}" + ("" if backward == "int8" else f"-{backward}"),
         inputs=make,
         exact=exact,
         providers={
-            "mixft": lambda inputs: each(gradients(mixft.nn.QuantLinear.from_linear(inputs[0], "train")))(inputs),
+            "mixft": lambda inputs: each(gradients(ours(inputs[0])))(inputs),
             "torch": lambda inputs: each(gradients(inputs[0]))(inputs),
             "torch.compile": lambda inputs: compiled(gradients(inputs[0]))(inputs),
             "torchao": lambda inputs: each(gradients(torchao(inputs)))(inputs),
@@ -232,5 +235,8 @@ CASES = (
     *(int8_linear(rows, 4096, 14336, HALF, "weight_only", **GPU) for rows in (1, 2, 4, 8, 16)),
     int8_training(256, 768, 3072, SINGLE, **CPU),
     int8_training(1024, 384, 1536, SINGLE, **CPU),
+    int8_training(1024, 384, 1536, SINGLE, "weight_grad_16bit", **CPU),
     int8_training(8192, 4096, 4096, BRAIN, **GPU),
+    int8_training(8192, 4096, 14336, BRAIN, **GPU),
+    int8_training(8192, 4096, 14336, BRAIN, "weight_grad_16bit", **GPU),
 )
