@@ -31,6 +31,7 @@ RUN_KEYS = {
     "tokens_per_second",
     "peak_memory_bytes",
     "model_bytes",
+    "trained_parameters",
     "optimizer_bytes",
     "final_train_loss",
     "eval_accuracy",

@@ -40,7 +40,7 @@ PARTS = {
     ),
     "mixft.losses": ({"mixft.losses", "mixft.ops"}, {"torch"}),
     "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest", "transformers", "matplotlib"}),
-    "mixft.cli": ({"mixft"}, {"torch", "triton", "typer", "rich", "matplotlib", "transformers", "safetensors"}),
+    "mixft.cli": ({"mixft"}, {"torch", "triton", "typer", "rich", "matplotlib", "transformers", "safetensors", "peft"}),
     "mixft": (set(), set()),
 }
 

@@ -28,7 +28,9 @@ def save_tiny_causal(folder: Path, kind: str, width: int = WIDTH) -> Path:
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 2 + len(WORDS)}
     if kind == "gpt2":
         dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = transformers.GPT2Config(n_positions=32, n_embd=width, n_layer=2, n_head=2, **dropout, **ends)
+        config = transformers.GPT2Config(
+            n_positions=32, n_embd=width, n_layer=2, n_head=2, initializer_range=0.1, **dropout, **ends
+        )
         model = transformers.GPT2LMHeadModel(config)
     else:
         config = transformers.LlamaConfig(

@@ -6,7 +6,7 @@ import sys
 from mixft.cli.errors import InputError
 
 COMMANDS = ("finetune", "predict", "quantize", "doctor", "bench", "inspect", "tune")
-EXTRA = ("typer", "rich", "matplotlib", "transformers")
+EXTRA = ("typer", "rich", "matplotlib", "transformers", "peft")
 
 
 def main(arguments: list[str] | None = None) -> int:

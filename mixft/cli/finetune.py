@@ -4,6 +4,7 @@ Everything the user gave is checked before the first run starts and before anyth
 """
 
 import datetime
+import importlib.util
 import math
 from pathlib import Path
 from typing import Annotated
@@ -63,6 +64,14 @@ def finetune(
         int | None, typer.Option(**_whole_number(3), help="Tokens after which a text is cut; default 64 or fewer.")
     ] = None,
     lr: Annotated[float, typer.Option(parser=_positive_number, metavar="F", help="Peak learning rate.")] = 1e-4,
+    lora: Annotated[
+        int | None,
+        typer.Option(**_whole_number(1), help="Train adapters of this rank on frozen weights; fp32, bf16 or int8."),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None,
+        typer.Option(parser=_positive_number, metavar="F", help="Of the adapters; default twice the rank."),
+    ] = None,
     master_weights: Annotated[
         str, typer.Option(help="auto, fp32, split or none, for 16-bit parameters; not in fp32 runs.")
     ] = "auto",
@@ -88,11 +97,15 @@ def finetune(
     from mixft.cli.device import choose_device
     from mixft.cli.output_folder import claim
     from mixft.cli.precision import MASTER_WEIGHTS, STATE_DTYPES
-    from mixft.cli.stored_weights import is_int8_folder
+    from mixft.cli.stored_weights import is_int8_folder, prepare_int8
 
+    precisions = _precisions(precision, source, task, lora)
     if is_int8_folder(source):
-        raise InputError(f"--model {source} is quantized, and int8 weights do not train; give what it was made from")
-    precisions = _precisions(precision, source, task)
+        if lora is None or precisions != ["int8"]:
+            raise InputError(
+                f"--model {source} has int8 weights, which do not train; adapters on them do: --lora 8 --precision int8"
+            )
+        prepare_int8(source)
     recipe = Recipe(
         task=task,
         model=str(source),
@@ -108,8 +121,8 @@ def finetune(
         learning_rate=lr,
         master_weights=_choice("--master-weights", master_weights, MASTER_WEIGHTS, precisions, "auto"),
         state_dtype=_choice("--state-dtype", state_dtype, tuple(STATE_DTYPES), precisions, "fp32"),
-        lora=None,
-        lora_alpha=None,
+        lora=lora,
+        lora_alpha=_lora_alpha(lora, lora_alpha),
         device=choose_device(device),
     )
     jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
@@ -149,14 +162,22 @@ def _seed(name: str) -> int:
     return int(name)
 
 
-def _precisions(given: str, source: Path, task: str) -> list[str]:
-    from mixft.cli.precision import PRECISIONS, inner_linear_layers
+def _precisions(given: str, source: Path, task: str, lora: int | None) -> list[str]:
+    from mixft.cli.precision import LORA_PRECISIONS, PRECISIONS, adapted_layers, inner_linear_layers
 
     names = _names("--precision", given)
     for name in names:
         if name not in PRECISIONS:
             raise InputError(f"--precision names {name!r}; there are {', '.join(PRECISIONS)}")
-    if "int8" in names and not inner_linear_layers(model_folder.outline(source, task)):
+        if lora is not None and name not in LORA_PRECISIONS:
+            raise InputError(
+                f"--lora with --precision {name}: it stores in 16 bits what trains, and adapters are small enough for "
+                f"FP32; {', '.join(LORA_PRECISIONS)} would do"
+            )
+    outline = model_folder.outline(source, task)
+    if lora is not None and not adapted_layers(outline):
+        raise InputError(f"--lora puts adapters into linear layers, and the model in {source} has none below its top")
+    if "int8" in names and not inner_linear_layers(outline):
         others = ", ".join(name for name in PRECISIONS if name != "int8")
         raise InputError(
             f"--precision int8 multiplies in the model's torch.nn.Linear layers, and the model in {source} has none "
@@ -182,6 +203,14 @@ def _grad_accumulation(given: int, batch_size: int, precisions: list[str]) -> in
             "which are gone once they are added up; fp16 would do"
         )
     return given
+
+
+def _lora_alpha(rank: int | None, given: float | None) -> float | None:
+    if rank is None and given is not None:
+        raise InputError("--lora-alpha is for adapters; --lora RANK makes them")
+    if rank is not None and importlib.util.find_spec("peft") is None:
+        raise InputError("--lora needs peft, which is not here; pip install '.[huggingface]' in mixft's checkout")
+    return given if given is not None or rank is None else 2.0 * rank
 
 
 def _max_length(source: Path, given: int | None, task: str) -> int:

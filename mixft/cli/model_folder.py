@@ -11,6 +11,7 @@ from mixft.cli.errors import InputError
 
 MINILM = "minilm"
 QUANTIZED = "int8"  # subfolder with the int8 copy of a saved model
+ADAPTERS = "adapter"  # subfolder with the adapters of a saved model
 QUANTIZED_WEIGHTS = "quantized.safetensors"
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 WEIGHTS = (
@@ -202,6 +203,11 @@ def _auto_class(task: str):
         "classification": transformers.AutoModelForSequenceClassification,
         "causal-lm": transformers.AutoModelForCausalLM,
     }[task]
+
+
+def has_adapters(folder: Path) -> bool:
+    """True for a folder that PEFT's ``save_pretrained`` filled."""
+    return (folder / "adapter_config.json").is_file()
 
 
 def is_quantized(folder: Path) -> bool:

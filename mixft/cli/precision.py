@@ -3,9 +3,9 @@
 ``fp32`` is plain torch, the baseline: ``torch.nn.Linear``, ``torch.optim.AdamW``, torch's own clipping. ``bf16``
 is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16, FP32 masters in the optimizer and
 a loss scaler. ``auto`` starts as ``fp16`` under a precision controller, which raises to FP32 what needs it. ``int8``
-multiplies in int8, forward and backward, from FP32 parameters. These three use mixft's layers, dropout included, and
-``int8`` on a CPU its attention with dropout. What mixft's optimizer stores beside the parameters is a choice of its
-own, `Storage`.
+multiplies in int8, forward and backward, from FP32 parameters; of a model frozen under adapters it keeps int8 weights
+alone. These three use mixft's layers, dropout included, and ``int8`` on a CPU its attention with dropout. What mixft's
+optimizer stores beside the parameters is a choice of its own, `Storage`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import mixft
 from mixft.cli.attention import use_dropout_attention
 from mixft.cli.job import Recipe
 from mixft.nn.conv1d import is_conv1d
-from mixft.nn.quantization import SMALLEST_SIDE, SMALLEST_WEIGHT
+from mixft.nn.quantization import HEAD_NAMES, SMALLEST_SIDE, SMALLEST_WEIGHT
 from mixft.precision import PrecisionEvent
 
 WEIGHT_DECAY = 0.01
@@ -147,24 +147,29 @@ def quantize(model: torch.nn.Module, mode: str) -> None:
 
 def inner_linear_layers(model: torch.nn.Module) -> list[str]:
     """Names of the linear layers below the model's top, where its output head is."""
+    kinds = (torch.nn.Linear, mixft.nn.QuantLinear)
     return [
-        name
-        for name, module in model.named_modules()
-        if "." in name and (type(module) is torch.nn.Linear or is_conv1d(module))
+        name for name, module in model.named_modules() if "." in name and (type(module) in kinds or is_conv1d(module))
     ]
+
+
+def adapted_layers(model: torch.nn.Module) -> list[str]:
+    """Names of the layers that take an adapter: the linear ones below the model's top, but for heads."""
+    return [name for name in inner_linear_layers(model) if not set(name.split(".")) & set(HEAD_NAMES)]
 
 
 def set_up(precision: str, model: torch.nn.Module, recipe: Recipe) -> Setup:
     """What trains ``model`` in that precision."""
     storage = Storage(recipe.master_weights, recipe.state_dtype)
-    setup = PRECISIONS[precision](model, recipe.learning_rate, storage)
+    precisions = PRECISIONS if recipe.lora is None else LORA_PRECISIONS
+    setup = precisions[precision](model, recipe.learning_rate, storage)
     if recipe.grad_accumulation > 1 and setup.widest_dtype().itemsize < 4:
         setup.accumulator = mixft.amp.GradAccumulator(setup.optimizer, setup.scaler)
     return setup
 
 
 def _fp32(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     return Setup(model, optimizer, max_grad_norm=MAX_GRAD_NORM)
 
 
@@ -194,6 +199,16 @@ def _int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Set
     return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16 if on_gpu else None)
 
 
+def _frozen_int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+    on_gpu = next(model.parameters()).is_cuda
+    return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16 if on_gpu else None)
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _replace(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
     """Put ``make(layer)`` in the place of each layer that is of exactly this kind."""
     for module in list(model.modules()):
@@ -204,7 +219,7 @@ def _replace(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module
 
 def _fused_adamw(model: torch.nn.Module, learning_rate: float, storage: Storage) -> torch.optim.Optimizer:
     return mixft.optim.AdamW(
-        model.named_parameters(),
+        trainable(model).items(),
         lr=learning_rate,
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
@@ -219,4 +234,11 @@ PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
     "fp16": _fp16,
     "auto": _auto,
     "int8": _int8,
+}
+
+# With adapters on a frozen model, whose weights keep what the others would change.
+LORA_PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
+    "fp32": _fp32,
+    "bf16": _bf16,
+    "int8": _frozen_int8,
 }

@@ -13,7 +13,7 @@ NEW_TOKENS = 40
 
 
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved model, or the int8 folder in one.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A saved model, or the int8 or adapter folder in one.")],
     sentences: Annotated[list[str], typer.Argument(metavar="SENTENCE...", help="Texts to label or to go on with.")],
     int8: Annotated[bool, typer.Option("--int8", help="Use the int8 copy in DIR.")] = False,
     max_new_tokens: Annotated[
@@ -30,7 +30,7 @@ def predict(
         folder = folder / model_folder.QUANTIZED
         if not model_folder.is_quantized(folder):
             raise InputError(f"--int8 needs {folder / model_folder.QUANTIZED_WEIGHTS}, which is not there")
-    if model_folder.is_quantized(folder):
+    if model_folder.is_quantized(folder) or model_folder.has_adapters(folder):
         model_folder.require_configuration(folder)
 
     from mixft.cli import saved_model
@@ -70,6 +70,6 @@ def _model_in(folder: Path) -> Path:
             return models[0]
         if models:
             raise InputError(f"{folder} holds {len(models)} models; name one of them: {', '.join(map(str, models))}")
-    if model_folder.is_quantized(folder):
+    if model_folder.is_quantized(folder) or model_folder.has_adapters(folder):
         return folder
     return model_folder.find_model(str(folder))

@@ -72,6 +72,10 @@ def load(folder: Path, device: str) -> SavedModel:
     config = model_folder.load_config(folder, task)
     if model_folder.is_quantized(folder):
         model = model_folder.load_quantized_model(folder, config, task)
+    elif model_folder.has_adapters(folder):
+        from mixft.cli.lora import load_adapted
+
+        model = load_adapted(folder, config, task)
     else:
         if stored_weights.is_int8_folder(folder):
             stored_weights.prepare_int8(folder)

@@ -21,7 +21,7 @@ from mixft.cli import model_folder
 from mixft.cli.batching import Batches, Blocks
 from mixft.cli.job import Job
 from mixft.cli.measure import Emit, Meter, StepClock, finite, peak_memory
-from mixft.cli.precision import Setup, inner_linear_layers, quantize, set_up
+from mixft.cli.precision import Setup, inner_linear_layers, quantize, set_up, trainable
 from mixft.cli.tasks import Task, task_of
 
 WARMUP = 0.1  # of the steps, over which the learning rate rises
@@ -36,20 +36,28 @@ def run(job: Job, emit: Emit) -> dict:
     emit("phase", name="loading")
     task = task_of(recipe)
     source, output = Path(recipe.model), Path(job.output)
+    if recipe.lora is not None:
+        from mixft.cli import lora  # PEFT is needed by no other run
     tokenizer = model_folder.load_tokenizer(source)
     model = task.load_model(source).to(device)
     model.config.pad_token_id = tokenizer.pad_token_id
     train, held_out = task.batches(tokenizer, job.seed)
+    if recipe.lora is not None:
+        model = lora.add_adapters(model, recipe.task, job.precision, recipe.lora, recipe.lora_alpha).to(device)
 
     setup = set_up(job.precision, model, recipe)
     entry = {"precision": job.precision, "seed": job.seed, **train_epochs(setup, train, job, device, emit)}
     emit("phase", name="evaluating")
     entry[task.metric] = evaluate(setup, task, held_out, device)
     emit("phase", name="saving")
-    if job.precision == "int8":
-        mixft.dequantize_(setup.model)
-    plain = plain_model(setup.model, device)
-    save(plain, tokenizer, output, setup.widest_dtype())
+    trained, dtype = setup.model, setup.widest_dtype()
+    if recipe.lora is not None:
+        lora.save_adapters(trained, tokenizer, source, job.precision, output / model_folder.ADAPTERS)
+        trained = lora.merged(trained)
+    elif job.precision == "int8":
+        mixft.dequantize_(trained)
+    plain = plain_model(trained, device)
+    save(plain, tokenizer, output, dtype)
     entry[f"{task.metric}_int8"] = None
     if inner_linear_layers(plain):
         emit("phase", name="evaluating in int8")
@@ -100,6 +108,7 @@ def train_epochs(setup: Setup, train: Batches | Blocks, job: Job, device: torch.
         "tokens_per_second": meter.tokens / seconds,
         "peak_memory_bytes": peak_memory(device),
         "model_bytes": setup.model_bytes(),
+        "trained_parameters": sum(parameter.numel() for parameter in trainable(setup.model).values()),
         "optimizer_bytes": setup.optimizer_bytes(),
         "final_train_loss": finite(meter.recent_loss()),
         "overflow_steps": setup.overflow_steps(),
