@@ -168,6 +168,14 @@ def test_without_packed_weights_the_values_are_the_same(monkeypatch, mode, rows)
     torch.testing.assert_close(layer(x), found, rtol=1e-5, atol=1e-5)
 
 
+@needs_vnni
+def test_weight_only_in_pieces_of_rows(monkeypatch):
+    weight, scale, x = int8(24, 40), torch.rand(24), torch.randn(37, 40)
+    whole = weight_only_matmul(x, weight, scale)
+    monkeypatch.setattr("mixft.cpu.int8_matmul.PIECE", 1)
+    assert torch.equal(weight_only_matmul(x, weight, scale), whole)
+
+
 def test_weight_only_takes_rows_with_nan_or_infinity_as_torch_does():
     weight, scale = int8(24, 40), torch.rand(24)
     x = torch.randn(4, 40)

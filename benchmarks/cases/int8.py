@@ -72,7 +72,11 @@ def int8_linear(rows: int, inner: int, columns: int, dtype: torch.dtype, mode: s
     """An int8 layer for inference against the layer in ``dtype`` and the same scheme of other packages."""
 
     def ours(inputs):
-        return _layer(mixft.nn.QuantLinear.from_linear(inputs[0], mode), inputs)
+        if mode != "static":
+            return _layer(mixft.nn.QuantLinear.from_linear(inputs[0], mode), inputs)
+        model = nn.Sequential(mixft.nn.QuantLinear.from_linear(inputs[0], "dynamic"))
+        mixft.calibrate(model, [inputs[1]])
+        return _layer(model[0], inputs)
 
     providers = {"mixft": ours, **_float_layers()}
     for name, scheme in SCHEMES[mode].items():
@@ -81,16 +85,18 @@ def int8_linear(rows: int, inner: int, columns: int, dtype: torch.dtype, mode: s
     def compiled_torchao(inputs):
         return _layer(torch.compile(_torchao(mode)(inputs[0]), dynamic=False, options=TORCHAO_COMPILE), inputs)
 
-    family = {"dynamic": "int8_linear", "weight_only": "int8_decode"}[mode]
+    if mode != "static":
+        providers["torchao+compile"] = compiled_torchao
+    family = {"dynamic": "int8_linear", "static": "int8_static", "weight_only": "int8_decode"}[mode]
     return Case(
         f"{family}/{rows}x{inner}x{columns}-{SHORT[dtype]}",
         inputs=layer_and_input(rows, inner, columns, dtype),
         exact=lambda inputs: [copy.deepcopy(inputs[0]).double()(inputs[1].double())],
-        providers=providers | {"torchao+compile": compiled_torchao},
+        providers=providers,
         bound=BOUND,
         bytes=traffic(rows, inner, columns, dtype, weight_bytes=1),
         operations=2 * rows * inner * columns,
-        rate="int8" if mode == "dynamic" else SHORT[dtype],
+        rate="int8" if mode != "weight_only" else SHORT[dtype],
         **options,
     )
 
@@ -205,6 +211,8 @@ SCHEMES = {
         "bitsandbytes": bitsandbytes_layer,
         "gemlite": gemlite_layer("A8W8_int8_dynamic"),
     },
+    # Nobody else has a static layer without a graph to convert; this is the one that CPU users have instead.
+    "static": {"torch.ao": _torch_dynamic},
     "weight_only": {
         "torchao": _torchao("weight_only"),
         "gemlite": gemlite_layer("A16W8_INT8"),
@@ -212,27 +220,29 @@ SCHEMES = {
 }
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 CPU, GPU = {"devices": ("cpu",)}, {"devices": ("cuda",)}
-WIDENS = "a CPU has no product of float and int8 in torch, so the weight is widened at every call; use mode='dynamic'"
-PACKED = "torch.ao packs weights ahead and gives the whole input one scale; small layers are mostly calls"
+LIMBS = "mixft keeps the precision of FP32: three int8 products for one"
+COARSE = "torch.ao gives the whole input one scale, where mixft gives each row its own; small layers are mostly calls"
 
 CASES = (
     int8_matmul(512, 768, 3072, SINGLE, **CPU),
     int8_matmul(128, 768, 3072, HALF, **CPU),
     int8_matmul(4096, 4096, 4096, HALF, **GPU),
     int8_matmul(8192, 4096, 14336, BRAIN, **GPU),
-    *(int8_linear(rows, 384, 1536, SINGLE, **CPU, reason_if_slower=PACKED) for rows in (1, 16, 128, 512)),
+    *(int8_linear(rows, 384, 1536, SINGLE, **CPU, reason_if_slower=COARSE) for rows in (1, 16, 128, 512)),
     *(
-        int8_linear(rows, 768, 3072, SINGLE, **CPU, reason_if_slower=PACKED, sweep=Sweep("int8_linear", "rows", rows))
+        int8_linear(rows, 768, 3072, SINGLE, **CPU, reason_if_slower=COARSE, sweep=Sweep("int8_linear", "rows", rows))
         for rows in (1, 4, 16, 64, 128, 256, 512)
     ),
-    *(int8_linear(rows, 4096, 4096, SINGLE, **CPU, reason_if_slower=PACKED) for rows in (1, 16, 128)),
-    int8_linear(512, 4096, 4096, SINGLE, **CPU, reason_if_slower=PACKED, long=True),
+    *(int8_linear(rows, 4096, 4096, SINGLE, **CPU, reason_if_slower=COARSE) for rows in (1, 16, 128)),
+    int8_linear(512, 4096, 4096, SINGLE, **CPU, reason_if_slower=COARSE, long=True),
     *(
         int8_linear(rows, 4096, 4096, HALF, **GPU, sweep=Sweep("int8_linear", "rows", rows))
         for rows in (16, 64, 256, 1024, 4096, 8192)
     ),
-    *(int8_linear(rows, 4096, 4096, SINGLE, "weight_only", **CPU, reason_if_slower=WIDENS) for rows in (1, 4, 16)),
+    *(int8_linear(rows, 4096, 4096, SINGLE, "weight_only", **CPU, reason_if_slower=LIMBS) for rows in (1, 4, 16)),
     *(int8_linear(rows, 4096, 14336, HALF, "weight_only", **GPU) for rows in (1, 2, 4, 8, 16)),
+    *(int8_linear(rows, 768, 3072, SINGLE, "static", **CPU, reason_if_slower=COARSE) for rows in (1, 128, 512)),
+    int8_linear(4096, 4096, 4096, HALF, "static", **GPU),
     int8_training(256, 768, 3072, SINGLE, **CPU),
     int8_training(1024, 384, 1536, SINGLE, **CPU),
     int8_training(1024, 384, 1536, SINGLE, "weight_grad_16bit", **CPU),

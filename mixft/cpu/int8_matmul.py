@@ -17,6 +17,9 @@ EXACT_FP32_K = 1024
 # Up to this many elements a call costs more than the memory that it saves.
 SMALL = 1 << 16
 
+# Elements of a piece of an operand or result: what is made of it on the way stays in the caches.
+PIECE = 1 << 18
+
 
 def int8_matmul(
     a: Tensor,
@@ -65,9 +68,13 @@ def _product_of_limbs(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor | None:
     # NaN and infinity show in the sum of the extremes.
     if packed is None or not isfinite(sum(torch.aminmax(a))):
         return None
-    limbs, scale = unsigned_limbs(a)
-    out = packed_product(limbs.view(-1, a.shape[1]), packed, b_scale, exact=True).view(3, len(a), -1)
-    return out[0].add_(out[1], alpha=2**-8).add_(out[2], alpha=2**-16).mul_(scale)
+    out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.float32, device="cpu")
+    rows = max(16, PIECE // max(b.shape))
+    for source, target in zip(a.split(rows), out.split(rows), strict=True):
+        limbs, scale = unsigned_limbs(source)
+        parts = packed_product(limbs.view(-1, a.shape[1]), packed, b_scale, exact=True).view(3, len(source), -1)
+        torch.add(parts[0], parts[1], alpha=2**-8, out=target).add_(parts[2], alpha=2**-16).mul_(scale)
+    return out
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
