@@ -55,6 +55,17 @@ def test_round_trip_is_exact(tmp_path, mode):
         assert torch.equal(loaded(tokens), model(tokens))
 
 
+def test_training_options_come_back_and_unknown_ones_are_named(tmp_path):
+    model = Model()
+    mixft.quantize_(model, "train", backward="16bit", min_sqnr=None)
+    path = tmp_path / "model.safetensors"
+    mixft.save_quantized(model, path)
+    loaded = mixft.load_quantized(Model(), path)
+    assert loaded.up.int8_training.options == model.up.int8_training.options
+    rewritten(path, describe("up", training={"telepathy": True}))
+    refused_unchanged(path, "damaged description of its layers.*telepathy")
+
+
 def test_a_tied_tensor_is_stored_once(tmp_path):
     model = Model()
     mixft.quantize_(model)

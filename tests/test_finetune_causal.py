@@ -137,7 +137,7 @@ def test_perplexity_is_that_of_transformers_own_loss(folder, kind):
     assert figure == pytest.approx(math.exp(mean), rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto", "int8"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_every_precision_learns_and_saves(folder, tmp_path, kind, precision):
     job = Job(recipe(folder, kind), precision, 3, str(tmp_path / "out"))

@@ -81,7 +81,15 @@ def expected_trained(folder, kind):
 
 @pytest.mark.parametrize(
     ("kind", "precision"),
-    [("bert", "fp32"), ("bert", "bf16"), ("bert", "int8"), ("llama", "fp32"), ("llama", "int8"), ("gpt2", "fp32")],
+    [
+        ("bert", "fp32"),
+        ("bert", "bf16"),
+        ("bert", "int8"),
+        ("llama", "fp32"),
+        ("llama", "int8"),
+        ("gpt2", "fp32"),
+        ("gpt2", "int8"),
+    ],
 )
 def test_adapters_learn_on_frozen_weights_and_what_is_saved_predicts(folder, tmp_path, capsys, kind, precision):
     output = tmp_path / "out"

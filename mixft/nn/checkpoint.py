@@ -8,6 +8,7 @@ of every tensor and of this description.
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -49,10 +50,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"path must be a file in an existing folder; it is {str(path)!r}")
     tensors, aliases = _without_aliases(model.state_dict())
-    description = {
-        name: {**{field: getattr(layer, field) for field in FIELDS}, "bias": layer.bias is not None}
-        for name, layer in layers.items()
-    }
+    description = {name: _described(layer) for name, layer in layers.items()}
     metadata = {
         "format": "pt",  # what transformers asks of a safetensors file
         "mixft": FORMAT,
@@ -150,6 +148,11 @@ def _description(saved: TensorSet) -> tuple[dict[str, dict], dict[str, str]]:
     return layers, aliases
 
 
+def _described(layer: QuantLinear) -> dict:
+    fields = {field: getattr(layer, field) for field in FIELDS} | {"bias": layer.bias is not None}
+    return fields | {"training": asdict(layer.int8_training.options)} if layer.mode == "train" else fields
+
+
 def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -> QuantLinear:
     """An empty QuantLinear of the saved ``fields`` to stand in for ``module``."""
     if module is None or not is_linear(module):
@@ -170,6 +173,7 @@ def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -
         dtype=module.bias.dtype if module.bias is not None else dtype,
         outlier_threshold=fields.get("outlier_threshold"),
         transposed=is_conv1d(module) or getattr(module, "transposed", False),
+        **fields.get("training", {}),
     )
 
 
