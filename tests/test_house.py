@@ -153,16 +153,20 @@ def test_the_api_imports_without_triton(module):
 
 
 def registered_ops() -> list[tuple[str, str, str]]:
-    """Every ``define_op``: (the file of mixft.ops, the module that implements it, the implementation's name)."""
+    """Every op: (the file of mixft.ops, the module that implements it, the implementation's name)."""
     found = []
     for module, path in SOURCES.items():
         if not within(module, "mixft.ops"):
             continue
-        for function in ast.walk(ast.parse(path.read_text())):
-            for call in getattr(function, "decorator_list", []):
+        tree = ast.parse(path.read_text())
+        imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "mixft.cpu"]
+        for node in ast.walk(tree):
+            for call in getattr(node, "decorator_list", []):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) == "define_op":
                     names = [word.value.value for word in call.keywords if word.arg == "name"]
-                    found.append((module, call.args[0].value, names[0] if names else function.name))
+                    found.append((module, call.args[0].value, names[0] if names else node.name))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "define_in_place_op":
+                found.append((module, imported[0].names[0].name, node.args[0].attr))
     return found
 
 

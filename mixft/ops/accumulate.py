@@ -5,23 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixft.cpu import accumulate as routines
+
 from .grad import checked_gradients
 from .layout import all_contiguous, in_layout_of, is_dense
-from .registration import define_op, without_dispatch
+from .registration import define_in_place_op, without_dispatch
 from .validation import check_counts, check_dtype, check_scalar
 
-
-@define_op("accumulate", mutates_args=("grads", "buffers", "found_inf", "nonfinite"))
-def accumulate_gradients_(
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    inv_scale: Tensor | None,
-    found_inf: Tensor,
-    nonfinite: Tensor,
-    overwrite: bool,
-    clear: bool,
-) -> None:
-    return None
+accumulate_gradients_ = define_in_place_op(
+    routines.accumulate_gradients_, mutates_args=("grads", "buffers", "found_inf", "nonfinite")
+)
 
 
 @torch.no_grad()

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixft.cpu import adamw as routines
+
 from .optimizer_step import SIGNED_STATE, UNSIGNED_STATE, advance_, check_step
-from .registration import define_op
+from .registration import define_in_place_op
 
-
-@define_op(
-    "adamw",
+adamw_step_ = define_in_place_op(
+    routines.adamw_step_,
     mutates_args=(
         "params",
         "masters",
@@ -23,30 +24,6 @@ from .registration import define_op
         "steps",
     ),
 )
-def adamw_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    exp_avg_sq_scales: list[Tensor],
-    max_exp_avg_sq_scales: list[Tensor],
-    steps: list[Tensor],
-    lr: Tensor,
-    inv_scale: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    return None
 
 
 @torch.no_grad()

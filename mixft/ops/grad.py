@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixft.cpu import grad as routines
+
 from .layout import all_contiguous, is_dense
-from .registration import define_op, without_dispatch
+from .registration import define_in_place_op, define_op, without_dispatch
 from .validation import FLOATS, check_counts, check_scalar
 
-
-@define_op("grad", mutates_args=("grads", "found_inf", "nonfinite"))
-def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor, nonfinite: Tensor | None) -> None:
-    return None
+unscale_gradients_ = define_in_place_op(routines.unscale_gradients_, mutates_args=("grads", "found_inf", "nonfinite"))
 
 
 @define_op("grad")

@@ -5,29 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixft.cpu import lion as routines
+
 from .optimizer_step import SIGNED_STATE, advance_, check_step
-from .registration import define_op
+from .registration import define_in_place_op
 
-
-@define_op("lion", mutates_args=("params", "masters", "exp_avgs", "exp_avg_scales", "steps"))
-def lion_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_scales: list[Tensor],
-    steps: list[Tensor],
-    lr: Tensor,
-    inv_scale: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    return None
+lion_step_ = define_in_place_op(
+    routines.lion_step_, mutates_args=("params", "masters", "exp_avgs", "exp_avg_scales", "steps")
+)
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """How an op reaches its code: one table row per device, every module loaded at the first call.
 
 An op's implementation stands twice under one name and one signature: the Triton launcher in
-``mixft.kernels.<module>`` and the CPU routine in ``mixft.cpu.<module>``. The decorated function is the op's fake: it
-carries the schema in its annotations and allocates outputs of the right shape and dtype.
+``mixft.kernels.<module>`` and the CPU routine in ``mixft.cpu.<module>``. A function decorated with ``define_op`` is the
+op's fake: it carries the schema in its annotations and allocates outputs of the right shape and dtype. An op that only
+changes its arguments has nothing to allocate: ``define_in_place_op`` takes the schema from its CPU routine.
 """
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from typing import List  # noqa: UP035
@@ -92,9 +94,8 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         def on_cuda(*args):
             return without_autocast("cuda", launcher(module, implementation), args)
 
-        for argument, kind in fake.__annotations__.items():
-            if kind == list[Tensor]:
-                fake.__annotations__[argument] = List[Tensor]  # noqa: UP006 (torch 2.6 reads no other spelling)
+        signature = inspect.signature(fake)
+        fake.__signature__ = signature.replace(parameters=list(map(_readable, signature.parameters.values())))
         schema = torch.library.infer_schema(fake, mutates_args=mutates_args)
         op = torch.library.custom_op(
             f"mixft::{implementation}", on_cpu, mutates_args=mutates_args, device_types="cpu", schema=schema
@@ -105,6 +106,29 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         return op
 
     return decorate
+
+
+def define_in_place_op(routine: Callable, mutates_args: tuple[str, ...]) -> Callable:
+    """Register ``mixft::<name>`` with the name and the signature of a CPU routine that returns nothing.
+
+    Args:
+        routine: a function of ``mixft.cpu.<module>``; ``mixft.kernels.<module>`` has the launcher.
+        mutates_args: names of the arguments that the op changes in place.
+
+    Returns:
+        The ``torch.library`` op.
+    """
+
+    @functools.wraps(routine)
+    def fake(*args, **kwargs) -> None:
+        return None
+
+    return define_op(routine.__module__.rpartition(".")[2], mutates_args=mutates_args)(fake)
+
+
+def _readable(parameter: inspect.Parameter) -> inspect.Parameter:
+    """The parameter in the only spelling of a list of tensors that torch 2.6 reads."""
+    return parameter.replace(annotation=List[Tensor]) if parameter.annotation == list[Tensor] else parameter  # noqa: UP006
 
 
 def without_dispatch(op, tensor: Tensor):

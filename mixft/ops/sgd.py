@@ -5,30 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixft.cpu import sgd as routines
+
 from .optimizer_step import SIGNED_STATE, advance_, check_step
-from .registration import define_op
+from .registration import define_in_place_op
 
-
-@define_op("sgd", mutates_args=("params", "masters", "momentum_buffers", "momentum_buffer_scales", "steps"))
-def sgd_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    momentum_buffers: list[Tensor],
-    momentum_buffer_scales: list[Tensor],
-    steps: list[Tensor],
-    lr: Tensor,
-    inv_scale: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    stochastic_rounding: bool,
-) -> None:
-    return None
+sgd_step_ = define_in_place_op(
+    routines.sgd_step_, mutates_args=("params", "masters", "momentum_buffers", "momentum_buffer_scales", "steps")
+)
 
 
 @torch.no_grad()
