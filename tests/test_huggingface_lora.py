@@ -88,6 +88,15 @@ def test_values_and_gradients_against_fp64(native_device, dtype):
     assert len(trained) == 2
 
 
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic", "static"])
+def test_biases_train_beside_the_adapters(native_device, mode):
+    model = get_peft_model(Layer(mode).to(native_device), lora(["dense"], bias="lora_only"))
+    model(torch.randn(4, 66, device=native_device)).sum().backward()
+    layer = model.base_model.model.dense
+    assert torch.equal(layer.base_layer.bias.grad, torch.full((50,), 4.0, device=native_device))
+    assert layer.lora_B["default"].weight.grad is not None
+
+
 @pytest.mark.parametrize("mode", ["weight_only", "dynamic"])
 def test_the_graph_keeps_no_floating_point_copy_of_a_weight(native_device, mode):
     model, layer = adapted(mode, native_device)
@@ -112,6 +121,8 @@ def test_merging_is_within_half_a_step_and_unmerging_gives_the_bits_back(native_
     assert not torch.equal(base.weight, before["weight"])
     x = torch.randn(4, 66, device=native_device)
     assert torch.equal(model(x), base(x))
+    if mode == "static":
+        assert torch.equal(base.weight_sum, base.weight.sum(1, dtype=torch.int32))
     model.unmerge_adapter()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
     with pytest.warns(UserWarning, match="Already unmerged"):
@@ -122,11 +133,13 @@ def test_adapters_merged_one_by_one_are_those_merged_at_once(native_device):
     model, layer = adapted("weight_only", native_device)
     model.add_adapter("second", lora(["dense"], rank=5))
     draw(model)
+    before = layer.base_layer.weight.clone()
     layer.merge(adapter_names=["default"])
     layer.merge(adapter_names=["second"])
     one_by_one = layer.base_layer.weight, layer.base_layer.weight_scale
     layer.unmerge()
     assert not layer.merged_adapters
+    assert torch.equal(layer.base_layer.weight, before)
     layer.merge(adapter_names=["default", "second"])
     assert all(map(torch.equal, one_by_one, (layer.base_layer.weight, layer.base_layer.weight_scale)))
     assert layer.merged_adapters == ["default", "second"]
@@ -165,6 +178,7 @@ def test_every_int8_layer_is_all_linear_and_the_head_is_not(native_device):
     model.add_adapter("second", lora("all-linear"))
     assert sum(isinstance(part, LoraQuantLinear) for part in model.modules()) == count
     assert set(model.base_model.model.model.layers[0].mlp.up_proj.lora_A) == {"default", "second"}
+    assert model.peft_config["second"].target_modules == model.peft_config["default"].target_modules
 
 
 @pytest.mark.parametrize("mode", ["weight_only", "dynamic"])

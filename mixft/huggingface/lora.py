@@ -51,8 +51,6 @@ class LoraQuantLinear(Linear):
                 "activation after it"
             )
         super().__init__(base_layer, adapter_name, config=config, **options)
-        # What stands in for a Conv1D has adapters of [out_features, in_features] all the same.
-        self.fan_in_fan_out = False
         self._weight_before_merge: tuple[Tensor, ...] | None = None
 
     def _get_in_out_features(self, module: QuantLinear) -> tuple[int, int]:
@@ -107,7 +105,7 @@ class LoraQuantLinear(Linear):
         self.merged_adapters.clear()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """``scaling B A`` [out_features, in_features] in FP32."""
+        """``scaling B A`` [out_features, in_features] in FP32, also where the layer stands in for a ``Conv1D``."""
         a, b = self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
         return b @ a * self.scaling[adapter]
 
