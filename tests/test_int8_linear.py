@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_within_budget
+from torch.utils.checkpoint import checkpoint
 
 from mixft.nn import Linear, QuantLinear
 from mixft.ops import dynamic_int8_linear, int8_linear
@@ -169,6 +170,41 @@ def test_torch_compile_has_no_graph_break(device, mode):
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)
     torch.testing.assert_close(torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+def inference_layer(mode, device):
+    layer = QuantLinear.from_linear(torch.nn.Linear(48, 40, device=device), "dynamic" if mode == "static" else mode)
+    if mode == "static":
+        layer.to_static(0.03, -5)
+    return layer
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "static"])
+def test_inference_layers_under_checkpointing_on_meta_and_by_shape(native_device, mode):
+    layer = inference_layer(mode, native_device)
+    x = torch.randn(2, 3, 48, device=native_device, requires_grad=True)
+    expected = layer(x)
+    (grad,) = torch.autograd.grad(expected.sum(), x)
+    checkpointed = checkpoint(layer, x, use_reentrant=False)
+    assert torch.equal(checkpointed, expected)
+    assert torch.equal(torch.autograd.grad(checkpointed.sum(), x)[0], grad)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[:1, :1]), expected[:1, :1])
+        torch.testing.assert_close(layer(x[0, 0]), expected[0, 0])
+        assert layer(x[:0]).shape == (0, 3, 40)
+    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (2, 3, 40)
+    assert torch.equal(layer.to(native_device)(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "static"])
+def test_inference_layers_name_what_does_not_fit(mode):
+    layer = inference_layer(mode, "cpu")
+    with pytest.raises(ValueError, match=r"(?s)\(2, 47\).*\(40, 48\)"):
+        layer(torch.ones(2, 47))
+    with pytest.raises(TypeError, match=r"must be torch.float16 or .*; it is torch.float64"):
+        layer(torch.ones(2, 48, dtype=torch.float64))
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        layer(torch.ones(2, 48, device="meta"))
 
 
 def test_to_linear_round_trip(device):

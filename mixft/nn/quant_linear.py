@@ -201,7 +201,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         source = input
-        if torch.is_autocast_enabled(input.device.type) and input.is_floating_point():
+        # torch knows no autocast for the meta device, and raises when asked.
+        if input.is_floating_point() and not input.is_meta and torch.is_autocast_enabled(input.device.type):
             input = input.to(torch.get_autocast_dtype(input.device.type))
         if self.mode == "train":
             return activate(self.int8_training(source, input, self.weight, self.matrix(), self.bias), self.activation)
