@@ -114,3 +114,24 @@ def test_report_of_other_layers_and_input():
     assert [(layer.mode, layer.backward) for layer in report.layers] == [("dynamic", "float"), ("float", "float")]
     with pytest.raises(TypeError, match="it is a int"):
         mixft.model_report(3)
+
+
+def test_the_gradients_figure_is_the_lower_of_its_two_roundings(native_device):
+    layer = QuantLinear(128, 128, mode="train", shape_gating=False, device=native_device)
+    guard = layer.int8_training.guard
+    gradient = torch.randn(40, 128, device=native_device)
+    x = torch.randn(40, 128, device=native_device)
+    x *= torch.randn(40, 1, device=native_device).mul(2).exp()
+    weight_scale = layer.weight.detach().abs().amax(1) / 127
+    x_scale = x.abs().amax(1, keepdim=True) / 127
+    ratios = []
+    for folded, dim in ((gradient * weight_scale, -1), (gradient * x_scale, 0)):
+        values, scale, _ = quantize(folded, dim=dim)
+        ratios.append(feature_sqnr(folded, values, scale).item())
+    assert ratios[1] < ratios[0] - 0.5
+    layer(x).backward(gradient)
+    assert guard.measured["gradient"].item() == pytest.approx(min(ratios), abs=1e-2)
+    narrow = QuantLinear(128, 128, mode="train", shape_gating=False, backward="weight_grad_16bit", device=native_device)
+    narrow.load_state_dict(layer.state_dict())
+    narrow(x).backward(gradient)
+    assert narrow.int8_training.guard.measured["gradient"].item() == pytest.approx(ratios[0], abs=1e-2)
