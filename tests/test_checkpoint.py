@@ -420,6 +420,10 @@ def test_the_safetensors_package_reads_what_is_written(tmp_path, dtype):
     entries = storage_order([Entry.of(name, tensor) for name, tensor in tensors.items()])
     path = tmp_path / "tensors.safetensors"
     write_tensors(path, entries, (tensors[entry.name] for entry in entries), {"key": "value"})
+    header = path.read_bytes()[8:]
+    fields = json.JSONDecoder().raw_decode(header[: header.index(b"}}") + 2].decode())[0]
+    for name, tensor in tensors.items():
+        assert fields[name]["data_offsets"][0] % tensor.dtype.itemsize == 0
     loaded = load_file(path)
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():

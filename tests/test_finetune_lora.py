@@ -11,7 +11,7 @@ import torch
 from tiny_bert import rows, save_tiny_bert, write_csv
 from tiny_causal import WORDS, save_tiny_causal, write_documents
 
-from mixft.cli import main
+from mixft.cli import main, saved_model
 from mixft.cli.job import Job, Recipe
 from mixft.cli.model_folder import quiet_transformers
 from mixft.cli.training import run
@@ -143,6 +143,8 @@ def test_the_merged_model_is_the_trained_one(folder, tmp_path, kind, precision):
         assert close.double().mean() > 0.999, name
         changed += not torch.equal(after[name], weight)
     assert changed == sum("lora_A" in name for name in adapters)
+    adapted = saved_model.load(output / "adapter", "cpu").model
+    assert any(isinstance(module, QuantLinear) for module in adapted.modules()) == (precision == "int8")
 
 
 @pytest.fixture(scope="module")
