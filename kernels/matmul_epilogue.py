@@ -152,7 +152,6 @@ def _epilogue(activation: str = "none", *, residual: bool = False, access: str =
 EPILOGUES = {
     "none": _epilogue(),
     "split": _epilogue(),
-    "relu": _epilogue("relu"),
     "silu": _epilogue("silu"),
     "residual": _epilogue(residual=True),
     "gelu, kept": _epilogue("gelu", access="write"),

@@ -193,16 +193,13 @@ def variants(arch: Architecture) -> list[Variant]:
         return []
     return [
         _variant(arch, "unaligned", "forward", "bf16", "bf16", "gelu, kept"),
-        _variant(arch, "unaligned", "grad_a", "fp16", "fp32", "none"),
         _variant(arch, "unaligned", "grad_a", "fp16", "fp16", "gelu, slope"),
         _variant(arch, "small", "forward", "fp16", "fp16", "silu"),
         _variant(arch, "small", "forward", "fp16", "fp16", "split"),
         _variant(arch, "medium", "forward", "fp16", "fp16", "gelu_tanh, kept"),
-        _variant(arch, "medium", "grad_b", "bf16", "bf16", "none"),
         _variant(arch, "medium", "grad_b", "bf16", "fp32", "split"),
         _variant(arch, "large", "forward", "fp16", "fp16", "gelu, kept"),
-        _variant(arch, "large", "forward", "bf16", "fp32", "relu"),
-        _variant(arch, "large", "forward", "bf16", "bf16", "residual"),
+        _variant(arch, "large", "forward", "bf16", "fp32", "gelu, kept, residual"),
         _variant(arch, "large", "grad_a", "fp16", "fp16", "gelu, slope"),
         _variant(arch, "large", "grad_b", "fp16", "fp32", "residual"),
         _variant(arch, "wide", "forward", "fp16", "fp16", "none"),

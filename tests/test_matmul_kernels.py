@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import SERVERS, error
 
+from mixft.benchmarks.case import Refused, complaint
+from mixft.benchmarks.cases.linear import linear
 from mixft.kernels import matmul, matmul_persistent, matmul_split_k, matmul_tiles
 from mixft.kernels.architecture import ARCHITECTURES, architecture_of
 from mixft.kernels.configuration import configuration, substitute
@@ -263,6 +265,16 @@ def test_a_plain_product_goes_to_torch_where_the_data_says_so(monkeypatch, arch)
         }
         matmul.matmul_forward(a, b, **{**arguments, **options})
     assert taken == [0, 0, 0, 0]
+
+
+def test_the_benchmark_times_the_kernel_beside_torch_s_product(monkeypatch):
+    case = linear(40, 48, 64, torch.float16)
+    inputs = case.inputs(torch.device("cpu"))
+    with pytest.raises(Refused, match="the row of mixft is this kernel"):
+        case.providers["mixft kernel"](inputs)
+    monkeypatch.setattr(matmul, "is_interpreted", lambda product: False)
+    call = case.providers["mixft kernel"](inputs)
+    assert complaint(call.run(), case.exact(inputs), case.bound) is None
 
 
 def test_sums_of_torch_s_products_stay_in_fp32():
