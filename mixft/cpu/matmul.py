@@ -3,7 +3,8 @@
 torch's FP16 matmul takes several times as long as its FP32 one on a CPU without FP16 arithmetic, so FP16 is computed in
 FP32. A BF16 product is rounded by the library that computes it, so what follows the sum has to be done there as well:
 oneDNN applies GELU and SiLU to its FP32 sum, and adds a residual to it. Its ReLU would turn NaN into 0; torch's, after
-the rounding, gives the same bits as one before it.
+the rounding, gives the same bits as one before it. Where the pre-activation is kept for a backward, the activation is
+that of the kept, rounded one, as in torch: to have both exactly would take a second product.
 
 FP32 products go to oneDNN where the CPU has AVX-512: MKL, which serves torch's FP32 matmul, keeps to AVX2 on CPUs that
 are not Intel's, and then takes twice as long.
@@ -54,7 +55,7 @@ def bf16_linear(
         return None
     if residual is None and activation in ("none", "relu"):
         return ACTIVATIONS[activation](F.linear(a, b.t(), bias))
-    if a.shape[0] * b.numel() < ONEDNN_MULTIPLICATIONS or not has_onednn_linear():
+    if a.numel() == 0 or b.numel() == 0 or not has_onednn_linear():
         return None
     if residual is None:
         operation, variant = FUSED[activation]
@@ -79,11 +80,15 @@ def matmul_forward(
     if residual is not None:
         residual = residual.reshape(a.shape[0], b.shape[1])
     dtypes = {out_dtype, *(tensor.dtype for tensor in (a, bias, residual) if tensor is not None)}
-    out = bf16_linear(a, b, bias, activation, residual) if dtypes == {torch.bfloat16} else None
-    if out is not None:
-        # A second BF16 product takes less time than one in FP32.
-        preactivation = bf16_linear(a, b, bias, "none") if keep_preactivation else a.new_empty(0)
-    else:
+    in_bf16 = dtypes == {torch.bfloat16}
+    preactivation = a.new_empty(0)
+    out = None
+    if in_bf16 and not keep_preactivation:
+        out = bf16_linear(a, b, bias, activation, residual)
+    elif in_bf16 and residual is None and activation != "none":
+        preactivation = bf16_linear(a, b, bias, "none")
+        out = None if preactivation is None else ACTIVATIONS[activation](preactivation)
+    if out is None:
         product = fp32_product(a.float(), b.float(), None if bias is None else bias.float())
         preactivation = product.to(a.dtype, copy=True) if keep_preactivation else a.new_empty(0)
         out = ACTIVATIONS[activation](product)
