@@ -267,9 +267,10 @@ def test_a_plain_product_goes_to_torch_where_the_data_says_so(monkeypatch, arch)
     assert taken == [0, 0, 0, 0]
 
 
-def test_the_benchmark_times_the_kernel_beside_torch_s_product(monkeypatch):
+def test_the_benchmark_times_the_kernel_beside_torch_s_product(monkeypatch, device):
     case = linear(40, 48, 64, torch.float16)
-    inputs = case.inputs(torch.device("cpu"))
+    inputs = case.inputs(device)
+    monkeypatch.setattr(matmul, "is_interpreted", lambda product: True)
     with pytest.raises(Refused, match="the row of mixft is this kernel"):
         case.providers["mixft kernel"](inputs)
     monkeypatch.setattr(matmul, "is_interpreted", lambda product: False)
