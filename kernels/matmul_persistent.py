@@ -216,13 +216,13 @@ def variants(arch: Architecture) -> list[Variant]:
             ("wide", "forward", "fp16", "fp16", "none"),
             ("wide", "grad_a", "bf16", "bf16", "none"),
             ("wide", "grad_b", "fp16", "fp16", "none"),
-            ("large", "forward", "fp16", "fp16", "gelu, kept, residual"),
-            ("large", "forward", "bf16", "fp32", "gelu, kept, residual"),
-            ("large", "grad_a", "fp16", "fp16", "gelu, slope"),
-            ("large", "grad_b", "fp16", "fp32", "residual"),
-            ("medium", "forward", "fp16", "fp16", "gelu, kept, residual"),
-            ("medium", "grad_a", "fp16", "fp16", "gelu, slope"),
-            ("medium", "grad_b", "bf16", "fp32", "residual"),
+            ("large", "forward", "fp16", "fp16", "gelu+keep+add"),
+            ("large", "forward", "bf16", "fp32", "gelu+keep+add"),
+            ("large", "grad_a", "fp16", "fp16", "slope"),
+            ("large", "grad_b", "fp16", "fp32", "add"),
+            ("medium", "forward", "fp16", "fp16", "gelu+keep+add"),
+            ("medium", "grad_a", "fp16", "fp16", "slope"),
+            ("medium", "grad_b", "bf16", "fp32", "add"),
         )
         if (arch.name, bucket) in shipped
     ]
@@ -234,6 +234,7 @@ def _variant(config: PersistentMatmulConfig, bucket: str, layout: str, dtype: st
     M, N, K = tile = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
     part = [M, N // config.EPILOGUE_PARTS]
     unit_strides, _ = LAYOUTS[layout]
+    types = dtype if out_dtype == dtype else f"{dtype},{out_dtype}"
     a_is_transposed, b_is_transposed = "a_stride_m" in unit_strides, "b_stride_k" in unit_strides
     matrices = {
         "a": (dtype, [K, M] if a_is_transposed else [M, K]),
@@ -243,7 +244,7 @@ def _variant(config: PersistentMatmulConfig, bucket: str, layout: str, dtype: st
         "out": (out_dtype, part),
     }
     return Variant(
-        name=f"persistent_matmul[{bucket},{layout},{dtype},{out_dtype},{epilogue}]",
+        name=f"persistent_matmul[{bucket},{layout},{types},{epilogue}]",
         function=persistent_matmul_kernel,
         signature={
             **{name: f"tensordesc<{kind}{block}>" for name, (kind, block) in matrices.items()},

@@ -122,8 +122,8 @@ def variants(arch: Architecture) -> list[Variant]:
         return []
     return [
         _variant("fp16", "none", bias=True),
-        _variant("bf16", "gelu, kept, residual", bias=True),
-        _variant("fp16", "gelu, slope", bias=False),
+        _variant("bf16", "gelu+keep+add", bias=True),
+        _variant("fp16", "slope", bias=False),
     ]
 
 

@@ -192,16 +192,16 @@ def variants(arch: Architecture) -> list[Variant]:
     if not arch.tensor_cores:
         return []
     return [
-        _variant(arch, "unaligned", "forward", "bf16", "bf16", "gelu, kept"),
-        _variant(arch, "unaligned", "grad_a", "fp16", "fp16", "gelu, slope"),
+        _variant(arch, "unaligned", "forward", "bf16", "bf16", "gelu+keep"),
+        _variant(arch, "unaligned", "grad_a", "fp16", "fp16", "slope"),
         _variant(arch, "small", "forward", "fp16", "fp16", "silu"),
         _variant(arch, "small", "forward", "fp16", "fp16", "split"),
-        _variant(arch, "medium", "forward", "fp16", "fp16", "gelu_tanh, kept"),
+        _variant(arch, "medium", "forward", "fp16", "fp16", "gelu_tanh+keep"),
         _variant(arch, "medium", "grad_b", "bf16", "fp32", "split"),
-        _variant(arch, "large", "forward", "fp16", "fp16", "gelu, kept"),
-        _variant(arch, "large", "forward", "bf16", "fp32", "gelu, kept, residual"),
-        _variant(arch, "large", "grad_a", "fp16", "fp16", "gelu, slope"),
-        _variant(arch, "large", "grad_b", "fp16", "fp32", "residual"),
+        _variant(arch, "large", "forward", "fp16", "fp16", "gelu+keep"),
+        _variant(arch, "large", "forward", "bf16", "fp32", "gelu+keep+add"),
+        _variant(arch, "large", "grad_a", "fp16", "fp16", "slope"),
+        _variant(arch, "large", "grad_b", "fp16", "fp32", "add"),
         _variant(arch, "wide", "forward", "fp16", "fp16", "none"),
         _variant(arch, "wide", "grad_a", "bf16", "bf16", "none"),
         _variant(arch, "wide", "grad_b", "fp16", "fp16", "none"),
@@ -213,6 +213,7 @@ def _variant(arch: Architecture, bucket: str, layout: str, dtype: str, out_dtype
     num_warps, num_stages = config.pop("num_warps"), config.pop("num_stages")
     tile = (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
     unit_strides, token_count = LAYOUTS[layout]
+    types = dtype if out_dtype == dtype else f"{dtype},{out_dtype}"
     # The parts of a split sum are FP32 whatever comes of them.
     result = "fp32" if epilogue == "split" else out_dtype
     pointers = {"a": dtype, "b": dtype, "bias": dtype, "residual": out_dtype, "preactivation": dtype}
@@ -222,7 +223,7 @@ def _variant(arch: Architecture, bucket: str, layout: str, dtype: str, out_dtype
     signature |= {name: "i32" for name in integers if name not in unit_strides}
     aligned = [name for name in signature if name != token_count]
     return Variant(
-        name=f"matmul[{bucket},{layout},{dtype},{out_dtype},{epilogue}]",
+        name=f"matmul[{bucket},{layout},{types},{epilogue}]",
         function=matmul_kernel,
         signature=signature,
         constexprs={
