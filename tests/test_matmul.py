@@ -316,6 +316,13 @@ def test_gradient_without_the_preactivation_is_refused(device):
         out.sum().backward()
 
 
+def test_relu_s_output_with_a_residual_is_no_slope(native_device):
+    a, b, residual = (x.requires_grad_() for x in operands(4, 5, 6, torch.float16, native_device)[:2] + (half(4, 6),))
+    out, _ = matmul_forward(a, b, None, "relu", torch.float16, False, residual.to(native_device))
+    with pytest.raises(RuntimeError, match="keep_preactivation"):
+        out.sum().backward()
+
+
 def test_same_bits_on_every_run(device):
     a, b, bias = operands(40, 130, 50, torch.bfloat16, device)
     first, second = matmul(a, b, bias, "gelu"), matmul(a, b, bias, "gelu")

@@ -202,6 +202,7 @@ def test_split_only_where_the_gpu_has_too_few_tiles():
     assert splits(384, 384, 8192) == 7  # 18 tiles
     assert splits(64, 128, 8192) == 32  # one tile, of 128 blocks of K
     assert splits(512, 4096, 4096) == 1
+    assert splits(512, 1152, 8192) == 1  # 72 tiles
     assert splits(64, 128, 511) == 1
     assert splits(64, 128, 512) == 2
     assert splits(64, 128, 0) == 1
