@@ -317,8 +317,9 @@ def test_gradient_without_the_preactivation_is_refused(device):
 
 
 def test_relu_s_output_with_a_residual_is_no_slope(native_device):
-    a, b, residual = (x.requires_grad_() for x in operands(4, 5, 6, torch.float16, native_device)[:2] + (half(4, 6),))
-    out, _ = matmul_forward(a, b, None, "relu", torch.float16, False, residual.to(native_device))
+    a, b, _ = operands(4, 5, 6, torch.float16, native_device)
+    residual = half(4, 6, device=native_device)
+    out, _ = matmul_forward(a.requires_grad_(), b, None, "relu", torch.float16, False, residual)
     with pytest.raises(RuntimeError, match="keep_preactivation"):
         out.sum().backward()
 
