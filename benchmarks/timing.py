@@ -38,7 +38,7 @@ class Effort:
     long: bool = True
 
 
-FULL = Effort(rounds=31, seconds=4.0)
+FULL = Effort(rounds=31, seconds=3.0)
 QUICK = Effort(rounds=7, seconds=0.5, fewest_rounds=3, compiles=False, memory=False, long=False)
 
 
