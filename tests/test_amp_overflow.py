@@ -204,7 +204,7 @@ def test_a_scale_that_stays_at_its_floor_is_reported_once_with_parameter_and_lay
 def test_no_warning_without_an_overflow_at_the_floor_or_after_leaving_it():
     optimizer = torch.optim.SGD(model_of().named_parameters(), lr=0.1)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", RuntimeWarning)
         calm = LossScaler(1.0, min_scale=1.0, patience=2, device="cpu")
         recovering = LossScaler(2.0, min_scale=1.0, patience=4, growth_interval=2, device="cpu")
         static = LossScaler(1.0, min_scale=1.0, patience=2, dynamic=False, device="cpu")

@@ -11,6 +11,8 @@ from mixft.nn import QuantLinear
 
 pytestmark = pytest.mark.usefixtures("native_device")
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 def layers(mode, device):
     model = nn.Sequential(
@@ -25,7 +27,9 @@ def test_a_program_with_a_dynamic_batch_is_eager_and_loads_from_its_file(native_
     model = layers(mode, native_device)
     example = torch.randn(3, 5, 67, device=native_device)
     with torch.no_grad():
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},))
+        program = torch.export.export(
+            model, (example,), dynamic_shapes=({0: Dim("batch"), 1: Dim("length")},), strict=False
+        )
         torch.export.save(program, tmp_path / "model.pt2")
         loaded = torch.export.load(tmp_path / "model.pt2")
         for shape in ((3, 5, 67), (1, 17, 67), (66, 2, 67)):
@@ -40,7 +44,7 @@ def test_a_program_with_a_dynamic_batch_is_eager_and_loads_from_its_file(native_
 def test_gradients_flow_through_a_program(native_device, mode):
     model = nn.Sequential(QuantLinear.from_linear(nn.Linear(67, 33), mode)).to(native_device)
     x = torch.randn(4, 67, device=native_device)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},)).module()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("batch")},), strict=False).module()
     inputs = [torch.randn(7, 67, device=native_device).requires_grad_() for _ in range(2)]
     inputs[1].data.copy_(inputs[0].data)
     for function, rows in zip((model, program), inputs, strict=True):
@@ -48,6 +52,7 @@ def test_gradients_flow_through_a_program(native_device, mode):
     assert torch.equal(inputs[0].grad, inputs[1].grad)
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not export transformers' models, quantized or not")
 @pytest.mark.parametrize("make", [bert, llama])
 def test_a_language_model_with_dynamic_batch_and_length(native_device, make):
     model = make(layers=1)
@@ -63,6 +68,8 @@ def test_a_language_model_with_dynamic_batch_and_length(native_device, make):
 
     shape = {0: Dim("batch"), 1: Dim("length", max=32)}
     with torch.no_grad():
-        program = torch.export.export(model, (), inputs(3, 9), dynamic_shapes=dict.fromkeys(inputs(3, 9), shape))
+        program = torch.export.export(
+            model, (), inputs(3, 9), dynamic_shapes=dict.fromkeys(inputs(3, 9), shape), strict=False
+        )
         other = inputs(5, 17)
         assert torch.equal(program.module()(**other).logits, model(**other).logits)
