@@ -29,8 +29,11 @@ def translation_table() -> dict[Callable, Callable]:
         and ``mixft.ops.int8_matmul``; operator set 18 or newer. Outlier columns become a product of full size in FP32.
 
     Raises:
-        ImportError: onnxscript, which torch's exporter needs too, is not installed.
+        ImportError: onnxscript, which torch's exporter needs too, is not installed; or torch is older than 2.7, whose
+            exporter makes models of this table that do not load.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        raise ImportError(f"mixft.onnx needs the exporter of torch 2.7 or newer; this is torch {torch.__version__}")
     try:
         import onnxscript
     except ImportError as error:

@@ -10,7 +10,7 @@ from mixft.cli import inspect as command
 from mixft.cli import main
 from mixft.kernels import parallel_compilation
 from mixft.kernels.architecture import ARCHITECTURES
-from mixft.kernels.compilation import kernel_modules
+from mixft.kernels.compilation import can_compile, kernel_modules
 from mixft.kernels.parallel_compilation import Job, Outcome, compile_all, jobs_of
 from mixft.kernels.traffic import estimate, tiling
 from mixft.kernels.variant import MatrixProduct
@@ -18,8 +18,13 @@ from mixft.kernels.variant import MatrixProduct
 KERNEL = "reduce_stats"
 
 
+NO_COMPILER = "Triton 3.2 does not compile for a GPU that is not there"
+
+
 @pytest.fixture(scope="module")
 def real() -> Outcome:
+    if not can_compile():
+        pytest.skip(NO_COMPILER)
     (job,) = [job for job in jobs_of("mixft.kernels.grad", "sm_90") if job.variant == KERNEL]
     (outcome,) = compile_all([job])
     return outcome
@@ -130,6 +135,7 @@ def test_what_does_not_compile_is_a_row_and_exit_code_1(real, compiler, capsys, 
     assert {name for name, found in complaints.items() if found} == {"unscale[bf16]", "unscale[fp32]"}
 
 
+@pytest.mark.skipif(not can_compile(), reason=NO_COMPILER)
 def test_a_compiler_that_crashes_takes_no_other_variant_with_it():
     sound = jobs_of("mixft.kernels.grad", "sm_90")[:2]
     crashing = Job("crashing_kernels", "any", "sm_90")

@@ -18,15 +18,16 @@ def launches(monkeypatch):
     if torch.cuda.is_available():
         from triton.runtime.jit import JITFunction as Kernel
     else:
-        from triton.runtime.interpreter import InterpretedFunction as Kernel
-    names, run = [], Kernel.run
+        from triton.runtime.interpreter import GridExecutor as Kernel
+    method = "run" if torch.cuda.is_available() else "__call__"
+    names, run = [], getattr(Kernel, method)
 
     def counted(self, *args, **kwargs):
         names.append(self.fn.__name__)
         return run(self, *args, **kwargs)
 
     monkeypatch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-    monkeypatch.setattr(Kernel, "run", counted)
+    monkeypatch.setattr(Kernel, method, counted)
     return names
 
 

@@ -257,8 +257,8 @@ def test_a_space_is_of_a_shipped_bucket_and_reaches_the_compiled_code(space):
     variants = kernel_modules()[space.module].variants
     before = variants(arch)
     with substitute(space.op, other, arch, space.bucket):
-        # Who computes a plain product is no part of any kernel.
-        assert (variants(arch) == before) == (space.op == "plain_matmul")
+        # Who computes a plain product is no part of any kernel, and Triton before 3.4 has no descriptors.
+        assert (variants(arch) == before) == (space.op == "plain_matmul" or not before)
 
 
 MATMULS = [space for space in SPACES if "matmul" in space.op and "int8" not in space.op and "only" not in space.op]
