@@ -55,6 +55,21 @@ def native_device(request, monkeypatch) -> torch.device:
     return torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
+@pytest.fixture
+def without_interpreter(monkeypatch):
+    """CPU tensors are served by the CPU routines, in child processes too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that more threads only lose time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -20,13 +20,7 @@ from mixft.nn import QuantLinear
 RANK = 4
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("without_interpreter", "one_thread")
 
 
 @pytest.fixture(scope="module")

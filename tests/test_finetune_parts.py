@@ -23,6 +23,8 @@ from mixft.cli.precision import PRECISIONS, Storage, quantize, set_up
 from mixft.cli.progress import describe
 from mixft.cli.training import learning_rate, micro_batches, train_epochs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["plain", 'said "so", twice', "two\nlines", " padded ", "naïve 映画 🎬", ",,,", "#", "a" * 200_000]
 
 
@@ -84,14 +86,6 @@ def test_split_is_stratified_and_loses_nothing(labels, seed):
 def test_split_follows_the_seed():
     examples = Examples([str(number) for number in range(64)], ["a", "b"] * 32)
     assert hold_out(examples, 1) != hold_out(examples, 2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # layers this small only lose by more
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,11 @@ from mixft.kernels.variant import MatrixProduct
 KERNEL = "reduce_stats"
 
 
-NO_COMPILER = "Triton 3.2 does not compile for a GPU that is not there"
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="Triton 3.2 does not compile for a GPU that is not there")
 
 
 @pytest.fixture(scope="module")
 def real() -> Outcome:
-    if not can_compile():
-        pytest.skip(NO_COMPILER)
     (job,) = [job for job in jobs_of("mixft.kernels.grad", "sm_90") if job.variant == KERNEL]
     (outcome,) = compile_all([job])
     return outcome
@@ -40,6 +38,7 @@ def compiler(monkeypatch):
     return use
 
 
+@needs_compiler
 def test_the_screen_of_a_real_kernel(real, capsys, tmp_path):
     path = tmp_path / "report.json"
     assert main(["inspect", KERNEL, "--arch", "sm_90,gfx942", "--json", str(path)]) == 0
@@ -68,6 +67,7 @@ def test_the_screen_of_a_real_kernel(real, capsys, tmp_path):
     assert report["versions"]["triton"]
 
 
+@needs_compiler
 def test_every_variant_has_a_row_that_fits(real, compiler, capsys):
     """All kernels at once, in the order of their modules, whatever order they are compiled in."""
     works = {it.name: it.work for module in kernel_modules().values() for it in module.variants(ARCHITECTURES["sm_90"])}
@@ -95,6 +95,7 @@ def test_every_variant_has_a_row_that_fits(real, compiler, capsys):
         assert not bracket or any(row.startswith(rest[:-1]) for row in rows), variant
 
 
+@needs_compiler
 def test_without_a_kernel_one_screen(real, compiler, capsys):
     """One row for each kernel, the aligned variant where there is one; what is at fault is named all the same."""
 
@@ -115,6 +116,7 @@ def test_without_a_kernel_one_screen(real, compiler, capsys):
     assert "unscale[fp16] " in out
 
 
+@needs_compiler
 def test_what_does_not_compile_is_a_row_and_exit_code_1(real, compiler, capsys, tmp_path):
     def outcome_of(job: Job) -> Outcome:
         if job.variant == "unscale[bf16]":
@@ -135,7 +137,7 @@ def test_what_does_not_compile_is_a_row_and_exit_code_1(real, compiler, capsys, 
     assert {name for name, found in complaints.items() if found} == {"unscale[bf16]", "unscale[fp32]"}
 
 
-@pytest.mark.skipif(not can_compile(), reason=NO_COMPILER)
+@needs_compiler
 def test_a_compiler_that_crashes_takes_no_other_variant_with_it():
     sound = jobs_of("mixft.kernels.grad", "sm_90")[:2]
     crashing = Job("crashing_kernels", "any", "sm_90")
@@ -145,6 +147,7 @@ def test_a_compiler_that_crashes_takes_no_other_variant_with_it():
     assert all(outcomes[job].compiled is not None for job in sound)
 
 
+@needs_compiler
 def test_a_kernel_that_an_architecture_lacks_is_named(compiler, capsys, real):
     compiler(lambda job: Outcome(job, replace(real.compiled, name=job.variant)))
     assert main(["inspect", "int8_matmul", "--arch", "sm_75"]) == 0

@@ -1,12 +1,10 @@
 """A linear layer with frozen int8 weights, whose input is quantized in every call; differentiable in its input."""
 
-import torch
 from torch import Tensor
 
-from .activation import check_activation
-from .int8_matmul import differentiate_frozen, refuse_activation_gradient, save_frozen
+from .int8_matmul import call_frozen, differentiate_frozen, save_frozen
 from .int8_operands import check_frozen_weight, check_layer
-from .registration import define_op, without_dispatch
+from .registration import define_op
 
 
 @define_op("dynamic_int8_linear", name="dynamic_int8_linear")
@@ -43,9 +41,4 @@ def dynamic_int8_linear(
     """
     check_frozen_weight(weight, weight_scale)
     rows = check_layer(x, weight, bias)
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if wants_gradient:
-        refuse_activation_gradient(activation)
-    serve = _dynamic_linear if wants_gradient else without_dispatch(_dynamic_linear, x)
-    out = serve(rows, weight, weight_scale, bias, check_activation(activation))
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+    return call_frozen(_dynamic_linear, x, rows, weight, weight_scale, bias, activation)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .activation import check_activation
-from .registration import define_op
+from .registration import define_op, without_dispatch
 from .validation import FLOATS, check_bias, check_dtype, check_out_dtype, check_same_device
 
 # The longest sum of int8 products that int32 always holds: 2^31 / 128^2, less one; with zero points 2^31 / (255 * 128).
@@ -152,6 +152,20 @@ def weight_only_matmul(
         out_dtype,
     )
     return out.view(*a.shape[:-1], b.shape[0])
+
+
+def call_frozen(op, x: Tensor, rows: Tensor, weight: Tensor, weight_scale: Tensor, bias, activation, *more) -> Tensor:
+    """Call an op of a layer with a frozen int8 weight on ``rows``, those of ``x`` [..., K]; its result as [..., N].
+
+    Raises:
+        ValueError: an unknown activation, or one while a gradient is wanted.
+    """
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if wants_gradient:
+        refuse_activation_gradient(activation)
+    serve = op if wants_gradient else without_dispatch(op, x)
+    out = serve(rows, weight, weight_scale, bias, check_activation(activation), *more)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def refuse_activation_gradient(activation: str | None) -> None:

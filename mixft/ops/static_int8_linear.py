@@ -3,16 +3,15 @@
 import torch
 from torch import Tensor
 
-from .activation import check_activation
 from .int8_matmul import (
     MOST_AFFINE_TERMS,
+    call_frozen,
     check_row_sums,
     differentiate_frozen,
-    refuse_activation_gradient,
     save_frozen,
 )
 from .int8_operands import check_frozen_weight, check_layer
-from .registration import define_op, without_dispatch
+from .registration import define_op
 from .validation import check_dtype, check_same_device
 
 
@@ -80,10 +79,5 @@ def static_int8_linear(
         )
     weight_sum = weight.sum(1, dtype=torch.int32) if weight_sum is None else check_row_sums(weight_sum, weight)
     check_same_device(x=x, input_scale=input_scale, input_zero_point=input_zero_point, weight_sum=weight_sum)
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    if wants_gradient:
-        refuse_activation_gradient(activation)
-    serve = _static_linear if wants_gradient else without_dispatch(_static_linear, x)
-    name = check_activation(activation)
-    out = serve(rows, weight, weight_scale, bias, name, input_scale, input_zero_point, weight_sum)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
+    more = (input_scale, input_zero_point, weight_sum)
+    return call_frozen(_static_linear, x, rows, weight, weight_scale, bias, activation, *more)
