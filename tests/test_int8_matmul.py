@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_within_budget
+from matmul_problems import ACTIVATIONS
 
 from mixft.cpu.int8_matmul import fp32_integer_product, integer_product
 from mixft.kernels.architecture import ARCHITECTURES
@@ -11,13 +12,6 @@ from mixft.kernels.int8_matmul import bucket
 from mixft.kernels.int8_split_k import split_count
 from mixft.ops import int8_matmul, weight_only_matmul
 
-ACTIVATIONS = {
-    None: lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-}
 SHAPES = [(1, 1, 1), (17, 66, 33), (3, 1000, 5), (40, 100, 130), (0, 4, 5), (3, 0, 4), (4, 5, 0)]
 EPSILON = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22}
 
