@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 import mixft
+from mixft.cli import main
 from mixft.huggingface.quantizer import mark_quantized
 from mixft.nn import QuantLinear
-from mixft.nn.quantization import choose_layers
 
 TOKENS = torch.arange(14).view(2, 7)
 
@@ -98,10 +99,70 @@ def test_files_of_both_kinds(tmp_path):
     assert relative_error(again, expected) == 0
 
 
-def test_who_cannot_transpose_leaves_the_layers_with_a_reason():
-    reasons = choose_layers(gpt2())
-    assert "a Conv1D" in reasons["transformer.h.0.attn.c_attn"]
-    assert "a Conv1D" not in choose_layers(gpt2(), conv1d=True)["transformer.h.0.attn.c_attn"]
+@pytest.fixture
+def folder(tmp_path):
+    """A model folder of two shards or more, as `save_pretrained` leaves it."""
+    gpt2().save_pretrained(tmp_path / "gpt2", max_shard_size="400KB")
+    assert (tmp_path / "gpt2" / "model.safetensors.index.json").exists()
+    return tmp_path / "gpt2"
+
+
+def quantize_folder(source, out, *options):
+    assert main(["quantize", str(source), str(out), *options]) == 0
+    found = {}
+    for file in out.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_a_folder_is_quantized_to_what_quantize_makes_of_the_model(folder, tmp_path, capsys, mode):
+    found = quantize_folder(folder, tmp_path / "int8", "--mode", mode, "--max-shard-size", "100KB")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    report = mixft.quantize_(model, mode)
+    state = model.state_dict()
+    assert state.keys() - found.keys() == {"lm_head.weight"}  # tied to the embedding
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in str(report).splitlines()[1:9])  # each int8 layer's bytes and error
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    assert loaded.transformer.h[0].attn.c_attn.transposed
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert relative_error(loaded, model(TOKENS).logits.detach()) == 0
+    loaded.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert relative_error(again, loaded(TOKENS).logits.detach()) == 0
+    assert shapes(again.dequantize()) == shapes(gpt2())
+
+
+def test_a_folder_by_globs_and_without_the_names_of_the_head(folder, tmp_path):
+    """The files of the first GPT-2 name the tensors of the base model, and also hold its causal masks."""
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    bare["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    save_file(bare, folder / "model.safetensors", {"format": "pt"})
+    found = quantize_folder(folder, tmp_path / "int8", "--include", "*.mlp.*", "--exclude", "*.1.*")
+    int8 = {name for name, tensor in found.items() if tensor.dtype == torch.int8}
+    assert int8 == {"h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight"}
+    assert found["h.0.mlp.c_fc.weight"].shape == (512, 128)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int8")
+    model = gpt2()
+    mixft.quantize_(model, include="*.mlp.*", exclude="*.1.*")
+    assert relative_error(loaded, model(TOKENS).logits.detach()) == 0
+
+
+def test_a_folder_whose_weight_is_not_transposed_is_refused(folder, tmp_path, capsys):
+    for file in folder.glob("*.safetensors"):
+        stored = load_file(file)
+        turned = {name: t.t().contiguous() if name.endswith("h.0.mlp.c_fc.weight") else t for name, t in stored.items()}
+        save_file(turned, file, {"format": "pt"})
+    assert main(["quantize", str(folder), str(tmp_path / "int8")]) == 2
+    assert "h.0.mlp.c_fc.weight' has shape (512, 128)" in capsys.readouterr().err
+    assert not (tmp_path / "int8").exists()
 
 
 def test_a_weight_with_nan_is_refused_by_name():

@@ -2,7 +2,8 @@
 
 The layers are chosen by the rules of ``mixft.quantize_`` on the model's outline, which has shapes and no weights. The
 new folder has the tensors of the old one under their names, but for each quantized layer ``X`` the int8 ``X.weight``
-[out, in] and the FP32 ``X.weight_scale`` [out, 1], and its config.json says which layers these are.
+[out, in] and the FP32 ``X.weight_scale`` [out, 1], and its config.json says which layers these are. The weight of a
+``Conv1D``, which GPT-2 and its like have as [in, out], is turned on the way.
 """
 
 import json
@@ -17,6 +18,7 @@ from mixft.cli.errors import InputError
 from mixft.cli.model_folder import SAFETENSORS
 from mixft.cli.progress import ByteProgress
 from mixft.huggingface import Int8Config
+from mixft.nn.conv1d import features, is_conv1d
 from mixft.nn.int8_weight import int8_weight_of
 from mixft.nn.quantization import LayerReport, QuantizationReport, choose_layers
 from mixft.nn.shards import TensorSet, split, write_shards
@@ -59,11 +61,15 @@ class Plan:
 
     def entries(self) -> list[Entry]:
         """The tensors of the new folder."""
-        weights = set(self.layers.values())
+        layers = {weight: self.outline.get_submodule(layer) for layer, weight in self.layers.items()}
         made = []
         for name, entry in self.saved.entries.items():
-            if name in weights:
-                made += [Entry(name, torch.int8, entry.shape), Entry(_scale(name), torch.float32, (entry.shape[0], 1))]
+            if name in layers:
+                inputs, outputs = features(layers[name])
+                made += [
+                    Entry(name, torch.int8, (outputs, inputs)),
+                    Entry(_scale(name), torch.float32, (outputs, 1)),
+                ]
             else:
                 made.append(entry)
         return made
@@ -98,14 +104,14 @@ def plan(folder: Path, mode: str, include: list[str] | None, exclude: list[str] 
     return Plan(folder, saved, settings, layers, left, outline)
 
 
-def _weight_of(name: str, layer: torch.nn.Linear, prefix: str, saved: TensorSet) -> str:
+def _weight_of(name: str, layer: torch.nn.Module, prefix: str, saved: TensorSet) -> str:
     """The name of the layer's weight in the files."""
     found = _stored(f"{name}.weight", prefix, saved)
     if found is None:
         raise InputError(
             f"{saved.source} has no tensor {name + '.weight'!r}, which config.json calls for; --exclude {name}"
         )
-    entry, shape = saved.entries[found], (layer.out_features, layer.in_features)
+    entry, shape = saved.entries[found], tuple(layer.weight.shape)
     if entry.shape != shape:
         raise InputError(f"tensor {found!r} has shape {entry.shape} in {saved.source} and {shape} by config.json")
     if entry.dtype not in FLOATS:
@@ -135,7 +141,7 @@ def write(plan: Plan, folder: Path, max_shard_size: int) -> QuantizationReport:
         weight = name if name in quantized else name.removesuffix("_scale")
         if weight not in quantized:
             return plan.saved.tensor(name)
-        pair = _quantized(weight, quantized[weight], plan.saved, errors)
+        pair = _quantized(weight, quantized[weight], plan, errors)
         waiting.update(pair)
         return waiting.pop(name)
 
@@ -155,8 +161,9 @@ def write(plan: Plan, folder: Path, max_shard_size: int) -> QuantizationReport:
     return _report(plan, errors)
 
 
-def _quantized(weight: str, layer: str, saved: TensorSet, errors: dict[str, float]) -> dict[str, torch.Tensor]:
-    original = saved.tensor(weight)
+def _quantized(weight: str, layer: str, plan: Plan, errors: dict[str, float]) -> dict[str, torch.Tensor]:
+    stored = plan.saved.tensor(weight)
+    original = stored.t() if is_conv1d(plan.outline.get_submodule(layer)) else stored
     try:
         values, scale = int8_weight_of(original)
     except ValueError as error:
@@ -197,7 +204,7 @@ def _report(plan: Plan, errors: dict[str, float]) -> QuantizationReport:
         after = sum(before.values())
         if name in plan.layers:
             weight = plan.saved.entries[plan.layers[name]]
-            after += weight.nbytes // weight.dtype.itemsize + 4 * weight.shape[0] - weight.nbytes
+            after += weight.nbytes // weight.dtype.itemsize + 4 * features(module)[1] - weight.nbytes
         layers.append(LayerReport(name, plan.reasons.get(name, ""), sum(before.values()), after, errors.get(name, 0.0)))
     return QuantizationReport(plan.settings["mode"], layers)
 

@@ -63,7 +63,7 @@ class Int8Quantizer(HfQuantizer):
             check_files(kwargs.get("checkpoint_files") or [])
         else:
             reasons = choose_layers(
-                model, config.mode, include=config.include, exclude=config.exclude, conv1d=True, **config.training
+                model, config.mode, include=config.include, exclude=config.exclude, **config.training
             )
             chosen = [name for name, reason in reasons.items() if not reason]
             if not chosen:

@@ -109,7 +109,7 @@ def quantize_(
             quantize; a weight holds NaN or Inf. The model is then as it was.
     """
     check_outlier_threshold(outlier_threshold, mode)
-    reasons = choose_layers(model, mode, include=include, exclude=exclude, conv1d=True, **training)
+    reasons = choose_layers(model, mode, include=include, exclude=exclude, **training)
     candidates = {name: model.get_submodule(name) for name in reasons}
     for name, module in candidates.items():
         if not reasons[name] and module.weight.is_meta:
@@ -132,13 +132,11 @@ def choose_layers(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
-    conv1d: bool = False,
     **training,
 ) -> dict[str, str]:
     """The rules of :func:`quantize_`, with its arguments: {name of each linear layer: why it is left, or ""}.
 
-    No weight is read, so ``model`` may be on the meta device. ``conv1d`` tells whether the caller can turn the weight
-    of a ``Conv1D``, which is transposed, into int8; otherwise such layers are left.
+    No weight is read, so ``model`` may be on the meta device.
 
     Raises:
         TypeError: ``model`` is no module, or an option that there is not.
@@ -163,8 +161,6 @@ def choose_layers(
             reasons[name] = "not in include"
         elif name in excluded:
             reasons[name] = "in exclude"
-        elif is_conv1d(module) and not conv1d:
-            reasons[name] = "a Conv1D, whose weight is transposed; mixft.quantize_ on the loaded model takes it"
         else:
             reasons[name] = _reason_to_leave(name, module, mode, options, model, explicit=name in included)
     return reasons
