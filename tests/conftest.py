@@ -11,6 +11,8 @@ import os
 import pytest
 import torch
 
+from mixft.cpu import native
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -34,6 +36,7 @@ if HAS_GPU:
 
 SERVERS = [
     "cpu",
+    *([] if HAS_GPU else ["torch"]),
     *([] if HAS_GPU else ["interpreter"]),
     *([pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else []),
 ]
@@ -45,6 +48,9 @@ def device(request, monkeypatch) -> torch.device:
     if request.param == "cuda":
         return torch.device("cuda")
     monkeypatch.setenv("TRITON_INTERPRET", "1" if request.param == "interpreter" else "0")
+    if request.param == "torch":
+        # As where the compiled routines are not built: torch's operators serve.
+        monkeypatch.setattr(native, "available", lambda: False)
     return torch.device("cpu")
 
 

@@ -1,12 +1,17 @@
 """Micro-batch gradients added to FP32 buffers on the CPU, in pieces that stay in the cache."""
 
 import math
+from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
+from . import native
+
 # Elements cast, checked and added at a time: a megabyte of FP32, which a core's cache holds.
 PIECE = 1 << 18
+
+compiled = native.Routine("accumulate_gradients", *[c_void_p] * 4, c_int64, c_float, c_int, c_int, c_void_p)
 
 
 def accumulate_gradients_(
@@ -19,6 +24,23 @@ def accumulate_gradients_(
     clear: bool,
 ) -> None:
     factor = 1.0 if inv_scale is None else inv_scale.item()
+    if native.available():
+        counts = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
+        compiled(
+            native.addresses(grads),
+            native.addresses(buffers),
+            native.sizes(grads),
+            native.dtypes(grads),
+            len(grads),
+            factor,
+            overwrite,
+            clear,
+            counts.data_ptr(),
+        )
+        if counts.any():
+            nonfinite += counts
+            found_inf.fill_(1.0)
+        return
     scratch = torch.empty(PIECE, dtype=torch.float32, device="cpu")
     for position, (grad, buffer) in enumerate(zip(grads, buffers, strict=True)):
         size = grad.numel()

@@ -2,17 +2,35 @@
 
 import math
 from collections import defaultdict
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor
+
+from . import native
 
 # Up to this many elements one call for all tensors is quicker than a dot product for each.
 SMALL = 1 << 14
 # Long FP32 dot products lose digits; a million terms keep about five, and the parts are added apart.
 PIECE = 1 << 20
 
+# native/blocks.h
+BLOCK = 4096
+
+compiled_unscale = native.Routine("unscale_gradients", *[c_void_p] * 3, c_int64, c_float, c_void_p)
+compiled_statistics = native.Routine("gradient_statistics", *[c_void_p] * 3, c_int64, *[c_void_p] * 3)
+
 
 def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor, nonfinite: Tensor | None) -> None:
+    if native.available():
+        counts = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
+        described = native.addresses(grads), native.sizes(grads), native.dtypes(grads), len(grads)
+        compiled_unscale(*described, inv_scale.item(), counts.data_ptr())
+        if counts.any():
+            found_inf.fill_(1.0)
+            if nonfinite is not None:
+                nonfinite += counts
+        return
     found = torch.zeros_like(found_inf)
     # Where the product cannot overflow, a NaN or Inf is still there after it, and is looked for only if there is one.
     if nonfinite is not None and inv_scale.item() > 1:
@@ -30,6 +48,21 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
 
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if native.available():
+        squares = torch.empty(len(grads), dtype=torch.float32, device="cpu")
+        nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
+        blocks = sum(-(-grad.numel() // BLOCK) for grad in grads)
+        partial = torch.empty(blocks, dtype=torch.float64, device="cpu")
+        compiled_statistics(
+            native.addresses(grads),
+            native.sizes(grads),
+            native.dtypes(grads),
+            len(grads),
+            partial.data_ptr(),
+            squares.data_ptr(),
+            nonfinite.data_ptr(),
+        )
+        return squares, nonfinite
     squares = sums_of_squares(grads)
     return squares, nonfinite_counts(grads, squares)
 

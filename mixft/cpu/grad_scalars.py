@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .grad import nonfinite_counts, sums_of_squares
+from .grad import gradient_statistics
 
 LARGEST_FP32 = torch.finfo(torch.float32).max
 
@@ -13,8 +13,7 @@ LARGEST_FP32 = torch.finfo(torch.float32).max
 def gradient_scalars(
     grads: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None, max_norm: float | None
 ) -> tuple[Tensor, Tensor]:
-    squares = sums_of_squares(grads)
-    nonfinite = nonfinite_counts(grads, squares)
+    squares, nonfinite = gradient_statistics(grads)
     # From here on Python's own numbers, which cost less than tensors of one element.
     norm = math.sqrt(squares.sum().item())
     if inv_scale is not None:

@@ -1,0 +1,85 @@
+"""The compiled CPU routines of native/: one pass over memory where torch's operators take several.
+
+They are built at installation by a C compiler, for x86-64 on Linux, once for AVX2 and once for AVX-512, and use the
+OpenMP threads of torch. Without them, torch's operators serve. ``MIXFT_NATIVE=0`` does without them on purpose.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# The codes of native/floats.h.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# The compiled library for what torch.backends.cpu.get_cpu_capability() says.
+LIBRARIES = {"AVX2": "_native_avx2", "AVX512": "_native_avx512"}
+
+
+class Unavailable(Exception):
+    """Why there are no compiled routines here."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiled routines for this processor; raises Unavailable."""
+    if os.environ.get("MIXFT_NATIVE") == "0":
+        raise Unavailable("switched off by MIXFT_NATIVE=0")
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability not in LIBRARIES:
+        raise Unavailable(f"not written for this processor ({capability})")
+    found = sorted(Path(__file__).parent.glob(f"{LIBRARIES[capability]}.*so"))
+    if not found:
+        raise Unavailable("not built: that takes gcc and an installation on x86-64 Linux")
+    try:
+        # Bound now, so that a missing symbol shows here: the OpenMP functions come from the library torch has loaded.
+        return ctypes.CDLL(str(found[0]), os.RTLD_NOW)
+    except OSError as error:
+        raise Unavailable(f"do not load: {error}") from None
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Why torch's operators serve; None where the compiled routines do."""
+    try:
+        load()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def available() -> bool:
+    return why_unavailable() is None
+
+
+class Routine:
+    """A compiled function that returns nothing, found in the library at its first call."""
+
+    def __init__(self, name: str, *types: type) -> None:
+        self.name, self.types = name, types
+
+    @functools.cached_property
+    def function(self):
+        function = getattr(load(), self.name)
+        function.argtypes, function.restype = self.types, None
+        return function
+
+    def __call__(self, *arguments) -> None:
+        self.function(*arguments)
+
+
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def sizes(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (c_int64 * len(tensors))(*[tensor.numel() for tensor in tensors])
+
+
+def dtypes(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (c_int32 * len(tensors))(*[DTYPES[tensor.dtype] for tensor in tensors])

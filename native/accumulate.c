@@ -1,0 +1,46 @@
+/* Micro-batch gradients added to FP32 buffers: mixft/cpu/accumulate.py. */
+#include "blocks.h"
+#include "floats.h"
+
+struct arguments {
+    void **grads;
+    float **buffers;
+    const int32_t *dtypes;
+    float factor;
+    int overwrite, clear;
+    int64_t *nonfinite;
+};
+
+static void accumulate_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+{
+    struct arguments *to = of;
+    int dtype = to->dtypes[tensor];
+    void *grad = element(to->grads[tensor], start, dtype);
+    float *buffer = to->buffers[tensor] + start, factor = to->factor, wide[BLOCK];
+    int32_t nonfinite = 0;
+    load_floats(wide, grad, length, dtype);
+    if (to->overwrite)
+        for (int64_t i = 0; i < length; i++) {
+            nonfinite += is_nonfinite(wide[i]);
+            buffer[i] = wide[i] * factor;
+        }
+    else
+        for (int64_t i = 0; i < length; i++) {
+            nonfinite += is_nonfinite(wide[i]);
+            buffer[i] += wide[i] * factor;
+        }
+    if (to->clear)
+        memset(grad, 0, length * bytes_of(dtype));
+    if (nonfinite) {
+#pragma omp atomic
+        to->nonfinite[tensor] += nonfinite;
+    }
+}
+
+/* Per tensor: buffer = (overwrite ? 0 : buffer) + factor * grad, and nonfinite grows by the NaN and Inf of grad. */
+void accumulate_gradients(void **grads, float **buffers, const int64_t *sizes, const int32_t *dtypes, int64_t count,
+                          float factor, int overwrite, int clear, int64_t *nonfinite)
+{
+    struct arguments to = {grads, buffers, dtypes, factor, overwrite, clear, nonfinite};
+    for_each_block(sizes, count, accumulate_block, &to);
+}

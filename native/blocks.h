@@ -1,0 +1,53 @@
+/* One parallel loop over the elements of any number of tensors, a block at a time. */
+#ifndef MIXFT_BLOCKS_H
+#define MIXFT_BLOCKS_H
+
+#include <omp.h>
+#include <stdint.h>
+
+/* Elements of a block: 16 KB as FP32, half of a first-level cache. */
+#define BLOCK 4096
+
+/* Up to this many elements a second thread costs more than it does. */
+#define SMALL 32768
+
+/* Does `length` elements of tensor `tensor` from `start` on; `block` counts the blocks of all tensors. */
+typedef void block_function(void *arguments, int64_t tensor, int64_t start, int64_t length, int64_t block);
+
+static inline int64_t blocks_of(int64_t size)
+{
+    return (size + BLOCK - 1) / BLOCK;
+}
+
+static inline int64_t blocks_of_all(const int64_t *sizes, int64_t count)
+{
+    int64_t blocks = 0;
+    for (int64_t tensor = 0; tensor < count; tensor++)
+        blocks += blocks_of(sizes[tensor]);
+    return blocks;
+}
+
+/* Every block of every tensor once, each thread a run of neighbours. Inlined, with its body, into each caller. */
+static inline __attribute__((always_inline)) void for_each_block(const int64_t *sizes, int64_t count,
+                                                                 block_function body, void *arguments)
+{
+    int64_t blocks = blocks_of_all(sizes, count);
+#pragma omp parallel if (blocks * BLOCK > SMALL)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
+        int64_t passed = 0;
+        for (int64_t tensor = 0; tensor < count && passed < last; tensor++) {
+            int64_t size = sizes[tensor], of_tensor = blocks_of(size);
+            int64_t begin = first > passed ? first - passed : 0;
+            int64_t end = last - passed < of_tensor ? last - passed : of_tensor;
+            for (int64_t index = begin; index < end; index++) {
+                int64_t start = index * BLOCK, rest = size - start;
+                body(arguments, tensor, start, rest < BLOCK ? rest : BLOCK, passed + index);
+            }
+            passed += of_tensor;
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,82 @@
+/* Unscaling and gradient statistics: mixft/cpu/grad.py. */
+#include "blocks.h"
+#include "floats.h"
+
+struct arguments {
+    void **grads;
+    const int32_t *dtypes;
+    float factor;
+    double *squares; /* of each block */
+    int64_t *nonfinite;
+};
+
+static inline void count_nonfinite(const struct arguments *to, int64_t tensor, int32_t nonfinite)
+{
+    if (nonfinite) {
+#pragma omp atomic
+        to->nonfinite[tensor] += nonfinite;
+    }
+}
+
+static void unscale_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+{
+    struct arguments *to = of;
+    int dtype = to->dtypes[tensor];
+    void *grad = element(to->grads[tensor], start, dtype);
+    float wide[BLOCK], factor = to->factor, *values = dtype == FLOAT32 ? grad : wide;
+    int32_t nonfinite = 0;
+    if (dtype != FLOAT32)
+        load_floats(wide, grad, length, dtype);
+    for (int64_t i = 0; i < length; i++) {
+        nonfinite += is_nonfinite(values[i]);
+        values[i] *= factor;
+    }
+    if (dtype != FLOAT32)
+        store_floats(grad, wide, length, dtype);
+    count_nonfinite(to, tensor, nonfinite);
+}
+
+/* Per tensor: grad *= factor, rounded once, and nonfinite grows by the NaN and Inf that were in grad. */
+void unscale_gradients(void **grads, const int64_t *sizes, const int32_t *dtypes, int64_t count, float factor,
+                       int64_t *nonfinite)
+{
+    struct arguments to = {.grads = grads, .dtypes = dtypes, .factor = factor, .nonfinite = nonfinite};
+    for_each_block(sizes, count, unscale_block, &to);
+}
+
+static void square_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+{
+    struct arguments *to = of;
+    int dtype = to->dtypes[tensor];
+    const void *grad = element(to->grads[tensor], start, dtype);
+    float wide[BLOCK], squares = 0;
+    int32_t nonfinite = 0;
+    const float *values = grad;
+    if (dtype != FLOAT32) {
+        load_floats(wide, grad, length, dtype);
+        values = wide;
+    }
+#pragma omp simd reduction(+ : squares, nonfinite)
+    for (int64_t i = 0; i < length; i++) {
+        nonfinite += is_nonfinite(values[i]);
+        squares += values[i] * values[i];
+    }
+    to->squares[block] = squares;
+    count_nonfinite(to, tensor, nonfinite);
+}
+
+/* Per tensor: sum of squares and number of NaN and Inf. `partial` has room for one number a block; the sums are
+ * added in the order of the blocks, whatever the number of threads. */
+void gradient_statistics(void **grads, const int64_t *sizes, const int32_t *dtypes, int64_t count, double *partial,
+                         float *squares, int64_t *nonfinite)
+{
+    struct arguments to = {.grads = grads, .dtypes = dtypes, .squares = partial, .nonfinite = nonfinite};
+    for_each_block(sizes, count, square_block, &to);
+    int64_t block = 0;
+    for (int64_t tensor = 0; tensor < count; tensor++) {
+        double total = 0;
+        for (int64_t last = block + blocks_of(sizes[tensor]); block < last; block++)
+            total += partial[block];
+        squares[tensor] = total;
+    }
+}
