@@ -55,6 +55,10 @@ static inline void load_floats(float *restrict out, const void *restrict in, int
         for (; i < length; i++)
             out[i] = float_of((uint32_t)half[i] << 16);
     } else {
+#ifdef __AVX512F__
+        for (; i + 16 <= length; i += 16)
+            _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(half + i))));
+#endif
         for (; i + 8 <= length; i += 8)
             _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
         for (; i < length; i++)
@@ -76,6 +80,11 @@ static inline void store_floats(void *restrict out, const float *restrict in, in
             half[i] = (bits & 0x7FFFFFFFu) > INFINITY_BITS ? 0x7FC0 : rounded;
         }
     } else {
+#ifdef __AVX512F__
+        for (; i + 16 <= length; i += 16)
+            _mm256_storeu_si256((__m256i *)(half + i),
+                                _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
         for (; i + 8 <= length; i += 8)
             _mm_storeu_si128((__m128i *)(half + i),
                              _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));

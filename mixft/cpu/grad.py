@@ -15,7 +15,7 @@ SMALL = 1 << 14
 PIECE = 1 << 20
 
 # native/blocks.h
-BLOCK = 4096
+BLOCK = 1024
 
 compiled_unscale = native.Routine("unscale_gradients", *[c_void_p] * 3, c_int64, c_float, c_void_p)
 compiled_statistics = native.Routine("gradient_statistics", *[c_void_p] * 3, c_int64, *[c_void_p] * 3)
