@@ -25,6 +25,7 @@ compat:
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	gcc -fsyntax-only -std=gnu11 -mavx2 -mfma -mf16c -fopenmp -Wall -Wextra -Werror -Wno-unused-parameter native/*.c
 
 bench: $(INSTALLED)
 	$(VENV)/bin/mixft bench

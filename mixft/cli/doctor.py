@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mixft.cli.environment import cpu_features, devices, versions
+from mixft.cli.environment import compiled_routines, cpu_features, devices, versions
 
 VERDICTS = {True: "[green]ok[/]", False: "[bold red]WRONG[/]", None: "none"}
 
@@ -36,7 +36,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
         report = {
             "versions": versions(),
             "devices": devices(),
-            "cpu": cpu_features(),
+            "cpu": {**cpu_features(), "compiled_routines": compiled_routines()},
             "ops": [vars(row) for row in rows],
             "passed": passed,
         }
@@ -83,6 +83,7 @@ def _print(rows: list[Row]) -> None:
     present = [name for name, has in features["instruction_sets"].items() if has]
     missing = [name for name, has in features["instruction_sets"].items() if not has]
     console.print(f"cpu {features['capability']}: has {', '.join(present) or 'none'}; lacks {', '.join(missing)}")
+    console.print(f"compiled CPU routines: {compiled_routines()}", markup=False)
 
     for device in dict.fromkeys(row.device for row in rows):
         title = f"ops on {device}: largest error against FP64, relative to the largest value"

@@ -76,6 +76,16 @@ def cpu_features() -> dict:
     return {"capability": torch.backends.cpu.get_cpu_capability(), "instruction_sets": found}
 
 
+def compiled_routines() -> str:
+    """The vector level that mixft's compiled CPU routines are used at, or why torch's operators serve instead."""
+    import torch
+
+    from mixft.cpu import native
+
+    reason = native.why_unavailable()
+    return f"for {torch.backends.cpu.get_cpu_capability()}" if reason is None else f"none, {reason}"
+
+
 def cpu_name() -> str:
     """The CPU's model name, or its architecture where the system does not tell."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()

@@ -35,12 +35,12 @@ def load() -> ctypes.CDLL:
         raise Unavailable(f"not written for this processor ({capability})")
     found = sorted(Path(__file__).parent.glob(f"{LIBRARIES[capability]}.*so"))
     if not found:
-        raise Unavailable("not built: that takes gcc and an installation on x86-64 Linux")
+        raise Unavailable("not built, which takes gcc at installation on x86-64 Linux")
     try:
         # Bound now, so that a missing symbol shows here: the OpenMP functions come from the library torch has loaded.
         return ctypes.CDLL(str(found[0]), os.RTLD_NOW)
     except OSError as error:
-        raise Unavailable(f"do not load: {error}") from None
+        raise Unavailable(f"not loadable: {error}") from None
 
 
 @functools.cache

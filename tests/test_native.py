@@ -1,0 +1,130 @@
+"""The compiled CPU routines: that they are here, are called as they are declared, and say why where they are not."""
+
+import ctypes
+import importlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixft.cpu import native
+from mixft.cpu.accumulate import accumulate_gradients_
+from mixft.cpu.grad import gradient_statistics
+
+built_here = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the C code is for x86-64 Linux"
+)
+ROOT = Path(__file__).parent.parent
+DECLARATION = re.compile(r"^void (\w+)\(([^)]*)\)\n?\s*{", re.MULTILINE)
+C_TYPES = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double}
+
+
+def declared() -> dict[str, tuple]:
+    """What each exported function of native/ takes."""
+    functions = {}
+    for source in sorted((ROOT / "native").glob("*.c")):
+        for name, parameters in DECLARATION.findall(source.read_text()):
+            words = [parameter.replace("const ", "").strip() for parameter in parameters.split(",")]
+            functions[name] = tuple(ctypes.c_void_p if "*" in word else C_TYPES[word.split()[0]] for word in words)
+    return functions
+
+
+def called() -> dict[str, tuple]:
+    """What mixft/cpu passes to each."""
+    routines = {}
+    for path in (ROOT / "mixft" / "cpu").glob("*.py"):
+        module = importlib.import_module(f"mixft.cpu.{path.stem}")
+        routines |= {value.name: value.types for value in vars(module).values() if isinstance(value, native.Routine)}
+    return routines
+
+
+def test_every_routine_is_called_as_it_is_declared():
+    assert called() == declared()
+    assert called()
+
+
+@built_here
+def test_they_are_built_where_the_tests_run():
+    assert native.why_unavailable() is None
+
+
+@built_here
+def test_both_builds_hold_every_routine():
+    for name in native.LIBRARIES.values():
+        (path,) = (ROOT / "mixft" / "cpu").glob(f"{name}.*so")
+        library = ctypes.CDLL(str(path))
+        for routine in declared():
+            assert hasattr(library, routine), (name, routine)
+
+
+@built_here
+def test_the_avx2_build_passes_the_self_test():
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", "from mixft.cli import main; raise SystemExit(main(['doctor', '--json']))"]
+    report = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
+    assert report["cpu"]["compiled_routines"] == "for AVX2"
+    assert report["passed"]
+
+
+def unavailable(monkeypatch, tmp_path) -> str:
+    """Why the library of ``tmp_path`` is not to be had."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    with pytest.raises(native.Unavailable) as error:
+        native.load.__wrapped__()
+    return str(error.value)
+
+
+def test_the_reason_is_told_where_they_are_missing(monkeypatch, tmp_path):
+    assert "not built" in unavailable(monkeypatch, tmp_path)
+
+
+def test_the_reason_is_told_where_they_do_not_load(monkeypatch, tmp_path):
+    for name in native.LIBRARIES.values():
+        (tmp_path / f"{name}.so").write_bytes(b"not a library")
+    assert "not loadable" in unavailable(monkeypatch, tmp_path)
+
+
+def test_the_reason_is_told_on_another_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert "DEFAULT" in unavailable(monkeypatch, tmp_path)
+
+
+def test_they_can_be_switched_off(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXFT_NATIVE", "0")
+    assert "MIXFT_NATIVE" in unavailable(monkeypatch, tmp_path)
+
+
+def test_an_installation_without_a_compiler_goes_on(tmp_path):
+    for name in ("setup.py", "pyproject.toml", "README.md", "native", "mixft", "kernels", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "temporary"]
+    environment = {**os.environ, "CC": "no-such-compiler"}
+    built = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert not list(tmp_path.glob("built/**/*.so"))
+
+
+@pytest.mark.usefixtures("without_interpreter")
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_the_number_of_threads_changes_no_bit(dtype, one_thread):
+    sizes = (100_003, 7, 0, 250_001)
+    grads = [torch.randn(size).to(dtype) for size in sizes]
+    grads[0][5] = torch.inf
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        buffers, found = [torch.ones(size) for size in sizes], torch.zeros(1)
+        counts = torch.zeros(len(sizes), dtype=torch.int64)
+        accumulate_gradients_(grads, buffers, torch.tensor(0.3), found, counts, False, False)
+        squares, nonfinite = gradient_statistics(grads)
+        assert counts.tolist() == nonfinite.tolist() == [1, 0, 0, 0]
+        results.append([*buffers, squares])
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
