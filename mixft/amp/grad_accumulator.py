@@ -12,6 +12,7 @@ from mixft.ops.accumulate import add_
 from mixft.ops.validation import FLOATS
 
 from .loss_scaler import LossScaler
+from .main_grads import MainGrads
 from .overflow import Counts
 
 
@@ -34,6 +35,11 @@ class GradAccumulator:
     step, and the scaler's report says where. Every micro-batch is unscaled by the scale of its own time, so a scale
     that changes between two of them does no harm. Nothing waits for the device.
 
+    A parameter that has a ``main_grad`` by then, an FP32 tensor of its shape, has it for its buffer, set to zero; so a
+    ``mixft.nn.Linear(fuse_wgrad_accumulation=True)`` adds to the sum in the product of its backward, unrounded. Such a
+    sum is unscaled and checked once, when the step or :meth:`gradients` asks for it, and an overflow is counted once
+    however many micro-batches had it.
+
     Costs 4 bytes a parameter. Gradients are not divided by the number of micro-batches.
 
     Args:
@@ -42,13 +48,13 @@ class GradAccumulator:
         scaler: the LossScaler that scales the losses and steps the optimizer; None for losses that are not scaled.
 
     Attributes:
-        buffers: FP32 tensors, one a parameter, in order and laid out alike. A buffer holds a sum where its parameter
-            has had a gradient since the last step (see :meth:`gradients`), else what is left of an earlier one.
         scaler: as given.
 
     Raises:
-        TypeError: ``scaler`` is no LossScaler, or a parameter is not a dense FP16, BF16 or FP32 tensor.
-        ValueError: there are no parameters, or the optimizer has an accumulator already.
+        TypeError: ``scaler`` is no LossScaler, a parameter is not a dense FP16, BF16 or FP32 tensor, or its
+            ``main_grad`` not FP32.
+        ValueError: there are no parameters, the optimizer has an accumulator already, or a ``main_grad`` has gaps or
+            another shape or device than its parameter.
     """
 
     def __init__(
@@ -60,7 +66,8 @@ class GradAccumulator:
                 f"are unscaled, or None"
             )
         self.scaler = scaler
-        self.buffers: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+        self._main_grads = MainGrads()
         self._params: list[Tensor] = []
         self._optimizer = optimizer_or_params if isinstance(optimizer_or_params, torch.optim.Optimizer) else None
         if self._optimizer is None:
@@ -75,6 +82,8 @@ class GradAccumulator:
         self._keeps_gradients = False
         self._lends_finding = False
         self.reset()
+        if scaler is not None:
+            scaler.scaled_sums.add(self._main_grads)
         self._hooks = []
         if self._optimizer is not None:
             self._hooks = [
@@ -82,6 +91,17 @@ class GradAccumulator:
                 self._optimizer.register_step_post_hook(self._after_step),
             ]
             self._optimizer.grad_accumulator = self
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """FP32 tensors, one a parameter, in order and, but for a ``main_grad``, laid out alike.
+
+        A buffer holds a sum where its parameter has had a gradient since the last step (see :meth:`gradients`), else
+        what is left of an earlier one. Read it after the last :meth:`accumulate` of a step: a ``main_grad`` holds the
+        loss scale until then.
+        """
+        self._settle()
+        return list(self._buffers)
 
     @torch.no_grad()
     def accumulate(self, set_to_none: bool = True) -> None:
@@ -94,12 +114,16 @@ class GradAccumulator:
         Raises:
             TypeError: a gradient is sparse, or of a dtype that is not served; no buffer is changed.
             ValueError: a parameter has moved to another device since the accumulator was made; no buffer is changed.
+            RuntimeError: a ``main_grad`` was set or replaced since the accumulator was made; no buffer is changed. Or a
+                backward has added to one since its sum was read.
             AssertionError: the scaler has scaled no loss.
         """
         if self._optimizer is not None:
             self._extend(_parameters(self._optimizer)[len(self._params) :])
+        inv_scale = None if self.scaler is None else self.scaler.inverse_scale()
+        self._main_grads.check(self._params, inv_scale is not None)
         work: dict[tuple[torch.device, bool], list[int]] = defaultdict(list)
-        for position, (param, buffer) in enumerate(zip(self._params, self.buffers, strict=True)):
+        for position, (param, buffer) in enumerate(zip(self._params, self._buffers, strict=True)):
             grad = param.grad
             if grad is None:
                 continue
@@ -113,8 +137,8 @@ class GradAccumulator:
                     f"the gradient of parameter {position} is on {grad.device} and its buffer on {buffer.device}; make "
                     f"the GradAccumulator after moving the model"
                 )
-            work[grad.device, position not in self._summed].append(position)
-        inv_scale = None if self.scaler is None else self.scaler.inverse_scale()
+            if position not in self._main_grads:
+                work[grad.device, position not in self._summed].append(position)
         for (device, is_first), positions in work.items():
             found_inf = self._found_inf.get(device)
             if found_inf is None:
@@ -125,26 +149,30 @@ class GradAccumulator:
                 self._counts[(device, *positions)] = counts
             add_(
                 [self._params[position].grad for position in positions],
-                [self.buffers[position] for position in positions],
+                [self._buffers[position] for position in positions],
                 None if inv_scale is None else inv_scale.to(device, non_blocking=True),
                 found_inf,
                 counts,
                 overwrite=is_first,
                 clear=not set_to_none,
             )
+        self._main_grads.collect(self._params, clear=not set_to_none)
         self._keeps_gradients = not set_to_none
         for positions in work.values():
             self._summed.update(positions)
-            if set_to_none:
-                for position in positions:
-                    self._params[position].grad = None
+        if set_to_none:
+            for param in self._params:
+                param.grad = None
 
     def gradients(self) -> dict[Tensor, Tensor]:
-        """The buffer of every parameter that has had a gradient since the last step."""
-        return {self._params[position]: self.buffers[position] for position in sorted(self._summed)}
+        """The buffer of every parameter that has had a gradient since the last step; see :attr:`buffers`."""
+        self._settle()
+        summed = sorted(self._summed | self._main_grads.summed)
+        return {self._params[position]: self._buffers[position] for position in summed}
 
     def found_inf_per_device(self) -> dict[torch.device, Tensor]:
         """0-d FP32 on each device of the parameters: 1 where a micro-batch since the last step held a NaN or Inf."""
+        self._settle()
         return dict(self._found_inf)
 
     def counts(self) -> list[Counts]:
@@ -152,13 +180,20 @@ class GradAccumulator:
 
         A parameter may be in several pairs; its counts then add up.
         """
-        return [([self._params[at] for at in positions], count) for (_, *positions), count in self._counts.items()]
+        self._settle()
+        counts = [([self._params[at] for at in positions], count) for (_, *positions), count in self._counts.items()]
+        return counts + self._main_grads.counts(self._params)
 
     def reset(self) -> None:
         """Begin a new sum; a step of the optimizer, taken or skipped, does it."""
         self._summed: set[int] = set()
         self._found_inf: dict[torch.device, Tensor] = {}
         self._counts: dict[tuple, Tensor] = {}
+        self._main_grads.reset()
+
+    def _settle(self) -> None:
+        if self._main_grads.summed:
+            self._main_grads.settle(None if self.scaler is None else self.scaler.inverse_scale(), self._found_inf)
 
     def remove(self) -> None:
         """Let the optimizer step with the gradients themselves again."""
@@ -175,14 +210,19 @@ class GradAccumulator:
                     f"parameter {position} is a {param.layout} tensor of {param.dtype}; GradAccumulator takes dense "
                     f"float32, float16 and bfloat16 parameters"
                 )
+        for position, param in enumerate(params, start=len(self._params)):
+            buffer = self._main_grads.adopt(position, param)
+            if buffer is None:
+                buffer = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+            self._buffers.append(buffer)
         self._params += params
-        self.buffers += [torch.zeros_like(param, dtype=torch.float32, requires_grad=False) for param in params]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if any(map(callable, (*args[1:], *kwargs.values()))):
             raise RuntimeError("a closure cannot be used with a GradAccumulator: its gradients would not be added up")
         # After a launch that cleared in place, gradients that are there may be the zeros that it left.
         missed = 0 if self._keeps_gradients else sum(param.grad is not None for param in self._params)
+        missed += len(self._main_grads.unseen())
         if missed:
             raise RuntimeError(
                 f"{missed} parameters have a gradient that was not added to its buffer; call accumulate() after each "

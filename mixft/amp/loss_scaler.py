@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import OptState
 
 from .floor_watch import FloorWatch
 from .gradients import find_overflows, has_gradient, unscale_gradients
+from .main_grads import MainGrads, rescaled_with
 from .overflow import OverflowRing, OverflowStep, merge
 from .scale_rule import Counters, ScaleRule
 
@@ -104,6 +105,7 @@ class LossScaler(torch.amp.GradScaler):
         self._floor_watch = FloorWatch(patience, self._rule.min_scale)
         self._counters = Counters.fresh(hysteresis)
         self._rings: WeakKeyDictionary[torch.optim.Optimizer, OverflowRing] = WeakKeyDictionary()
+        self.scaled_sums: WeakSet[MainGrads] = WeakSet()
         self._loaded_history: list[OverflowStep] = []
 
     @property
@@ -177,6 +179,13 @@ class LossScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         self._check_scale_growth_tracker("update")
+        with rescaled_with(self):
+            self._update_scale(new_scale)
+        self._counters["iteration"].add_(1)
+        if self._dynamic:
+            self._floor_watch.look(self._counters["floor_steps"], list(self._rings.values()))
+
+    def _update_scale(self, new_scale: float | Tensor | None) -> None:
         if new_scale is not None:
             if isinstance(new_scale, int):
                 new_scale = float(new_scale)
@@ -199,9 +208,6 @@ class LossScaler(torch.amp.GradScaler):
                     self._growth_interval,
                 )
             self._per_optimizer_states.clear()
-        self._counters["iteration"].add_(1)
-        if self._dynamic:
-            self._floor_watch.look(self._counters["floor_steps"], list(self._rings.values()))
 
     def inverse_scale(self) -> Tensor | None:
         """1 / scale, 0-d FP32 on the scale's device, without waiting for it; None where the scaler is not enabled.
@@ -253,7 +259,8 @@ class LossScaler(torch.amp.GradScaler):
         if state_dict:
             scale = min(max(state_dict["scale"], own["min_scale"]), own["max_scale"])
             state_dict = state_dict | {"scale": scale}
-        super().load_state_dict(state_dict)
+        with rescaled_with(self):
+            super().load_state_dict(state_dict)
         self._dynamic, self._patience = own.pop("dynamic"), own.pop("patience")
         self._rule = ScaleRule(**own)
         self._floor_watch = FloorWatch(self._patience, self._rule.min_scale)
@@ -267,10 +274,11 @@ class LossScaler(torch.amp.GradScaler):
             "_counters": Counters(self._counters.values()),
             "_loaded_history": self.overflow_history(),
             "_rings": None,
+            "scaled_sums": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_rings": WeakKeyDictionary()})
+        super().__setstate__(state | {"_rings": WeakKeyDictionary(), "scaled_sums": WeakSet()})
 
     def _options(self) -> dict[str, Any]:
         return {"dynamic": self._dynamic, "patience": self._patience} | asdict(self._rule)

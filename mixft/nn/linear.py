@@ -45,9 +45,9 @@ class Linear(torch.nn.Linear):
         dtype: dtype of the parameters: FP16, BF16 or FP32.
         fuse_wgrad_accumulation: add the weight's gradient to ``weight.main_grad``, an FP32 tensor of the weight's shape
             that the caller makes, and leave ``weight.grad`` None: the product of each backward adds to it in its own
-            pass, unrounded. The names are those of Megatron-LM and Transformer Engine. A step with it is
-            ``weight.grad = weight.main_grad`` for an FP32 weight, and for any weight ``optimizer.main_grads =
-            {weight: weight.main_grad, ...}`` of a mixft optimizer.
+            pass, unrounded. The names are those of Megatron-LM and Transformer Engine. A ``mixft.amp.GradAccumulator``
+            made afterwards takes it for the weight's buffer, unscales and checks it and steps with it; by hand a step
+            is ``optimizer.main_grads = {weight: weight.main_grad, ...}`` of a mixft optimizer.
 
     Raises:
         ValueError: an unknown activation, an input whose last dimension is not ``in_features``, or a weight that lacks

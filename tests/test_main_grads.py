@@ -1,0 +1,266 @@
+"""GradAccumulator with layers that add to main_grad in their backward: the same sums, skips and reports."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import error
+from torch.nn.functional import linear
+
+import mixft.optim
+from mixft.amp import GradAccumulator, LossScaler
+from mixft.nn import Linear
+
+INF = float("inf")
+BATCHES = 4
+
+
+class Network(torch.nn.Module):
+    """Two layers that add to main_grad, one of them with a transposed buffer, and one that does not."""
+
+    def __init__(self, device, dtype=torch.float16):
+        super().__init__()
+        self.first = Linear(17, 20, activation="relu", device=device, dtype=dtype, fuse_wgrad_accumulation=True)
+        self.second = Linear(20, 33, False, device=device, dtype=dtype, fuse_wgrad_accumulation=True)
+        self.third = torch.nn.Linear(33, 3, device=device, dtype=dtype)
+        self.first.weight.main_grad = torch.full((20, 17), INF, device=device)
+        self.second.weight.main_grad = torch.ones(20, 33, device=device).t()
+
+    def forward(self, x):
+        return self.third(self.second(self.first(x)))
+
+
+def inputs(device, dtype=torch.float16, count=BATCHES):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(6, 17, generator=generator).to(device, dtype) for _ in range(count)]
+
+
+def exact_gradients(network, batches):
+    """Sums over the batches in FP64."""
+    params = [param.detach().double().requires_grad_() for param in network.parameters()]
+    first, bias, second, third, third_bias = params
+    loss = sum(linear(linear(linear(x.double(), first, bias).relu(), second), third, third_bias).sum() for x in batches)
+    return torch.autograd.grad(loss, params)
+
+
+def snapshot(optimizer):
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    return [tensor.detach().clone() for tensor in (*params, *state)]
+
+
+MAKERS = {
+    "mixft": lambda network: mixft.optim.AdamW(network.named_parameters(), lr=0.01),
+    "mixft, clipped": lambda network: mixft.optim.AdamW(network.named_parameters(), lr=0.01, max_grad_norm=0.5),
+    "torch": lambda network: torch.optim.AdamW(network.named_parameters(), lr=0.01, eps=1e-4),
+}
+every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_sums_are_those_in_fp64_whatever_becomes_of_the_scale(native_device, dtype):
+    """The scale changes between micro-batches, once to a number that is no power of two, once by loading."""
+    network, batches = Network(native_device, dtype), inputs(native_device, dtype)
+    truth = exact_gradients(network, batches)
+    scaler = LossScaler(8.0, device=native_device.type)
+    accumulator = GradAccumulator(network.parameters(), scaler)
+    assert accumulator.buffers[0] is network.first.weight.main_grad
+    changes = [
+        lambda: scaler.update(96.0),
+        lambda: scaler.load_state_dict(scaler.state_dict() | {"scale": 4.0}),
+        lambda: scaler.update(1024.0),
+        lambda: None,
+    ]
+    for x, change in zip(batches, changes, strict=True):
+        scaler.scale(network(x).sum()).backward()
+        accumulator.accumulate()
+        assert all(param.grad is None for param in network.parameters())
+        change()
+    budget = 5e-3 if dtype == torch.float16 else 1e-6
+    for buffer, exact in zip(accumulator.buffers, truth, strict=True):
+        assert error(buffer, exact) < budget * exact.abs().max().item()
+    assert list(accumulator.gradients()) == list(network.parameters())
+    accumulator.reset()
+    assert not network.first.weight.main_grad.any()
+    assert accumulator.gradients() == {}
+
+
+@every_optimizer
+def test_steps_are_those_of_a_network_that_does_not_fuse(native_device, make):
+    networks = [Network(native_device, torch.float32) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    for layer in (networks[1].first, networks[1].second):
+        layer.fuse_wgrad_accumulation = False
+        del layer.weight.main_grad
+    optimizers = list(map(make, networks))
+    scalers = [LossScaler(64.0, growth_interval=2, device=native_device.type) for _ in networks]
+    accumulators = list(map(GradAccumulator, optimizers, scalers))
+    for _ in range(3):
+        for network, optimizer, scaler, accumulator in zip(networks, optimizers, scalers, accumulators, strict=True):
+            for x in inputs(native_device, torch.float32):
+                scaler.scale(network(x).square().mean()).backward()
+                accumulator.accumulate()
+            scaler.step(optimizer)
+            scaler.update()
+    for ours, theirs in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert [scaler.overflow_steps for scaler in scalers] == [0, 0]
+    assert scalers[0].get_scale() == 128
+
+
+@pytest.mark.parametrize("spoilt_batch", range(BATCHES))
+@every_optimizer
+def test_an_overflow_skips_the_step_exactly_and_is_named(native_device, make, spoilt_batch):
+    network = Network(native_device)
+    optimizer = make(network)
+    scaler = LossScaler(8.0, device=native_device.type)
+    accumulator = GradAccumulator(optimizer, scaler)
+
+    def iterate(spoilt):
+        for number, x in enumerate(inputs(native_device)):
+            scaler.scale(network(x).square().mean()).backward()
+            if number == spoilt:
+                network.second.weight.main_grad[4, 2:5] = INF
+            accumulator.accumulate()
+        scaler.step(optimizer)
+        scaler.update()
+
+    iterate(None)
+    before = snapshot(optimizer)
+    iterate(spoilt_batch)
+    assert all(map(torch.equal, snapshot(optimizer), before))
+    assert (scaler.get_scale(), scaler.overflow_steps) == (4.0, 1)
+    assert scaler.overflow_report() == [("second.weight", 3)]
+    iterate(None)
+    assert not torch.equal(network.second.weight, before[2])
+    assert all(tensor.isfinite().all() for tensor in snapshot(optimizer))
+    assert scaler.overflow_steps == 1
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_layer_without_a_gradient_is_not_stepped(native_device, scaled):
+    network = Network(native_device, torch.float32)
+    optimizer = mixft.optim.AdamW(network.parameters(), lr=0.01)
+    scaler = LossScaler(8.0, enabled=scaled, device=native_device.type)
+    GradAccumulator(optimizer, scaler)
+    before = [param.detach().clone() for param in network.parameters()]
+    hidden = torch.ones(5, 20, device=native_device)
+    for _ in range(2):
+        scaler.scale(network.third(network.second(hidden)).sum()).backward()
+        optimizer.grad_accumulator.accumulate()
+    scaler.step(optimizer)
+    moved = [not torch.equal(param, kept) for param, kept in zip(network.parameters(), before, strict=True)]
+    assert moved == [False, False, True, True, True]
+
+
+def test_without_a_scaler_an_overflow_skips_and_sums_may_be_read_at_any_time(native_device):
+    network = Network(native_device, torch.float32)
+    optimizer = mixft.optim.SGD(network.parameters(), lr=1.0)
+    accumulator = GradAccumulator(optimizer)
+    batches = inputs(native_device, torch.float32)
+    truth = exact_gradients(network, batches)
+    for x in batches:
+        network(x).sum().backward()
+        accumulator.accumulate()
+        assert len(accumulator.gradients()) == len(accumulator.buffers)
+    assert error(accumulator.buffers[2], truth[2]) < 1e-5 * truth[2].abs().max().item()
+    network.first.weight.main_grad[0, 0] = INF
+    accumulator.accumulate()
+    assert accumulator.gradients()[network.first.weight].isinf().sum() == 1
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert optimizer.last_found_inf.item() == 1
+    assert all(map(torch.equal, snapshot(optimizer), before))
+
+
+def test_a_weight_that_another_layer_uses_too(native_device):
+    """The embedding's part comes as .grad, the layer's in main_grad."""
+    layer = Linear(8, 12, False, device=native_device, fuse_wgrad_accumulation=True)
+    layer.weight.main_grad = torch.zeros(12, 8, device=native_device)
+    optimizer = mixft.optim.SGD(layer.parameters(), lr=1.0)
+    scaler = LossScaler(32.0, device=native_device.type)
+    accumulator = GradAccumulator(optimizer, scaler)
+    twin = layer.weight.detach().double().requires_grad_()
+    tokens = torch.tensor([3, 3, 11], device=native_device)
+    for clear in (True, False):
+        scaler.scale(layer(layer.weight[tokens].detach()).sum() + layer.weight[tokens].sum()).backward()
+        ((twin[tokens].detach() @ twin.t()).sum() + twin[tokens].sum()).backward()
+        accumulator.accumulate(set_to_none=clear)
+        assert layer.weight.grad is None if clear else not layer.weight.grad.any()
+    assert error(accumulator.buffers[0], twin.grad) < 1e-5
+    assert list(accumulator.gradients()) == [layer.weight]
+
+
+def test_a_group_that_is_added_later(native_device):
+    network = Network(native_device, torch.float32)
+    optimizer = mixft.optim.SGD(network.first.parameters(), lr=1.0)
+    accumulator = GradAccumulator(optimizer)
+    optimizer.add_param_group({"params": [*network.second.parameters(), *network.third.parameters()]})
+    network.second.weight.main_grad.zero_()
+    batches = inputs(native_device, torch.float32, 2)
+    truth = exact_gradients(network, batches)
+    for x in batches:
+        network(x).sum().backward()
+        accumulator.accumulate()
+    for buffer, exact in zip(accumulator.buffers, truth, strict=True):
+        assert error(buffer, exact) < 1e-5 * exact.abs().max().item()
+
+
+def test_compiled_backwards_are_seen(native_device):
+    network = Network(native_device, torch.float32)
+    accumulator = GradAccumulator(network.parameters())
+    batches = inputs(native_device, torch.float32, 2)
+    truth = exact_gradients(network, batches)
+    torch.compiler.reset()
+    compiled = torch.compile(network, backend="aot_eager")
+    for x in batches:
+        compiled(x).sum().backward()
+        accumulator.accumulate()
+    gradients = accumulator.gradients()
+    for param, exact in zip(network.parameters(), truth, strict=True):
+        assert error(gradients[param], exact) < 1e-5 * exact.abs().max().item()
+
+
+def test_a_scaler_is_copied_and_pickled_without_the_sums(native_device):
+    network = Network(native_device, torch.float32)
+    scaler = LossScaler(8.0, device=native_device.type)
+    accumulator = GradAccumulator(network.parameters(), scaler)
+    scaler.scale(network(inputs(native_device, torch.float32)[0]).sum()).backward()
+    accumulator.accumulate()
+    kept = network.first.weight.main_grad.clone()
+    for other in (copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))):
+        other.scale(torch.ones((), device=native_device))
+        other.update(64.0)
+    assert torch.equal(network.first.weight.main_grad, kept)
+    scaler.update(16.0)
+    assert torch.equal(network.first.weight.main_grad, 2 * kept)
+
+
+def test_refused(native_device):
+    network, x = Network(native_device, torch.float32), inputs(native_device, torch.float32)[0]
+    optimizer = mixft.optim.SGD(network.parameters(), lr=1.0)
+    scaler = LossScaler(8.0, device=native_device.type)
+    accumulator = GradAccumulator(optimizer, scaler)
+    scaler.scale(network(x).sum()).backward()
+    for param in network.third.parameters():
+        param.grad = None
+    with pytest.raises(RuntimeError, match=r"3 parameters have a gradient that was not added"):
+        optimizer.step()
+    accumulator.accumulate()
+    assert accumulator.buffers[0].any()
+    scaler.scale(network(x).sum()).backward()
+    with pytest.raises(RuntimeError, match="main_grad of parameter 0 after the loss scale was taken out"):
+        accumulator.accumulate()
+    accumulator.reset()
+    network.second.weight.main_grad = torch.zeros(33, 20, device=native_device)
+    with pytest.raises(RuntimeError, match="main_grad of parameter 2 was set or replaced after"):
+        accumulator.accumulate()
+    accumulator.remove()
+    network.second.weight.main_grad = torch.zeros(33, 20, device=native_device).half()
+    with pytest.raises(TypeError, match=r"main_grad of parameter 2 is torch.float16 \(33, 20\) on .*; it must be"):
+        GradAccumulator(optimizer)
+    for unfit in (torch.zeros(20, 33), torch.zeros(33, 40)[:, ::2]):
+        network.second.weight.main_grad = unfit.to(native_device)
+        with pytest.raises(ValueError, match=r"it must be \(33, 20\) on .*, as the parameter is, and have no gaps"):
+            GradAccumulator(optimizer)
