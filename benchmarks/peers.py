@@ -22,6 +22,7 @@ PEERS = {
     "liger-kernel": "liger_kernel",
     "gemlite": "gemlite",
     "flashoptim": "flashoptim",
+    "peft": "peft",
 }
 
 

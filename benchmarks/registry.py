@@ -3,9 +3,9 @@
 import torch
 
 from .case import Case
-from .cases import gradients, inference_step, int8, linear, optimizer_step, quantizers, training_step
+from .cases import gradients, inference_step, int8, linear, lora_step, optimizer_step, quantizers, training_step
 
-MODULES = (linear, int8, quantizers, gradients, optimizer_step, training_step, inference_step)
+MODULES = (linear, int8, quantizers, gradients, optimizer_step, training_step, lora_step, inference_step)
 CASES: tuple[Case, ...] = tuple(case for module in MODULES for case in module.CASES)
 
 

@@ -58,33 +58,53 @@ class Recipe:
         return loss.detach()
 
 
+MakeRecipe = Callable[[nn.Module], Recipe]
+
+
 def training_step(shape: Shape, precision: str, **options) -> Case:
     """mixft's recipe ``precision``, "int8" or "fp16", against plain torch, torch's AMP and other packages."""
     recipes = {"mixft": {"int8": _int8, "fp16": _fp16}[precision], **PEERS}
     if shape.kind == "llama":
         recipes["liger-kernel"] = _liger
-    return _case("training_step", shape, precision, recipes, memory=True, **options)
+    return step_case("training_step", shape, precision, recipes, exact=_plain, memory=True, **options)
 
 
 def loss_scaling(shape: Shape) -> Case:
     """What scaling the loss costs: the FP16 step with mixft's scaler, with torch's and with none."""
     recipes = {"mixft": _fp16, "torch GradScaler": _fp16_torch_scaler, "no scaler": _fp16_unscaled}
-    return _case("loss_scaling", shape, "fp16", recipes, reason_if_slower="no scaler checks nothing and counts nothing")
+    reason = "no scaler checks nothing and counts nothing"
+    return step_case("loss_scaling", shape, "fp16", recipes, exact=_plain, reason_if_slower=reason)
 
 
-def _case(
-    family: str, shape: Shape, precision: str, recipes: dict[str, Callable[[nn.Module], Recipe]], **options
+def step_case(
+    family: str,
+    shape: Shape,
+    precision: str,
+    recipes: dict[str, MakeRecipe],
+    *,
+    exact: MakeRecipe,
+    trains_all: bool = True,
+    **options,
 ) -> Case:
+    """The steps of ``recipes``, the first of them mixft's, whose losses are held to those of ``exact`` in FP64.
+
+    Args:
+        precision: of mixft's products.
+        trains_all: False where the weights are frozen under adapters, whose own work is next to nothing.
+        options: of Case.
+    """
+    # Every weight read in the forward and in the backward, and the optimizer's step.
+    traffic = shape.parameters * (2 * 4 + 32) if trains_all else 2 * shape.linear_parameters
     return Case(
         f"{family}/{shape.kind}-{shape.layers}-layers-{precision}",
         inputs=shape.inputs(labels=True),
-        exact=lambda inputs: _provider(_plain)((copy.deepcopy(inputs[0]).double(), inputs[1])).checked_result(),
+        exact=lambda inputs: _provider(exact)((copy.deepcopy(inputs[0]).double(), inputs[1])).checked_result(),
         providers={name: _provider(recipe) for name, recipe in recipes.items()},
         # Of the loss. Two updates lower it by more than that.
         bound=0.05,
-        # Every weight read in the forward and in the backward, and the optimizer's step.
-        bytes=shape.parameters * (2 * 4 + 32),
-        operations=3 * shape.operations,
+        bytes=traffic,
+        # Of a frozen weight there is no gradient.
+        operations=(3 if trains_all else 2) * shape.operations,
         rate=precision,
         tokens=shape.tokens,
         devices=shape.devices,
@@ -92,7 +112,7 @@ def _case(
     )
 
 
-def _provider(recipe: Callable[[nn.Module], Recipe]) -> Provider:
+def _provider(recipe: MakeRecipe) -> Provider:
     def prepare(inputs: Inputs) -> Call:
         model, batch = inputs
         trainer = recipe(copy.deepcopy(model).train())

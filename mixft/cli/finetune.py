@@ -15,6 +15,7 @@ from mixft.cli import dataset, model_folder
 from mixft.cli.errors import InputError
 from mixft.cli.job import Job, Recipe
 from mixft.cli.tasks import TASKS, read_data
+from mixft.cli.tokens import check_tokens
 
 DEFAULT_LENGTH = 64
 
@@ -90,7 +91,8 @@ def finetune(
     text_column, label_column = _columns(task, text_column, label_column)
     data = read_data(task, train, eval, text_column, label_column)
     source = model_folder.find_model(model)
-    max_length = _max_length(source, max_length, task)
+    tokenizer = model_folder.load_tokenizer(source)
+    max_length = _max_length(source, tokenizer, max_length, task)
 
     # Here, so that --help and a refused file do not wait for torch and matplotlib.
     from mixft.cli import runs
@@ -125,10 +127,13 @@ def finetune(
         lora_alpha=_lora_alpha(lora, lora_alpha),
         device=choose_device(device),
     )
+    trained = TASKS[task](recipe, data)
+    for file, texts in trained.texts().items():
+        check_tokens(tokenizer, file, texts, trained.special_tokens)
     jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
     inputs = [source, *(Path(file) for file in (train, eval) if file not in (None, dataset.MOVIE_REVIEWS))]
     with claim(output, [Path(job.output).name for job in jobs], inputs, overwrite) as old_runs:
-        code = runs.run_all(jobs, TASKS[task](recipe, data), output, old_runs)
+        code = runs.run_all(jobs, trained, output, old_runs)
     raise typer.Exit(code)
 
 
@@ -213,9 +218,9 @@ def _lora_alpha(rank: int | None, given: float | None) -> float | None:
     return given if given is not None or rank is None else 2.0 * rank
 
 
-def _max_length(source: Path, given: int | None, task: str) -> int:
-    """Tokens after which a text is cut; reading the model's limit also shows that tokenizer and configuration load."""
-    tokenizer, config = model_folder.load_tokenizer(source), model_folder.load_config(source, task)
+def _max_length(source: Path, tokenizer, given: int | None, task: str) -> int:
+    """Tokens after which a text is cut; reading the model's limit also shows that its configuration loads."""
+    config = model_folder.load_config(source, task)
     if task == "causal-lm" and tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer in {source} has no end token; set eos_token and save it again")
     longest = model_folder.longest_input(tokenizer, config)

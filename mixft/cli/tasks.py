@@ -9,7 +9,6 @@ from pathlib import Path
 from mixft.cli import model_folder
 from mixft.cli.dataset import Dataset, load_dataset
 from mixft.cli.documents import Documents, load_documents
-from mixft.cli.errors import InputError
 from mixft.cli.job import Recipe
 
 EVAL_BATCH = 64  # texts
@@ -25,6 +24,7 @@ class Classification:
     """
 
     metric = "eval_accuracy"
+    special_tokens = True
 
     def __init__(self, recipe: Recipe, data: Dataset):
         self.recipe = recipe
@@ -34,6 +34,11 @@ class Classification:
         """What the report says of the data."""
         fitted, held = self.data.split(seed)
         return {"labels": self.data.labels, "train_examples": len(fitted), "eval_examples": len(held)}
+
+    def texts(self) -> dict[str, list[str]]:
+        """All texts, by the file that they are from."""
+        held = self.data.evaluation
+        return {self.recipe.train: self.data.examples.texts} | ({self.recipe.eval: held.texts} if held else {})
 
     def load_model(self, folder: Path):
         """The model to train."""
@@ -64,6 +69,7 @@ class CausalLM:
     """
 
     metric = "eval_perplexity"
+    special_tokens = False
 
     def __init__(self, recipe: Recipe, data: Documents):
         self.recipe = recipe
@@ -74,27 +80,25 @@ class CausalLM:
         fitted, held = self.data.split(seed)
         return {"train_documents": len(fitted), "eval_documents": len(held)}
 
+    def texts(self) -> dict[str, list[str]]:
+        """All texts, by the file that they are from."""
+        held = self.data.evaluation
+        return {self.recipe.train: self.data.texts} | ({self.recipe.eval: held} if held else {})
+
     def load_model(self, folder: Path):
         """The model to train."""
         return model_folder.load_causal_lm(folder)
 
     def batches(self, tokenizer, seed: int):
-        """Batches to train on and batches to evaluate on.
-
-        Raises:
-            InputError: a part of the data has no second token, which could be predicted.
-        """
+        """Batches to train on and batches to evaluate on; a document of one token has its end token to predict."""
         from mixft.cli.batching import Blocks
 
         fitted, held = self.data.split(seed)
         length = self.recipe.max_length
-        parts = (
+        return (
             Blocks(tokenizer, fitted, length, self.recipe.batch_size),
             Blocks(tokenizer, held, length, max(1, EVAL_TOKENS // length)),
         )
-        if not all(len(part) for part in parts):
-            raise InputError(f"{self.recipe.train} holds too little text to train on and to hold out")
-        return parts
 
     def figure(self, loss: float, accuracy: float) -> float | None:
         """The held-out perplexity, exp of the mean loss over all tokens but the first of each block; None where it is
