@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from conftest import SERVERS
 
+from mixft.cpu import native
 from mixft.cpu.quantize import quantize as cpu_quantize
 from mixft.cpu.quantize import rounding_noise
 from mixft.kernels.quantize import QuantizeConfig
@@ -247,7 +249,54 @@ def test_stochastic_rounding_keeps_representable_values(device):
     assert torch.equal(values - zero_point, whole.int())
 
 
-def test_noise_of_the_cpu_routine_stays_within_a_half():
+def philox_words(counter, group, seed):
+    """Four random words of Philox 4x32 of seven rounds, in Python's integers."""
+    a, b, c, d = counter, group % 2**32, group >> 32, 0
+    first_key, second_key = seed % 2**32, seed >> 32
+    for _ in range(7):
+        even, odd = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (odd >> 32) ^ b ^ first_key, odd % 2**32, (even >> 32) ^ d ^ second_key, even % 2**32
+        first_key, second_key = (first_key + 0x9E3779B9) % 2**32, (second_key + 0xBB67AE85) % 2**32
+    return a, b, c, d
+
+
+def noise_of(group, position, seed):
+    a, b, c, d = philox_words(position // 8, group, seed)
+    word = (a, c, b, d)[position % 4]
+    bits = word >> 16 if position % 8 > 3 else word % 2**16
+    return (bits | 1) / 2**16 - 0.5
+
+
+# Without compiled routines the CPU draws other numbers.
+@pytest.mark.parametrize(
+    "device",
+    [server for server in SERVERS if server != "torch" and (server != "cpu" or native.available())],
+    indirect=True,
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 21, 1), (2, 19, 3), (1, 17, 18)])
+def test_the_random_numbers_are_those_documented(device, shape, symmetric):
+    outer, n, inner = shape
+    seed = 0x123456789ABCDEF
+    x = torch.randn(shape, device=device)
+    values, scale, zero_point = _quantize(x, symmetric, torch.tensor(seed, device=device))
+    quotient = x.double() / scale + (0 if symmetric else zero_point)
+    quotient = quotient.clamp(-127 if symmetric else -128, 127).cpu()
+    noise = [[[noise_of(o * inner + i, j, seed) for i in range(inner)] for j in range(n)] for o in range(outer)]
+    shifted = quotient + torch.tensor(noise, dtype=torch.float64)
+    assert ((values.cpu() - shifted).abs() <= 0.5 + QUOTIENT_ERROR).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 140001, 1), (3, 40001, 1), (1, 4101, 33)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_number_of_threads_changes_nothing(without_interpreter, one_thread, shape, symmetric):
+    x, seed = torch.randn(shape) + 1, torch.tensor(3)
+    expected = _quantize(x, symmetric, seed)
+    torch.set_num_threads(2)
+    assert all(map(torch.equal, _quantize(x, symmetric, seed), expected))
+
+
+def test_noise_of_torchs_operators_stays_within_a_half():
     # In units of 2^-16. A million draws of 16 bits meet each number about 16 times, so a whole half would be met too.
     noise = rounding_noise(torch.Size([1000, 1003]), torch.Generator().manual_seed(1))
     assert noise.min() == -32767

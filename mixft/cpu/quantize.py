@@ -1,18 +1,22 @@
-"""int8 quantization on the CPU in as few passes over memory as torch's own operators allow.
+"""int8 quantization on the CPU: one pass over memory by the compiled routine, or as few as torch's operators allow.
 
-The formulas, and the meaning of the arguments, are those of ``mixft.kernels.quantize``. Rounding and the conversion
-to int8 are one addition and one narrowing copy: 1.5 * 2^23 + y is rounded at the unit, ties to even, and the low byte
-of that FP32 number is round(y) as int8.
+The formulas, and the meaning of the arguments, are those of ``mixft.kernels.quantize``, and the compiled routine gives
+the same bits, those of stochastic rounding included; torch's operators round with random numbers of their own. Rounding
+and the conversion to int8 are one addition and one narrowing copy: 1.5 * 2^23 + y is rounded at the unit, ties to even,
+and the low byte of that FP32 number is round(y) as int8.
 """
 
 import functools
 import threading
 from collections.abc import Iterator
+from ctypes import c_int, c_int64, c_void_p
 from itertools import repeat
 from math import inf, isfinite
 
 import torch
 from torch import Tensor
+
+from . import native
 
 UNIT_ROUNDER = 12582912.0
 SMALLEST_SCALE = 2.0**-126
@@ -30,11 +34,30 @@ SMALL = 1 << 16
 # Lowest bit of each of the four 16-bit lanes of an int64.
 ODD_LANES = 0x0001000100010001
 
+# Bytes of a panel of columns that is read once: half of a core's second-level cache. native/rounding_noise.h has PANEL.
+CACHED = 1 << 19
+PANEL = 512
+
+# Elements that are worth a part of their own.
+PART = 1 << 14
+
+compiled_quantize = native.Routine(
+    "quantize", c_void_p, c_int, *[c_int64] * 5, *[c_void_p] * 2, *[c_int] * 3, *[c_void_p] * 3, *[c_int64] * 2,
+    *[c_void_p] * 2,
+)  # fmt: skip
+
 
 def quantize(
     x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None, propagate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize ``x`` [outer, n, inner] along ``n``; see ``mixft.kernels.quantize.quantize``."""
+    if native.available() and x.numel():
+        outer, _, inner = x.shape
+        values = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+        scale = torch.empty((outer, 1, inner), dtype=torch.float32, device="cpu")
+        zero_point = no_zero_point() if symmetric else torch.empty(scale.shape, dtype=torch.int32, device="cpu")
+        quantize_into(values, scale, zero_point, x, symmetric, seed, factor, propagate)
+        return values, scale, zero_point
     if factor is not None:
         if x.numel() > WORKSPACE and x.shape[0] * x.shape[2] > 1 and symmetric and seed is None:
             return quantize_in_parts(x, factor, propagate)
@@ -86,6 +109,61 @@ def quantize(
             y.clamp_(UNIT_ROUNDER + lowest, UNIT_ROUNDER + 127)
         target.copy_(y.view(torch.int32))
     return values, scale, zero_point
+
+
+def quantize_into(
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    x: Tensor,
+    symmetric: bool,
+    seed: Tensor | None = None,
+    factor: Tensor | None = None,
+    propagate: bool = False,
+) -> None:
+    """``quantize`` by the compiled routine; where ``values`` is uint8, its bytes are those of int8 values plus 128."""
+    outer, n, inner = x.shape
+    if x.stride(1 if inner == 1 else 2) != 1:
+        x = x.contiguous()
+    width, splits = tiling(x)
+    highs = lows = None
+    if splits > 1:
+        highs, lows = torch.empty((2, splits, outer, inner), dtype=torch.int32, device="cpu")
+    compiled_quantize(
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        outer,
+        n,
+        inner,
+        x.stride(0),
+        x.stride(1),
+        None if factor is None else factor.data_ptr(),
+        None if seed is None else seed.data_ptr(),
+        symmetric,
+        propagate,
+        values.dtype == torch.uint8,
+        values.data_ptr(),
+        scale.data_ptr(),
+        zero_point.data_ptr(),
+        width,
+        splits,
+        None if highs is None else highs.data_ptr(),
+        None if lows is None else lows.data_ptr(),
+    )
+
+
+def tiling(x: Tensor) -> tuple[int, int]:
+    """Columns of a panel, and the parts that rows or panels are split into so that every thread has some."""
+    outer, n, inner = x.shape
+    width = inner
+    if inner > 1:
+        fitting = CACHED // (n * x.itemsize) // 64 * 64
+        width = min(inner, fitting or PANEL, PANEL)
+    if x.numel() <= SMALL:
+        return width, 1
+    units = outer * -(-inner // width)
+    wanted = 4 * torch.get_num_threads()
+    return width, 1 if units >= wanted else max(1, min(-(-wanted // units), n * width // PART))
 
 
 def quantize_in_parts(x: Tensor, factor: Tensor, propagate: bool) -> tuple[Tensor, Tensor, Tensor]:

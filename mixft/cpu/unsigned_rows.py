@@ -5,7 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .quantize import SMALL, SMALLEST_SCALE, UNIT_ROUNDER, number, workspace
+from . import native
+from .quantize import SMALL, SMALLEST_SCALE, UNIT_ROUNDER, no_zero_point, number, quantize_into, workspace
 
 # The low byte of 1.5 * 2^23 + 128 + y is round(y) + 128, ties to even.
 ROUNDER = UNIT_ROUNDER + 128
@@ -16,6 +17,11 @@ def unsigned_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     A row with a NaN or Inf gets a scale that is not finite, and any bytes.
     """
+    if native.available():
+        values = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
+        scale = torch.empty((x.shape[0], 1), dtype=torch.float32, device="cpu")
+        quantize_into(values, scale, no_zero_point(), x.unsqueeze(-1), True, propagate=True)
+        return values, scale
     x = x if x.dtype == torch.float32 else _widened(x)
     high = _magnitude(x)
     inverse = number(127.0) / high

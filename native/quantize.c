@@ -1,0 +1,285 @@
+/* int8 quantization along one dimension: mixft/cpu/quantize.py; formulas in kernels/quantize.py.
+ *
+ * A unit of work is a row, or a panel of neighbouring columns. Its ranges are found, then it is rounded, from the cache
+ * where it fits. Where there are fewer units than threads have use for, each is split along n, in two sweeps.
+ */
+#include "blocks.h"
+#include "floats.h"
+#include "rounding_noise.h"
+
+/* 1.5 * 2^23: added to |y| < 2^22 it rounds y at the unit, ties to even, and the low byte is that integer. */
+#define UNIT_ROUNDER 12582912.0f
+#define SMALLEST_SCALE 0x1p-126f
+
+struct arguments {
+    const void *x; /* [outer, n, inner], without gaps along inner, or along n where inner is 1 */
+    int dtype;
+    int64_t outer, n, inner, outer_stride, n_stride;
+    const float *factor;  /* [n], or none */
+    const uint64_t *seed; /* or none: round to the nearest */
+    int symmetric, propagate;
+    float rounder; /* UNIT_ROUNDER, and 128 more for unsigned bytes around 128 */
+    uint8_t *values;
+    float *scale;
+    int32_t *zero_point;
+    int64_t width;  /* columns of a panel; 1 for rows */
+    int64_t splits; /* parts of a unit */
+    int32_t *highs; /* of each part, [splits, outer, inner], where there is more than one */
+    uint32_t *lows;
+};
+
+/* Rows, or neighbouring columns: so many groups from `group` on, their elements from `start` on. */
+struct unit {
+    int64_t group, groups, outer, column;
+};
+
+static inline struct unit unit_at(const struct arguments *to, int64_t index)
+{
+    int64_t panels = (to->inner + to->width - 1) / to->width;
+    int64_t outer = index / panels, column = index % panels * to->width, rest = to->inner - column;
+    struct unit unit = {outer * to->inner + column, rest < to->width ? rest : to->width, outer, column};
+    return unit;
+}
+
+static inline const void *source(const struct arguments *to, struct unit unit, int64_t position)
+{
+    int64_t offset = unit.outer * to->outer_stride + position * to->n_stride + unit.column;
+    return element(to->x, offset, to->dtype);
+}
+
+static inline uint8_t *target(const struct arguments *to, struct unit unit, int64_t position)
+{
+    return to->values + (unit.outer * to->n + position) * to->inner + unit.column;
+}
+
+/* `length` elements from `from` on as FP32, each times the factor of its position, in `wide` or where they are. */
+static inline const float *floats(const struct arguments *to, const void *from, int64_t position, int64_t length,
+                                  int row, float *restrict wide)
+{
+    const float *factor = to->factor;
+    if (to->dtype == FLOAT32 && !factor)
+        return from;
+    load_floats(wide, from, length, to->dtype);
+    if (factor)
+        for (int64_t i = 0; i < length; i++)
+            wide[i] *= factor[position + (row ? i : 0)];
+    return wide;
+}
+
+/* What of an element's bits counts for the range: the magnitude where symmetric, zero where not finite. */
+static inline __attribute__((always_inline)) uint32_t counted(float value, int symmetric, int propagate)
+{
+    uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu;
+    uint32_t kept = symmetric ? magnitude : bits;
+    return propagate ? kept : kept & -(uint32_t)(magnitude < INFINITY_BITS);
+}
+
+/* Of floats as signed integers the largest is the largest; as unsigned ones, it is the most negative, if any is. */
+static inline __attribute__((always_inline)) void widen_range(int32_t *high, uint32_t *low, const float *x,
+                                                              int64_t length, int row, int symmetric, int propagate)
+{
+    if (row) {
+        int32_t highest = *high;
+        uint32_t lowest = *low;
+#pragma omp simd reduction(max : highest, lowest)
+        for (int64_t i = 0; i < length; i++) {
+            uint32_t bits = counted(x[i], symmetric, propagate);
+            highest = (int32_t)bits > highest ? (int32_t)bits : highest;
+            lowest = bits > lowest ? bits : lowest;
+        }
+        *high = highest;
+        *low = lowest;
+    } else {
+        for (int64_t i = 0; i < length; i++) {
+            uint32_t bits = counted(x[i], symmetric, propagate);
+            high[i] = (int32_t)bits > high[i] ? (int32_t)bits : high[i];
+            if (!symmetric)
+                low[i] = bits > low[i] ? bits : low[i];
+        }
+    }
+}
+
+static void widen_ranges(const struct arguments *to, int32_t *high, uint32_t *low, const float *x, int64_t length,
+                         int row)
+{
+    if (!to->symmetric)
+        row ? widen_range(high, low, x, length, 1, 0, 0) : widen_range(high, low, x, length, 0, 0, 0);
+    else if (!to->propagate)
+        row ? widen_range(high, low, x, length, 1, 1, 0) : widen_range(high, low, x, length, 0, 1, 0);
+    else
+        row ? widen_range(high, low, x, length, 1, 1, 1) : widen_range(high, low, x, length, 0, 1, 1);
+}
+
+/* The ranges of a unit's groups over positions `first` to `last`. */
+static void find_ranges(const struct arguments *to, struct unit unit, int64_t first, int64_t last, int32_t *high,
+                        uint32_t *low)
+{
+    float wide[BLOCK];
+    int row = to->inner == 1;
+    memset(high, 0, unit.groups * sizeof *high);
+    memset(low, 0, unit.groups * sizeof *low);
+    for (int64_t position = first; position < last; position += row ? BLOCK : 1) {
+        int64_t rest = last - position, length = !row ? unit.groups : rest < BLOCK ? rest : BLOCK;
+        widen_ranges(to, high, low, floats(to, source(to, unit, position), position, length, row, wide), length, row);
+    }
+}
+
+/* The inverse scale and the zero point of each group; `store` keeps scale and zero point as results. */
+static void find_scales(const struct arguments *to, struct unit unit, const int32_t *high, const uint32_t *low,
+                        float *inverse, float *zero, int store)
+{
+    float scale[PANEL];
+    for (int64_t i = 0; i < unit.groups; i++) {
+        float highest = float_of((uint32_t)high[i] < INFINITY_BITS ? (uint32_t)high[i] : INFINITY_BITS);
+        if (to->symmetric) {
+            highest = highest < 127 * SMALLEST_SCALE ? 127 * SMALLEST_SCALE : highest;
+            scale[i] = highest / 127;
+            inverse[i] = 127 / highest;
+            zero[i] = 0;
+        } else {
+            float lowest = low[i] >> 31 ? float_of(low[i]) : 0;
+            /* Each end is divided by itself: their difference may exceed the largest FP32 number. */
+            float span = highest / 255 - lowest / 255;
+            scale[i] = span < SMALLEST_SCALE ? SMALLEST_SCALE : span;
+            inverse[i] = 1 / scale[i];
+            zero[i] = (-128 - lowest * inverse[i]) + UNIT_ROUNDER - UNIT_ROUNDER;
+        }
+    }
+    for (int64_t i = 0; store && i < unit.groups; i++) {
+        to->scale[unit.group + i] = scale[i];
+        if (!to->symmetric)
+            to->zero_point[unit.group + i] = zero[i];
+    }
+}
+
+/* x / scale + zero point (+ noise) as a byte. A `row` has one scale for all, and neighbours in a column one each. */
+static inline __attribute__((always_inline)) void round_each(uint8_t *restrict out, const float *restrict x,
+                                                             const float *inverse, const float *zero,
+                                                             const uint16_t *noise, int64_t length, int row,
+                                                             float lowest, float rounder)
+{
+    float factor = *inverse, offset = *zero;
+    for (int64_t i = 0; i < length; i++) {
+        float y = x[i] == x[i] ? x[i] * (row ? factor : inverse[i]) : 0;
+        y += row ? offset : zero[i];
+        y = y < 127 ? y : 127;
+        y = y > lowest ? y : lowest;
+        /* Uniform odd multiples of 2^-16 in (-1/2, 1/2). */
+        if (noise)
+            y += (float)(noise[i] | 1) * 0x1p-16f - 0.5f;
+        out[i] = bits_of(y + rounder);
+    }
+}
+
+/* The symmetric, nearest case where a group that is not finite may have any values: no other leaves the range. */
+static inline __attribute__((always_inline)) void round_inside(uint8_t *restrict out, const float *restrict x,
+                                                               const float *inverse, int64_t length, int row,
+                                                               float rounder)
+{
+    float factor = *inverse;
+    for (int64_t i = 0; i < length; i++)
+        out[i] = bits_of(x[i] * (row ? factor : inverse[i]) + rounder);
+}
+
+static void round_floats(const struct arguments *to, uint8_t *out, const float *x, const float *inverse,
+                         const float *zero, const uint16_t *noise, int64_t length, int row)
+{
+    float lowest = to->symmetric ? -127 : -128, rounder = to->rounder;
+    if (noise)
+        row ? round_each(out, x, inverse, zero, noise, length, 1, lowest, rounder)
+            : round_each(out, x, inverse, zero, noise, length, 0, lowest, rounder);
+    else if (!to->propagate)
+        row ? round_each(out, x, inverse, zero, 0, length, 1, lowest, rounder)
+            : round_each(out, x, inverse, zero, 0, length, 0, lowest, rounder);
+    else
+        row ? round_inside(out, x, inverse, length, 1, rounder) : round_inside(out, x, inverse, length, 0, rounder);
+}
+
+/* Rounds a unit's positions `first`, a multiple of 8, to `last`. */
+static void round_unit(const struct arguments *to, struct unit unit, int64_t first, int64_t last,
+                       const float *inverse, const float *zero)
+{
+    float wide[BLOCK];
+    uint16_t noise[8][PANEL]; /* of a row BLOCK elements, the same number */
+    int row = to->inner == 1;
+    for (int64_t position = first; position < last; position += row ? BLOCK : 1) {
+        int64_t rest = last - position, length = !row ? unit.groups : rest < BLOCK ? rest : BLOCK;
+        const float *x = floats(to, source(to, unit, position), position, length, row, wide);
+        if (to->seed && row)
+            row_noise(noise[0], unit.group, position, length, *to->seed);
+        else if (to->seed && position % 8 == 0)
+            column_noise(noise, unit.group, unit.groups, position, *to->seed);
+        const uint16_t *bits = to->seed ? noise[row ? 0 : position % 8] : 0;
+        round_floats(to, target(to, unit, position), x, inverse, zero, bits, length, row);
+    }
+}
+
+static void quantize_unit(const struct arguments *to, int64_t index)
+{
+    struct unit unit = unit_at(to, index);
+    int32_t high[PANEL];
+    uint32_t low[PANEL];
+    float inverse[PANEL], zero[PANEL];
+    find_ranges(to, unit, 0, to->n, high, low);
+    find_scales(to, unit, high, low, inverse, zero, 1);
+    round_unit(to, unit, 0, to->n, inverse, zero);
+}
+
+/* Part `index` of all: the unit, and its positions from *first to *last, a multiple of 8 each but the end. */
+static struct unit part_at(const struct arguments *to, int64_t index, int64_t *first, int64_t *last)
+{
+    int64_t length = ((to->n + to->splits - 1) / to->splits + 7) / 8 * 8, split = index % to->splits;
+    *first = split * length < to->n ? split * length : to->n;
+    *last = (split + 1) * length < to->n ? (split + 1) * length : to->n;
+    return unit_at(to, index / to->splits);
+}
+
+static void find_part_ranges(const struct arguments *to, int64_t index)
+{
+    int64_t first, last, kept = index % to->splits * to->outer * to->inner;
+    struct unit unit = part_at(to, index, &first, &last);
+    find_ranges(to, unit, first, last, to->highs + kept + unit.group, to->lows + kept + unit.group);
+}
+
+static void round_part(const struct arguments *to, int64_t index)
+{
+    int64_t first, last;
+    struct unit unit = part_at(to, index, &first, &last);
+    int32_t high[PANEL] = {0};
+    uint32_t low[PANEL] = {0};
+    float inverse[PANEL], zero[PANEL];
+    for (int64_t split = 0; split < to->splits; split++) {
+        int64_t kept = split * to->outer * to->inner + unit.group;
+        for (int64_t i = 0; i < unit.groups; i++) {
+            high[i] = to->highs[kept + i] > high[i] ? to->highs[kept + i] : high[i];
+            low[i] = to->lows[kept + i] > low[i] ? to->lows[kept + i] : low[i];
+        }
+    }
+    find_scales(to, unit, high, low, inverse, zero, first == 0);
+    round_unit(to, unit, first, last, inverse, zero);
+}
+
+/* x [outer, n, inner] to int8 along n, with a scale and, where not `symmetric`, a zero point for each group. Panels of
+ * `width` columns, or rows, are split in `splits` parts, for whose ranges `highs` and `lows` have room. */
+void quantize(const void *x, int dtype, int64_t outer, int64_t n, int64_t inner, int64_t outer_stride,
+              int64_t n_stride, const float *factor, const uint64_t *seed, int symmetric, int propagate,
+              int is_unsigned, void *values, float *scale, int32_t *zero_point, int64_t width, int64_t splits,
+              int32_t *highs, uint32_t *lows)
+{
+    struct arguments to = {x,         dtype,  outer, n,          inner, outer_stride, n_stride, factor, seed,
+                           symmetric, propagate, UNIT_ROUNDER + (is_unsigned ? 128 : 0), values, scale, zero_point,
+                           width,     splits, highs, lows};
+    int64_t units = outer * ((inner + width - 1) / width), parts = units * splits;
+    if (splits == 1) {
+#pragma omp parallel for schedule(static) if (outer * n * inner > SMALL)
+        for (int64_t index = 0; index < units; index++)
+            quantize_unit(&to, index);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t index = 0; index < parts; index++)
+        find_part_ranges(&to, index);
+#pragma omp parallel for schedule(static)
+    for (int64_t index = 0; index < parts; index++)
+        round_part(&to, index);
+}
