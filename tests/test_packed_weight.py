@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import assert_within_budget
 
+from mixft.cpu import native
 from mixft.cpu import packed_weight as packing
 from mixft.cpu.instruction_set import has_int8_dot
 from mixft.cpu.packed_weight import PackedWeight, packed_product, packed_product_is_exact, packed_weight
@@ -48,12 +49,22 @@ def test_packed_products(shape, exact):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 17), (66, 1000), (70, 1001), (3, 0)])
-def test_rows_as_bytes(shape, dtype):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_as_bytes(monkeypatch, shape, dtype, compiled):
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
     x = torch.randn(shape).to(dtype) * 3
     values, scale = unsigned_rows(x) if x.numel() else (torch.empty(shape, dtype=torch.uint8), torch.ones(3, 1))
     assert values.dtype == torch.uint8
     assert ((values.double() - 128) * scale - x.double()).abs().le(0.5001 * scale).all()
     assert values.numel() == 0 or values.int().sub(128).abs().amax(1).eq(127).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite(bad):
+    x = torch.randn(3, 70)
+    x[1, 60] = bad
+    assert unsigned_rows(x)[1].isfinite().flatten().tolist() == [True, False, True]
 
 
 def test_ties_go_to_even():
