@@ -1,13 +1,15 @@
 """CPU routine of the layer with frozen int8 weights whose input is quantized in every call.
 
-A weight is packed at its first call, see ``packed_weight``; without VNNI the bare integer product serves.
+A weight is packed at its first call, see ``packed_weight``. The compiled layer serves where it can, else oneDNN's
+packed product, and without VNNI the bare integer product.
 """
 
 from torch import Tensor
 
 from .activation import ACTIVATIONS
+from .int8_layer import int8_layer, serves
 from .int8_matmul import int8_matmul
-from .packed_weight import packed_product, packed_weight
+from .packed_weight import packed_product, packed_weight, strips_of
 from .quantize import quantize
 from .unsigned_rows import unsigned_rows
 
@@ -19,6 +21,8 @@ def dynamic_int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     """``mixft.kernels.dynamic_int8_linear.dynamic_int8_linear`` on the CPU."""
+    if x.numel() and weight.numel() and serves(x.shape[0]):
+        return int8_layer(x, strips_of(weight), weight_scale, bias, activation)
     packed = None
     if x.shape[0] > 1 or weight.numel() > SMALL_WEIGHT:
         packed = packed_weight(weight) if x.numel() else None

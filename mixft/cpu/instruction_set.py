@@ -21,3 +21,16 @@ def has_int8_dot() -> bool:
 def has_bf16_dot() -> bool:
     """Whether oneDNN multiplies BF16 with dot-product instructions (AVX512-BF16 or AMX)."""
     return torch.backends.mkldnn.is_available() and _supports("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
+@functools.cache
+def has_avx512_vnni() -> bool:
+    """Whether the routines compiled for AVX-512 may multiply int8 with its dot-product instruction."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return wide and _supports("_is_vnni_supported", "_is_avx512_vnni_supported")
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether oneDNN multiplies int8 by tiles (AMX)."""
+    return torch.backends.mkldnn.is_available() and _supports("_is_amx_tile_supported")

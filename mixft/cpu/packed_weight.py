@@ -1,9 +1,10 @@
-"""int8 weights packed ahead for oneDNN's product of unsigned by signed bytes, which VNNI multiplies at full rate.
+"""int8 weights packed ahead: in strips for the compiled product, or for oneDNN's product of unsigned by signed bytes.
 
     out[m, n] = scale[n] * sum_k (u[m, k] - 128) w[n, k]         u uint8 [M, K], w int8 [N, K], scale and out FP32
 
-The packed copy of a weight lives as long as the weight and is made anew after a change in place. A change that torch
-does not count, through ``.data`` or NumPy, is not seen.
+is what oneDNN computes; :mod:`mixft.cpu.int8_layer` has the compiled product. The packed copy of a weight lives as
+long as the weight and is made anew after a change in place. A change that torch does not count, through ``.data`` or
+NumPy, is not seen.
 """
 
 import functools
@@ -13,20 +14,35 @@ import torch
 from torch import Tensor
 
 from .instruction_set import has_int8_dot
+from .int8_layer import packed_strips
 
 ZERO = 128  # what stands for zero in an unsigned operand
 
 
 class PackedWeight:
-    """The packed copy of one weight, with what depends on its scale."""
+    """The packed copies of one weight, each made when it is asked for, with what depends on its scale."""
 
     def __init__(self, weight: Tensor):
-        self.values = torch.ops.onednn.qlinear_prepack(weight, None)
-        self.column_sums = weight.sum(1, dtype=torch.int64).double()
-        self.zero_points = torch.zeros(weight.shape[0], dtype=torch.int64, device="cpu")
         self.owner = weakref.ref(weight, functools.partial(_forget, id(weight)))
         self.state = _state(weight)
         self.scale = self.terms = None
+
+    @functools.cached_property
+    def strips(self) -> Tensor:
+        return packed_strips(self.owner())
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """For oneDNN."""
+        return torch.ops.onednn.qlinear_prepack(self.owner(), None)
+
+    @functools.cached_property
+    def column_sums(self) -> Tensor:
+        return self.owner().sum(1, dtype=torch.int64).double()
+
+    @functools.cached_property
+    def zero_points(self) -> Tensor:
+        return torch.zeros(self.column_sums.shape, dtype=torch.int64, device="cpu")
 
     def column_terms(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``scale`` [N, 1] as a contiguous [N], and what it makes of the offset of unsigned operands."""
@@ -50,18 +66,29 @@ def _state(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
 
 
-def packed_weight(weight: Tensor) -> PackedWeight | None:
-    """The packed copy of int8 ``weight`` [N, K]; None where there is none to trust.
+def kept(weight: Tensor) -> PackedWeight | None:
+    """What is kept of int8 ``weight`` [N, K] between calls.
 
-    That is without VNNI, for an empty or strided weight, and for an inference tensor, whose changes go uncounted.
+    None for an empty or strided weight, and for an inference tensor, whose changes go uncounted.
     """
     found = _packed.get(id(weight))
     if found is not None and found.owner() is weight and found.state == _state(weight):
         return found
-    if weight.numel() == 0 or not weight.is_contiguous() or weight.is_inference() or not packed_product_is_exact():
+    if weight.numel() == 0 or not weight.is_contiguous() or weight.is_inference():
         return None
     found = _packed[id(weight)] = PackedWeight(weight)
     return found
+
+
+def packed_weight(weight: Tensor) -> PackedWeight | None:
+    """The copy of ``weight`` packed for oneDNN; None without VNNI, or where nothing is :func:`kept`."""
+    return kept(weight) if packed_product_is_exact() else None
+
+
+def strips_of(weight: Tensor) -> Tensor:
+    """``weight``, not empty, packed in strips; packed in every call where nothing is :func:`kept`."""
+    found = kept(weight)
+    return packed_strips(weight.contiguous()) if found is None else found.strips
 
 
 def packed_product(unsigned: Tensor, weight: PackedWeight, scale: Tensor, *, exact: bool) -> Tensor:

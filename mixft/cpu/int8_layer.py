@@ -1,0 +1,119 @@
+"""A layer with an int8 weight in one compiled call, from its input in floats to its output.
+
+The weight is packed ahead, and each row of the input is quantized before the product, which is exact in int32: see
+native/int8_linear.c. It takes a processor with AVX512-VNNI.
+"""
+
+import functools
+import threading
+from ctypes import c_float, c_int, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from . import native
+from .activation import ACTIVATIONS
+from .instruction_set import has_amx, has_avx512_vnni
+
+linear = native.Routine(
+    "int8_linear",
+    *(c_void_p, c_int, c_int64, c_int64, c_int64),
+    *(c_void_p, c_void_p, c_void_p, c_float, c_int),
+    *(c_void_p, c_int, c_int, c_void_p, c_int, c_void_p),
+)
+pack = native.Routine("pack_int8_weight", c_void_p, c_void_p, c_int64, c_int64)
+
+# Rows of the weight in a strip, and bytes of a row that lie together in it: native/int8_tile.h.
+STRIP, QUAD = 32, 4
+
+# Bytes beside its quantized values that a row of the input needs.
+ROW_BYTES = 144
+
+# Bytes that each thread keeps for quantized inputs.
+SCRATCH = 1 << 24
+local = threading.local()
+
+# With AMX, oneDNN is faster from so many rows on.
+AMX_ROWS = 32
+
+
+def serves(rows: int) -> bool:
+    """Whether a layer of so many input rows is to run here."""
+    return is_exact() and not (rows >= AMX_ROWS and has_amx())
+
+
+def packed_strips(weight: Tensor) -> Tensor:
+    """The packed copy of int8 ``weight`` [N, K], contiguous and not empty."""
+    N, K = weight.shape
+    strips = torch.empty(-(-N // STRIP) * STRIP * -(-K // QUAD) * QUAD, dtype=torch.uint8, device="cpu")
+    pack(strips.data_ptr(), weight.data_ptr(), N, K)
+    return strips
+
+
+def int8_layer(
+    x: Tensor,
+    strips: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    input_scale: float = 0.0,
+    input_zero_point: int = 0,
+    weight_sum: Tensor | None = None,
+) -> Tensor:
+    """``mixft.kernels.static_int8_linear.static_int8_linear``, or without a ``weight_sum`` the dynamic layer.
+
+    ``strips`` is the packed weight.
+    """
+    x, columns = x.contiguous(), weight_scale.contiguous()
+    (M, K), N = x.shape, columns.shape[0]
+    fused = activation in ("none", "relu")
+    out = torch.empty((M, N), dtype=x.dtype if fused else torch.float32, device="cpu")
+    bias = None if bias is None else bias.contiguous()
+    linear(
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        M,
+        K,
+        N,
+        strips.data_ptr(),
+        columns.data_ptr(),
+        None if weight_sum is None else weight_sum.data_ptr(),
+        input_scale,
+        input_zero_point,
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else native.DTYPES[bias.dtype],
+        activation == "relu",
+        out.data_ptr(),
+        native.DTYPES[out.dtype],
+        scratch(M * (K + ROW_BYTES)).data_ptr(),
+    )
+    return out if fused else ACTIVATIONS[activation](out).to(x.dtype)
+
+
+def scratch(size: int) -> Tensor:
+    """So many bytes, this thread's own where they suffice: new pages would cost more than the pass that fills them."""
+    if size > SCRATCH:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    if not hasattr(local, "buffer"):
+        local.buffer = torch.empty(SCRATCH, dtype=torch.uint8, device="cpu")
+    return local.buffer
+
+
+@functools.cache
+def _matches_exact_products() -> bool:
+    """Holds the compiled products to exact ones at the extremes, where saturated sums would show."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    for M, K, N in ((1, 64, 32), (33, 257, 65)):
+        values = torch.randint(-127, 128, (M, K), dtype=torch.int8, device="cpu", generator=generator)
+        weight = torch.randint(-128, 128, (N, K), dtype=torch.int8, device="cpu", generator=generator)
+        values[:, 0], values[0], weight[0], weight[1] = 127, -127, 127, -128
+        # A row whose largest magnitude is 127 is its own quantization, with a scale of 1.
+        found = int8_layer(values.float(), packed_strips(weight), torch.ones(N, 1, device="cpu"), None, "none")
+        if not torch.equal(found, (values.double() @ weight.double().t()).float()):
+            return False
+    return True
+
+
+def is_exact() -> bool:
+    """Whether this processor has the instructions, and the first call found the compiled products exact."""
+    return native.available() and has_avx512_vnni() and _matches_exact_products()
