@@ -69,6 +69,7 @@ def int8_layer(
     fused = activation in ("none", "relu")
     out = torch.empty((M, N), dtype=x.dtype if fused else torch.float32, device="cpu")
     bias = None if bias is None else bias.contiguous()
+    room = scratch(M * (K + ROW_BYTES))
     linear(
         x.data_ptr(),
         native.DTYPES[x.dtype],
@@ -85,7 +86,7 @@ def int8_layer(
         activation == "relu",
         out.data_ptr(),
         native.DTYPES[out.dtype],
-        scratch(M * (K + ROW_BYTES)).data_ptr(),
+        room.data_ptr(),
     )
     return out if fused else ACTIVATIONS[activation](out).to(x.dtype)
 

@@ -1,0 +1,162 @@
+"""The compiled int8 layer: exact sums at every edge of its tiles, whatever the threads, and who is served by it."""
+
+import pytest
+import torch
+
+from mixft.cpu import int8_layer as compiled
+from mixft.cpu import packed_weight as packing
+from mixft.cpu.int8_layer import int8_layer, packed_strips, serves
+from mixft.cpu.static_int8_linear import static_bytes
+from mixft.ops import dynamic_int8_linear
+
+SHAPES = [(1, 1, 1), (3, 66, 17), (11, 4, 33), (12, 128, 64), (25, 1001, 70), (13, 4099, 40)]
+
+needs_compiled_layer = pytest.mark.skipif(not serves(1), reason="needs the routines compiled for AVX512-VNNI")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def int8(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def integers(M, K):
+    """FP32 integers whose rows are their own quantization."""
+    x = torch.randint(-127, 128, (M, K)).float()
+    x[:, 0] = 127
+    return x
+
+
+@needs_compiled_layer
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sums_are_exact(shape):
+    M, K, N = shape
+    x, weight = integers(M, K), int8(N, K)
+    x[0], weight[0] = -127, -128
+    found = int8_layer(x, packed_strips(weight), torch.ones(N, 1), None, "none")
+    assert torch.equal(found, (x.double() @ weight.double().t()).float())
+
+
+@needs_compiled_layer
+def test_sums_whose_unsigned_products_pass_int32_are_exact():
+    K = 100_000
+    x, weight = torch.full((2, K), 127.0), torch.full((2, K), 127, dtype=torch.int8)
+    x[1] = -127
+    exact = (x.double() @ weight.double().t()).float()
+    assert torch.equal(int8_layer(x, packed_strips(weight), torch.ones(2, 1), None, "none"), exact)
+
+
+@needs_compiled_layer
+@pytest.mark.parametrize("zero_point", [0, -37, 127])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_static_rows_are_those_of_torch(dtype, zero_point):
+    M, K, N = 14, 2100, 35
+    x, weight = (torch.randn(M, K) * 3).to(dtype), int8(N, K)
+    x[2, 5], x[3, 1], x[4, 7] = torch.inf, -torch.inf, torch.nan
+    scale, sums = 0.0173, weight.sum(1, dtype=torch.int32)
+    found = int8_layer(x.float(), packed_strips(weight), torch.ones(N, 1), None, "none", scale, zero_point, sums)
+    steps = static_bytes(x, scale, zero_point, torch.int8).double() - zero_point
+    exact = steps @ weight.double().t() * torch.tensor(scale).double()
+    assert (found - exact).abs().max() <= 2**-22 * exact.abs().max()
+    half = int8_layer(x, packed_strips(weight), torch.ones(N, 1), None, "none", scale, zero_point, sums)
+    assert torch.equal(half, found.to(dtype))
+
+
+@needs_compiled_layer
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16, torch.bfloat16])
+def test_the_epilogue(activation, bias_dtype):
+    M, K, N = 5, 40, 49
+    x, weight, scale = integers(M, K), int8(N, K), torch.rand(N, 1)
+    bias = None if bias_dtype is None else torch.randn(N).mul(1e4).to(bias_dtype)
+    exact = x.double() @ weight.double().t() * scale.double().t() + (0 if bias is None else bias.double())
+    exact = {"none": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu}[activation](exact)
+    found = int8_layer(x, packed_strips(weight), scale, bias, activation)
+    assert (found - exact).abs().max() <= 2**-22 * exact.abs().max()
+
+
+@needs_compiled_layer
+def test_nothing_is_written_beyond_the_output(monkeypatch):
+    M, K, N = 14, 70, 37
+    memory = torch.full((M * N + 64,), 7.0)
+    empty = torch.empty
+
+    def within(*shape, dtype, device):
+        return memory[: M * N].view(M, N) if shape == ((M, N),) else empty(*shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(torch, "empty", within)
+    strips = packed_strips(int8(N, K))
+    assert int8_layer(torch.randn(M, K), strips, torch.ones(N, 1), None, "none").data_ptr() == memory.data_ptr()
+    assert memory[M * N :].eq(7).all()
+
+
+@needs_compiled_layer
+def test_the_bits_do_not_depend_on_the_threads(threads):
+    # More threads than strips too, and products large enough for more than one.
+    for M, K, N in ((40, 500, 70), (3, 3000, 200)):
+        x, strips, scale, bias = torch.randn(M, K), packed_strips(int8(N, K)), torch.rand(N, 1), torch.randn(N)
+        threads(1)
+        alone = int8_layer(x, strips, scale, bias, "none")
+        for count in (2, 3, 7):
+            threads(count)
+            assert torch.equal(int8_layer(x, strips, scale, bias, "none"), alone)
+
+
+@needs_compiled_layer
+def test_a_row_does_not_depend_on_those_beside_it():
+    x, strips, scale = torch.randn(30, 130), packed_strips(int8(40, 130)), torch.rand(40, 1)
+    whole = int8_layer(x, strips, scale, None, "none")
+    for row in (0, 12, 29):
+        assert torch.equal(int8_layer(x[row : row + 1], strips, scale, None, "none"), whole[row : row + 1])
+
+
+@needs_compiled_layer
+def test_an_input_larger_than_the_memory_that_is_kept(monkeypatch):
+    x, strips, scale = torch.randn(30, 130), packed_strips(int8(40, 130)), torch.rand(40, 1)
+    expected = int8_layer(x, strips, scale, None, "none")
+    monkeypatch.setattr(compiled, "SCRATCH", 1)
+    assert torch.equal(int8_layer(x, strips, scale, None, "none"), expected)
+
+
+@needs_compiled_layer
+@pytest.mark.parametrize("layout", ["strided", "inference"])
+def test_weights_that_nothing_is_kept_of(layout):
+    with torch.inference_mode(layout == "inference"):
+        weight = int8(40, 130) if layout == "inference" else int8(130, 40).t()
+        x, scale = torch.randn(5, 130), torch.rand(40, 1)
+        expected = dynamic_int8_linear(x, weight.contiguous().clone(), scale)
+        assert torch.equal(dynamic_int8_linear(x, weight, scale), expected)
+        weight.neg_()
+        assert torch.equal(dynamic_int8_linear(x, weight, scale), dynamic_int8_linear(x, weight.clone(), scale))
+
+
+@needs_compiled_layer
+def test_who_is_served(monkeypatch):
+    weight, scale = int8(40, 64), torch.rand(40, 1)
+    dynamic_int8_linear(torch.randn(3, 64), weight, scale)
+    assert vars(packing._packed[id(weight)]).keys() & {"strips", "values"} == {"strips"}
+    monkeypatch.setattr(compiled, "has_amx", lambda: True)
+    assert serves(compiled.AMX_ROWS - 1)
+    assert not serves(compiled.AMX_ROWS)
+    monkeypatch.setattr(compiled, "has_avx512_vnni", lambda: False)
+    assert not serves(1)
+
+
+@needs_compiled_layer
+def test_inexact_products_are_not_used(monkeypatch):
+    monkeypatch.setattr(compiled, "packed_strips", lambda weight: packed_strips(weight.clamp(min=-127)))
+    compiled._matches_exact_products.cache_clear()
+    assert not serves(1)
+    monkeypatch.undo()
+    compiled._matches_exact_products.cache_clear()
+    assert serves(1)
