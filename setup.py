@@ -27,6 +27,7 @@ def native_libraries() -> list[Extension]:
             sources=sorted(glob("native/*.c")),
             depends=sorted(glob("native/*.h")),
             extra_compile_args=[*COMPILE, *flags],
+            libraries=["m"],
             optional=True,
         )
         for name, flags in INSTRUCTION_SETS.items()

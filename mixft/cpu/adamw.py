@@ -1,9 +1,14 @@
-"""AdamW and Adam on the CPU: torch's fused kernels on FP32 weights."""
+"""AdamW and Adam on the CPU: compiled, or torch's fused kernels on FP32 weights."""
+
+from ctypes import c_double, c_float, c_int, c_void_p
 
 import torch
 from torch import Tensor
 
-from .optimizer_step import optimizer_step_
+from . import native
+from .optimizer_step import compiled_step, optimizer_step_
+
+compiled = native.Routine("adamw_step", c_void_p, c_void_p, *[c_double] * 5, c_int)
 
 
 def adamw_step_(
@@ -29,6 +34,14 @@ def adamw_step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
+    states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
+    scales = [exp_avg_scales, exp_avg_sq_scales, max_exp_avg_sq_scales]
+    tensors = params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf
+    if native.available():
+        corrections = (c_float * (2 * len(params)))()
+        hyperparameters = lr.item(), beta1, beta2, eps, weight_decay, decoupled
+        compiled_step(compiled, *tensors, maximize, stochastic_rounding, corrections, *hyperparameters)
+        return
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
     options = {
         "lr": lr.item(),
@@ -45,16 +58,4 @@ def adamw_step_(
     ) -> None:
         fused(weights, gradients, *moments, counts, **options)
 
-    optimizer_step_(
-        params,
-        grads,
-        masters,
-        [exp_avgs, exp_avg_sqs, max_exp_avg_sqs],
-        [exp_avg_scales, exp_avg_sq_scales, max_exp_avg_sq_scales],
-        steps,
-        inv_scale,
-        clip_coef,
-        found_inf,
-        stochastic_rounding,
-        update,
-    )
+    optimizer_step_(*tensors, stochastic_rounding, update)

@@ -1,9 +1,14 @@
-"""Lion on the CPU, by torch's operators over lists of tensors."""
+"""Lion on the CPU: compiled, or by torch's operators over lists of tensors."""
+
+from ctypes import c_double, c_void_p
 
 import torch
 from torch import Tensor
 
-from .optimizer_step import optimizer_step_
+from . import native
+from .optimizer_step import compiled_step, optimizer_step_
+
+compiled = native.Routine("lion_step", c_void_p, *[c_double] * 4)
 
 
 def lion_step_(
@@ -24,6 +29,10 @@ def lion_step_(
     stochastic_rounding: bool,
 ) -> None:
     rate = lr.item()
+    tensors = params, grads, masters, [exp_avgs], [exp_avg_scales], steps, inv_scale, clip_coef, found_inf
+    if native.available():
+        compiled_step(compiled, *tensors, maximize, stochastic_rounding, rate, beta1, beta2, weight_decay)
+        return
 
     def update(
         weights: list[Tensor], gradients: list[Tensor], moments: list[list[Tensor]], counts: list[Tensor]
@@ -37,16 +46,4 @@ def lion_step_(
         torch._foreach_add_(weights, directions, alpha=-rate)
         torch._foreach_lerp_(averages, gradients, 1 - beta2)
 
-    optimizer_step_(
-        params,
-        grads,
-        masters,
-        [exp_avgs],
-        [exp_avg_scales],
-        steps,
-        inv_scale,
-        clip_coef,
-        found_inf,
-        stochastic_rounding,
-        update,
-    )
+    optimizer_step_(*tensors, stochastic_rounding, update)

@@ -1,9 +1,14 @@
-"""SGD on the CPU: torch's fused kernel on FP32 weights."""
+"""SGD on the CPU: compiled, or torch's fused kernel on FP32 weights."""
+
+from ctypes import c_double, c_int, c_void_p
 
 import torch
 from torch import Tensor
 
-from .optimizer_step import optimizer_step_
+from . import native
+from .optimizer_step import compiled_step, optimizer_step_
+
+compiled = native.Routine("sgd_step", c_void_p, *[c_double] * 4, c_int)
 
 
 def sgd_step_(
@@ -24,6 +29,13 @@ def sgd_step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
+    # As in torch, buffers beside no momentum are left alone.
+    states, scales = ([momentum_buffers], [momentum_buffer_scales]) if momentum else ([[]], [[]])
+    tensors = params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf
+    if native.available():
+        hyperparameters = lr.item(), momentum, dampening, weight_decay, nesterov
+        compiled_step(compiled, *tensors, maximize, stochastic_rounding, *hyperparameters)
+        return
     options = {
         "lr": lr.item(),
         "momentum": momentum,
@@ -45,16 +57,4 @@ def sgd_step_(
             ]
             torch._fused_sgd_(*listed, is_first_step=is_first, **options)
 
-    optimizer_step_(
-        params,
-        grads,
-        masters,
-        [momentum_buffers],
-        [momentum_buffer_scales],
-        steps,
-        inv_scale,
-        clip_coef,
-        found_inf,
-        stochastic_rounding,
-        update,
-    )
+    optimizer_step_(*tensors, stochastic_rounding, update)

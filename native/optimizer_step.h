@@ -1,0 +1,124 @@
+/* The frame of the optimizer steps: whatever the dtypes, a rule sees FP32 pieces: mixft/cpu/optimizer_step.py. */
+#ifndef MIXFT_OPTIMIZER_STEP_H
+#define MIXFT_OPTIMIZER_STEP_H
+
+#include "optimizer_state.h"
+
+/* Elements that a rule sees at a time: with their states and their dither they stay in the first-level cache. */
+#define PIECE 512
+
+#define STATES 3
+
+enum { NO_MASTERS, FULL_MASTERS, REMAINDERS };
+enum { FULL_STATE, BFLOAT16_STATE, CODES };
+
+/* One step of `count` tensors; lists that are not needed are NULL. As StepTensors in mixft/cpu/optimizer_step.py. */
+struct step {
+    int64_t count;
+    const int64_t *sizes;
+    const int32_t *param_dtypes, *grad_dtypes;
+    void **params, **grads, **masters;
+    float **steps;            /* the steps taken, this one included */
+    void **states[STATES];    /* the first moments first, then the second ones */
+    uint8_t **scales[STATES]; /* of codes */
+    int32_t masters_format, state_format, stochastic_rounding;
+    float factor; /* of the gradients */
+};
+
+/* Updates weights and states in place; `states` that the rule does not have are NULL. */
+typedef void update_function(const void *rule, int64_t tensor, float *weights, const float *grads, float factor,
+                             float *const states[STATES], int64_t length);
+
+/* FP32 elements where they lie, or in `buffer` if they are narrower. */
+INLINE float *as_floats(float *buffer, void *elements, int64_t length, int dtype)
+{
+    if (dtype == FLOAT32)
+        return elements;
+    load_floats(buffer, elements, length, dtype);
+    return buffer;
+}
+
+INLINE float *load_weights(float *buffer, const struct step *to, int64_t tensor, int64_t start, int64_t length)
+{
+    int dtype = to->param_dtypes[tensor];
+    void *params = element(to->params[tensor], start, dtype);
+    if (to->masters_format == NO_MASTERS)
+        return as_floats(buffer, params, length, dtype);
+    if (to->masters_format == FULL_MASTERS)
+        return (float *)to->masters[tensor] + start;
+    join_weights(buffer, params, (int16_t *)to->masters[tensor] + start, length, dtype);
+    return buffer;
+}
+
+INLINE void store_weights(float *weights, const struct step *to, int64_t tensor, int64_t start, int64_t length,
+                          const uint32_t *phases, uint32_t count)
+{
+    int dtype = to->param_dtypes[tensor];
+    void *params = element(to->params[tensor], start, dtype);
+    if (to->masters_format == REMAINDERS)
+        split_weights(params, (int16_t *)to->masters[tensor] + start, weights, length, dtype);
+    else if (to->stochastic_rounding && dtype != FLOAT32)
+        store_stochastically(params, weights, length, dtype, phases, count * PARAMETER);
+    else if (params != weights)
+        store_floats(params, weights, length, dtype);
+}
+
+INLINE float *load_state(float *buffer, const struct step *to, int number, int64_t tensor, int64_t start,
+                         int64_t length)
+{
+    void *state = to->states[number][tensor];
+    if (to->state_format != CODES) {
+        int dtype = to->state_format == FULL_STATE ? FLOAT32 : BFLOAT16;
+        return as_floats(buffer, element(state, start, dtype), length, dtype);
+    }
+    decode_codes(buffer, (uint8_t *)state + start, to->scales[number][tensor] + start / GROUP, length, number == 0);
+    return buffer;
+}
+
+INLINE void store_state(float *values, const struct step *to, int number, int64_t tensor, int64_t start,
+                        int64_t length, const uint32_t *phases, uint32_t count)
+{
+    void *state = to->states[number][tensor];
+    uint32_t turn = count * (number == 0 ? FIRST_MOMENT : SECOND_MOMENT);
+    if (to->state_format == CODES)
+        encode_codes((uint8_t *)state + start, to->scales[number][tensor] + start / GROUP, values, length, phases,
+                     turn, number == 0);
+    else if (to->state_format == BFLOAT16_STATE)
+        store_stochastically((uint16_t *)state + start, values, length, BFLOAT16, phases, turn);
+}
+
+INLINE void step_piece(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
+                       int64_t length)
+{
+    float weight_buffer[PIECE], grad_buffer[PIECE], buffers[STATES][PIECE], *states[STATES] = {0};
+    uint32_t phases[PIECE], count = *to->steps[tensor];
+    int grad_dtype = to->grad_dtypes[tensor];
+    float *weights = load_weights(weight_buffer, to, tensor, start, length);
+    float *grads = as_floats(grad_buffer, element(to->grads[tensor], start, grad_dtype), length, grad_dtype);
+    for (int number = 0; number < STATES; number++)
+        if (to->states[number])
+            states[number] = load_state(buffers[number], to, number, tensor, start, length);
+    update(rule, tensor, weights, grads, to->factor, states, length);
+    if (to->state_format != FULL_STATE || to->stochastic_rounding)
+        fill_phases(phases, start, groups_of(length) * GROUP);
+    for (int number = 0; number < STATES; number++)
+        if (to->states[number])
+            store_state(states[number], to, number, tensor, start, length, phases, count);
+    store_weights(weights, to, tensor, start, length, phases, count);
+}
+
+INLINE void step_block(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
+                       int64_t length)
+{
+    for (int64_t done = 0; done < length; done += PIECE)
+        step_piece(to, update, rule, tensor, start + done, length - done < PIECE ? length - done : PIECE);
+}
+
+/* Counts this step in every tensor's. */
+static inline void advance_steps(const struct step *to)
+{
+    for (int64_t tensor = 0; tensor < to->count; tensor++)
+        *to->steps[tensor] += 1;
+}
+
+#endif
