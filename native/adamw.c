@@ -14,33 +14,33 @@ struct arguments {
     const struct adam *rule;
 };
 
-INLINE void adam_rule(const struct adam *rule, int64_t tensor, float *weights, const float *grads, float factor,
+INLINE void adam_rule(struct adam rule, int64_t tensor, float *weights, const float *grads, float factor,
                       float *const states[STATES], int64_t length, int has_penalty, int has_maximum)
 {
     float *exp_avg = states[0], *exp_avg_sq = states[1], *maximum = states[2];
-    float step_size = rule->corrections[2 * tensor], root_factor = rule->corrections[2 * tensor + 1];
+    float step_size = rule.corrections[2 * tensor], root_factor = rule.corrections[2 * tensor + 1];
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) {
         float p = weights[i], g = grads[i] * factor, m = exp_avg[i], v = exp_avg_sq[i];
         if (has_penalty)
-            g += rule->weight_decay * p;
-        p *= rule->decay;
-        m += rule->one_minus_beta1 * (g - m);
-        v = rule->beta2 * v + rule->one_minus_beta2 * g * g;
+            g += rule.weight_decay * p;
+        p *= rule.decay;
+        m += rule.one_minus_beta1 * (g - m);
+        v = rule.beta2 * v + rule.one_minus_beta2 * g * g;
         exp_avg[i] = m;
         exp_avg_sq[i] = v;
         if (has_maximum)
             /* This way round a NaN stays. */
             v = maximum[i] = maximum[i] > v ? maximum[i] : v;
-        weights[i] = p - step_size * m / (sqrtf(v) * root_factor + rule->eps);
+        weights[i] = p - step_size * m / (sqrtf(v) * root_factor + rule.eps);
     }
 }
 
 static inline void update(const void *of, int64_t tensor, float *weights, const float *grads, float factor,
                           float *const states[STATES], int64_t length)
 {
-    const struct adam *rule = of;
-    int has_penalty = !rule->decoupled && rule->weight_decay != 0;
+    struct adam rule = *(const struct adam *)of;
+    int has_penalty = !rule.decoupled && rule.weight_decay != 0;
     if (has_penalty && states[2])
         adam_rule(rule, tensor, weights, grads, factor, states, length, 1, 1);
     else if (has_penalty)

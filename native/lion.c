@@ -9,16 +9,16 @@ struct lion {
 static inline void update(const void *of, int64_t tensor, float *weights, const float *grads, float factor,
                           float *const states[STATES], int64_t length)
 {
-    const struct lion *rule = of;
+    struct lion rule = *(const struct lion *)of;
     float *exp_avg = states[0];
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) {
         float g = grads[i] * factor, m = exp_avg[i];
-        float direction = m + rule->one_minus_beta1 * (g - m);
+        float direction = m + rule.one_minus_beta1 * (g - m);
         /* A NaN has no sign, and is to stay one. */
         float sign = direction > 0 ? 1 : direction < 0 ? -1 : direction;
-        weights[i] = weights[i] * rule->decay - rule->lr * sign;
-        exp_avg[i] = m + rule->one_minus_beta2 * (g - m);
+        weights[i] = weights[i] * rule.decay - rule.lr * sign;
+        exp_avg[i] = m + rule.one_minus_beta2 * (g - m);
     }
 }
 

@@ -31,7 +31,7 @@ static inline int32_t greatest_of(int32_t a, int32_t b)
 }
 
 /* Where the dither of each element begins, from its index. */
-static inline void fill_phases(uint32_t *phases, int64_t start, int64_t length)
+static inline void fill_phases(uint32_t *restrict phases, int64_t start, int64_t length)
 {
     uint32_t first = start;
     for (int32_t i = 0; i < (int32_t)length; i++) {
@@ -41,7 +41,8 @@ static inline void fill_phases(uint32_t *phases, int64_t start, int64_t length)
 }
 
 /* The codes of one group and its scale; `phases` NULL rounds to nearest. */
-INLINE uint8_t encode_group(uint8_t *codes, const float *values, const uint32_t *phases, uint32_t turn, int is_signed)
+INLINE uint8_t encode_group(uint8_t *restrict codes, const float *restrict values, const uint32_t *phases,
+                            uint32_t turn, int is_signed)
 {
     int32_t eighths[GROUP], largest = 0;
     for (int i = 0; i < GROUP; i++) {
@@ -82,7 +83,7 @@ INLINE void encode_codes(uint8_t *codes, uint8_t *scales, const float *values, i
     }
 }
 
-INLINE void decode_group(float *values, const uint8_t *codes, uint8_t scale, int is_signed)
+INLINE void decode_group(float *restrict values, const uint8_t *codes, uint8_t scale, int is_signed)
 {
     /* A group that held a NaN or Inf is all NaN: no other lift comes near this one. */
     int32_t lift = scale == 255 ? 0x1000 : 8 * scale - (is_signed ? 120 : 248);

@@ -7,34 +7,34 @@ struct sgd {
     const struct step *step;
 };
 
-INLINE void sgd_rule(const struct sgd *rule, float *weights, const float *grads, float factor, float *buffer,
+INLINE void sgd_rule(struct sgd rule, float *weights, const float *grads, float factor, float *buffer,
                      int64_t length, int begins)
 {
     /* What the buffer and the gradient weigh in it, and what each weighs in the direction. */
-    float kept = rule->momentum, added = rule->one_minus_dampening;
+    float kept = rule.momentum, added = rule.one_minus_dampening;
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) {
         float g = grads[i] * factor;
-        g += rule->weight_decay * weights[i];
+        g += rule.weight_decay * weights[i];
         float b = begins ? g : kept * buffer[i] + added * g;
         buffer[i] = b;
-        weights[i] -= rule->lr * (rule->nesterov ? g + kept * b : b);
+        weights[i] -= rule.lr * (rule.nesterov ? g + kept * b : b);
     }
 }
 
 static inline void update(const void *of, int64_t tensor, float *weights, const float *grads, float factor,
                           float *const states[STATES], int64_t length)
 {
-    const struct sgd *rule = of;
+    struct sgd rule = *(const struct sgd *)of;
     float *buffer = states[0];
-    if (buffer && *rule->step->steps[tensor] == 1)
+    if (buffer && *rule.step->steps[tensor] == 1)
         sgd_rule(rule, weights, grads, factor, buffer, length, 1);
     else if (buffer)
         sgd_rule(rule, weights, grads, factor, buffer, length, 0);
     else
 #pragma omp simd
         for (int64_t i = 0; i < length; i++)
-            weights[i] -= rule->lr * (grads[i] * factor + rule->weight_decay * weights[i]);
+            weights[i] -= rule.lr * (grads[i] * factor + rule.weight_decay * weights[i]);
 }
 
 static void sgd_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
