@@ -11,6 +11,9 @@
 /* Up to this many elements a second thread costs more than it does. */
 #define SMALL 32768
 
+/* Blocks of a stretch. */
+#define STRETCH 256
+
 /* Does `length` elements of tensor `tensor` from `start` on; `block` counts the blocks of all tensors. */
 typedef void block_function(void *arguments, int64_t tensor, int64_t start, int64_t length, int64_t block);
 
@@ -27,26 +30,49 @@ static inline int64_t blocks_of_all(const int64_t *sizes, int64_t count)
     return blocks;
 }
 
-/* Every block of every tensor once, each thread a run of neighbours. Inlined, with its body, into each caller. */
-static inline __attribute__((always_inline)) void for_each_block(const int64_t *sizes, int64_t count,
-                                                                 block_function body, void *arguments)
+/* Inlined, with their body, into each caller. */
+#define INLINE static inline __attribute__((always_inline))
+
+/* Blocks `first` up to `last`, of those of all tensors. */
+INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_t last, block_function body,
+                      void *arguments)
+{
+    int64_t passed = 0;
+    for (int64_t tensor = 0; tensor < count && passed < last; tensor++) {
+        int64_t size = sizes[tensor], of_tensor = blocks_of(size);
+        int64_t begin = first > passed ? first - passed : 0;
+        int64_t end = last - passed < of_tensor ? last - passed : of_tensor;
+        for (int64_t index = begin; index < end; index++) {
+            int64_t start = index * BLOCK, rest = size - start;
+            body(arguments, tensor, start, rest < BLOCK ? rest : BLOCK, passed + index);
+        }
+        passed += of_tensor;
+    }
+}
+
+/* Every block of every tensor once, each thread a run of neighbours. */
+INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function body, void *arguments)
 {
     int64_t blocks = blocks_of_all(sizes, count);
 #pragma omp parallel if (blocks * BLOCK > SMALL)
     {
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
-        int64_t passed = 0;
-        for (int64_t tensor = 0; tensor < count && passed < last; tensor++) {
-            int64_t size = sizes[tensor], of_tensor = blocks_of(size);
-            int64_t begin = first > passed ? first - passed : 0;
-            int64_t end = last - passed < of_tensor ? last - passed : of_tensor;
-            for (int64_t index = begin; index < end; index++) {
-                int64_t start = index * BLOCK, rest = size - start;
-                body(arguments, tensor, start, rest < BLOCK ? rest : BLOCK, passed + index);
-            }
-            passed += of_tensor;
-        }
+        do_blocks(sizes, count, first, last, body, arguments);
+    }
+}
+
+/* The same with the last blocks of each thread first, which may still be in the cache after another such loop: in
+ * stretches of several pages, as processors fetch ahead upwards. */
+INLINE void for_each_block_backward(const int64_t *sizes, int64_t count, block_function body, void *arguments)
+{
+    int64_t blocks = blocks_of_all(sizes, count);
+#pragma omp parallel if (blocks * BLOCK > SMALL)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
+        for (int64_t end = last; end > first; end -= STRETCH)
+            do_blocks(sizes, count, end - first < STRETCH ? first : end - STRETCH, end, body, arguments);
     }
 }
 

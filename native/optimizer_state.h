@@ -13,8 +13,6 @@
 #define SECOND_MOMENT 0xABC98389u
 #define PARAMETER 0x8CB92BA7u
 
-#define INLINE static inline __attribute__((always_inline))
-
 static inline int64_t groups_of(int64_t length)
 {
     return (length + GROUP - 1) / GROUP;
@@ -41,7 +39,7 @@ static inline void fill_phases(uint32_t *restrict phases, int64_t start, int64_t
 }
 
 /* The codes of one group and its scale; `phases` NULL rounds to nearest. */
-INLINE uint8_t encode_group(uint8_t *restrict codes, const float *restrict values, const uint32_t *phases,
+INLINE uint8_t encode_any_group(uint8_t *restrict codes, const float *restrict values, const uint32_t *phases,
                             uint32_t turn, int is_signed)
 {
     int32_t eighths[GROUP], largest = 0;
@@ -66,6 +64,95 @@ INLINE uint8_t encode_group(uint8_t *restrict codes, const float *restrict value
     return exponent;
 }
 
+INLINE void decode_any_group(float *restrict values, const uint8_t *codes, uint8_t scale, int is_signed)
+{
+    /* A group that held a NaN or Inf is all NaN: no other lift comes near this one. */
+    int32_t lift = scale == 255 ? 0x1000 : 8 * scale - (is_signed ? 120 : 248);
+    for (int i = 0; i < GROUP; i++) {
+        int32_t code = is_signed ? (int8_t)codes[i] : codes[i];
+        int32_t eighths = greatest_of((code < 0 ? -code : code) + lift, 1);
+        int32_t bits = code == 0 ? 0 : eighths << 20;
+        bits = eighths >= 0x1000 ? 0x7FC00000 : bits;
+        values[i] = float_of(bits | (is_signed && code < 0 ? 0x80000000u : 0));
+    }
+}
+
+#ifdef __AVX512F__
+/* encode_any_group of finite values, sixteen bits an element from where those suffice; 255 for a group that is not finite. */
+INLINE uint8_t encode_finite_group(uint8_t *codes, const float *values, const uint32_t *phases, uint32_t turn,
+                                   int is_signed)
+{
+    __m512i halves[2];
+    __mmask16 negative[2];
+    for (int half = 0; half < 2; half++) {
+        __m512i bits = _mm512_loadu_si512(values + 16 * half), addend = _mm512_set1_epi32(0x80000);
+        __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+        if (phases) {
+            addend = _mm512_add_epi32(_mm512_loadu_si512(phases + 16 * half), _mm512_set1_epi32(turn));
+            addend = _mm512_srli_epi32(addend, 12);
+        }
+        __m512i sum = _mm512_add_epi32(_mm512_min_epi32(magnitude, _mm512_set1_epi32(INFINITY_BITS)), addend);
+        halves[half] = _mm512_srli_epi32(sum, 20);
+        if (!is_signed)
+            halves[half] = _mm512_max_epi32(halves[half], _mm512_min_epi32(magnitude, _mm512_set1_epi32(1)));
+        negative[half] = _mm512_movepi32_mask(bits);
+    }
+    __m512i eighths = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(halves[0])),
+                                         _mm512_cvtepi32_epi16(halves[1]), 1);
+    __m256i greatest = _mm256_max_epi16(_mm512_castsi512_si256(eighths), _mm512_extracti64x4_epi64(eighths, 1));
+    __m128i largest = _mm_max_epi16(_mm256_castsi256_si128(greatest), _mm256_extracti128_si256(greatest, 1));
+    /* There is an instruction for the least of eight, in the lowest lane; all bits turned, it is the largest. */
+    largest = _mm_andnot_si128(_mm_minpos_epu16(_mm_xor_si128(largest, _mm_set1_epi16(-1))), _mm_set1_epi16(-1));
+    uint8_t exponent = (uint32_t)_mm_cvtsi128_si32(largest) >> 3 & 0xFF;
+    __m128i lift = _mm_sub_epi16(_mm_set1_epi16(is_signed ? 120 : 248), _mm_and_si128(largest, _mm_set1_epi16(~7)));
+    __m512i code = _mm512_add_epi16(eighths, _mm512_broadcastw_epi16(lift));
+    code = _mm512_max_epi16(code, _mm512_set1_epi16(is_signed ? 0 : 1));
+    __mmask32 is_zero = _mm512_testn_epi16_mask(eighths, eighths);
+    code = _mm512_maskz_min_epi16(~is_zero, code, _mm512_set1_epi16(is_signed ? 127 : 255));
+    if (is_signed)
+        code = _mm512_mask_sub_epi16(code, _mm512_kunpackw(negative[1], negative[0]), _mm512_setzero_si512(), code);
+    _mm256_storeu_si256((__m256i *)codes, _mm512_cvtepi16_epi8(code));
+    return exponent;
+}
+
+INLINE void decode_finite_group(float *values, const uint8_t *codes, uint8_t scale, int is_signed)
+{
+    __m256i stored = _mm256_loadu_si256((const __m256i *)codes);
+    __m512i code = is_signed ? _mm512_cvtepi8_epi16(stored) : _mm512_cvtepu8_epi16(stored);
+    __m512i magnitude = is_signed ? _mm512_abs_epi16(code) : code;
+    __m512i eighths = _mm512_add_epi16(magnitude, _mm512_set1_epi16(8 * scale - (is_signed ? 120 : 248)));
+    eighths = _mm512_maskz_max_epi16(_mm512_test_epi16_mask(code, code), eighths, _mm512_set1_epi16(1));
+    if (is_signed)
+        /* The bit that will be the sign. */
+        eighths = _mm512_or_si512(eighths, _mm512_and_si512(code, _mm512_set1_epi16(0x800)));
+    __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(eighths));
+    __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(eighths, 1));
+    _mm512_storeu_si512(values, _mm512_slli_epi32(low, 20));
+    _mm512_storeu_si512(values + 16, _mm512_slli_epi32(high, 20));
+}
+#endif
+
+INLINE uint8_t encode_group(uint8_t *codes, const float *values, const uint32_t *phases, uint32_t turn, int is_signed)
+{
+#ifdef __AVX512F__
+    uint8_t exponent = encode_finite_group(codes, values, phases, turn, is_signed);
+    if (__builtin_expect(exponent != 255, 1))
+        return exponent;
+#endif
+    return encode_any_group(codes, values, phases, turn, is_signed);
+}
+
+INLINE void decode_group(float *values, const uint8_t *codes, uint8_t scale, int is_signed)
+{
+#ifdef __AVX512F__
+    if (__builtin_expect(scale != 255, 1)) {
+        decode_finite_group(values, codes, scale, is_signed);
+        return;
+    }
+#endif
+    decode_any_group(values, codes, scale, is_signed);
+}
+
 /* `values` has whole groups, the last one filled up with zeros. */
 INLINE void encode_codes(uint8_t *codes, uint8_t *scales, const float *values, int64_t length,
                          const uint32_t *phases, uint32_t turn, int is_signed)
@@ -80,19 +167,6 @@ INLINE void encode_codes(uint8_t *codes, uint8_t *scales, const float *values, i
         int64_t at = whole * GROUP;
         scales[whole] = encode_group(last, values + at, phases ? phases + at : NULL, turn, is_signed);
         memcpy(codes + at, last, rest);
-    }
-}
-
-INLINE void decode_group(float *restrict values, const uint8_t *codes, uint8_t scale, int is_signed)
-{
-    /* A group that held a NaN or Inf is all NaN: no other lift comes near this one. */
-    int32_t lift = scale == 255 ? 0x1000 : 8 * scale - (is_signed ? 120 : 248);
-    for (int i = 0; i < GROUP; i++) {
-        int32_t code = is_signed ? (int8_t)codes[i] : codes[i];
-        int32_t eighths = greatest_of((code < 0 ? -code : code) + lift, 1);
-        int32_t bits = code == 0 ? 0 : eighths << 20;
-        bits = eighths >= 0x1000 ? 0x7FC00000 : bits;
-        values[i] = float_of(bits | (is_signed && code < 0 ? 0x80000000u : 0));
     }
 }
 

@@ -1,13 +1,13 @@
-/* The frame of the optimizer steps: whatever the dtypes, a rule sees FP32 pieces: mixft/cpu/optimizer_step.py. */
+/* The frame of the optimizer steps: whatever the dtypes, a rule sees blocks of FP32: mixft/cpu/optimizer_step.py. */
 #ifndef MIXFT_OPTIMIZER_STEP_H
 #define MIXFT_OPTIMIZER_STEP_H
 
 #include "optimizer_state.h"
 
-/* Elements that a rule sees at a time: with their states and their dither they stay in the first-level cache. */
-#define PIECE 512
-
 #define STATES 3
+
+/* Keeps equal positions in two buffers from equal addresses but for their upper bits, which processors mix up. */
+#define APART 80
 
 enum { NO_MASTERS, FULL_MASTERS, REMAINDERS };
 enum { FULL_STATE, BFLOAT16_STATE, CODES };
@@ -87,11 +87,12 @@ INLINE void store_state(float *values, const struct step *to, int number, int64_
         store_stochastically((uint16_t *)state + start, values, length, BFLOAT16, phases, turn);
 }
 
-INLINE void step_piece(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
+INLINE void step_block(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
                        int64_t length)
 {
-    float weight_buffer[PIECE], grad_buffer[PIECE], buffers[STATES][PIECE], *states[STATES] = {0};
-    uint32_t phases[PIECE], count = *to->steps[tensor];
+    float weight_buffer[BLOCK + APART], grad_buffer[BLOCK + APART], buffers[STATES][BLOCK + APART];
+    float *states[STATES] = {0};
+    uint32_t phases[BLOCK], count = *to->steps[tensor];
     int grad_dtype = to->grad_dtypes[tensor];
     float *weights = load_weights(weight_buffer, to, tensor, start, length);
     float *grads = as_floats(grad_buffer, element(to->grads[tensor], start, grad_dtype), length, grad_dtype);
@@ -105,13 +106,6 @@ INLINE void step_piece(const struct step *to, update_function update, const void
         if (to->states[number])
             store_state(states[number], to, number, tensor, start, length, phases, count);
     store_weights(weights, to, tensor, start, length, phases, count);
-}
-
-INLINE void step_block(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
-                       int64_t length)
-{
-    for (int64_t done = 0; done < length; done += PIECE)
-        step_piece(to, update, rule, tensor, start + done, length - done < PIECE ? length - done : PIECE);
 }
 
 /* Counts this step in every tensor's. */

@@ -14,17 +14,18 @@ INFINITY_BITS = 0x7F800000
 FIRST_MOMENT, SECOND_MOMENT, PARAMETER = (step - (1 << 32) for step in (0xD1B54A33, 0xABC98389, 0x8CB92BA7))
 
 
-compiled = {
-    name: native.Routine(name, *[c_void_p] * 3, c_int64, c_int)
-    for name in ("encode_state", "decode_state", "split_master", "join_master")
-}
+ARGUMENTS = (*[c_void_p] * 3, c_int64, c_int)
+compiled_encode = native.Routine("encode_state", *ARGUMENTS)
+compiled_decode = native.Routine("decode_state", *ARGUMENTS)
+compiled_split = native.Routine("split_master", *ARGUMENTS)
+compiled_join = native.Routine("join_master", *ARGUMENTS)
 
 
 def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     codes = torch.empty_like(values, dtype=torch.int8 if signed else torch.uint8)
     if native.available():
         scales = torch.empty(-(-values.numel() // GROUP_SIZE), dtype=torch.uint8, device="cpu")
-        _call("encode_state", codes, scales, values, signed)
+        _call(compiled_encode, codes, scales, values, signed)
         return codes, scales
     flat = as_flat(values)
     padded = torch.zeros(-(-flat.numel() // GROUP_SIZE) * GROUP_SIZE, dtype=torch.float32, device="cpu")
@@ -37,7 +38,7 @@ def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 def decode_state(codes: Tensor, scales: Tensor) -> Tensor:
     values = torch.empty_like(codes, dtype=torch.float32)
     if native.available():
-        _call("decode_state", codes, scales, values, codes.dtype == torch.int8)
+        _call(compiled_decode, codes, scales, values, codes.dtype == torch.int8)
         return values
     flat = as_flat(codes)
     padded = torch.zeros(scales.numel() * GROUP_SIZE, dtype=codes.dtype, device="cpu")
@@ -49,7 +50,7 @@ def decode_state(codes: Tensor, scales: Tensor) -> Tensor:
 def split_weights(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     param, remainder = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int16)
     if native.available():
-        _call("split_master", param, remainder, master, native.DTYPES[dtype])
+        _call(compiled_split, param, remainder, master, native.DTYPES[dtype])
     else:
         split_(master, param, remainder)
     return param, remainder
@@ -59,12 +60,12 @@ def join_weights(param: Tensor, remainder: Tensor) -> Tensor:
     if not native.available():
         return join(param, remainder)
     master = torch.empty_like(param, dtype=torch.float32)
-    _call("join_master", param, remainder, master, native.DTYPES[param.dtype])
+    _call(compiled_join, param, remainder, master, native.DTYPES[param.dtype])
     return master
 
 
-def _call(name: str, narrow: Tensor, beside: Tensor, wide: Tensor, kind: int) -> None:
-    compiled[name](narrow.data_ptr(), beside.data_ptr(), wide.data_ptr(), wide.numel(), kind)
+def _call(routine: native.Routine, narrow: Tensor, beside: Tensor, wide: Tensor, kind: int) -> None:
+    routine(narrow.data_ptr(), beside.data_ptr(), wide.data_ptr(), wide.numel(), kind)
 
 
 def as_flat(tensor: Tensor) -> Tensor:
