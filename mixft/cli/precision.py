@@ -192,15 +192,14 @@ def _auto(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Set
 
 def _int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     quantize(model, mode="train")
+    return _frozen_int8(model, learning_rate, storage)
+
+
+def _frozen_int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     on_gpu = next(model.parameters()).is_cuda
     if not on_gpu:
         use_dropout_attention(model)
-    return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16 if on_gpu else None)
-
-
-def _frozen_int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
-    on_gpu = next(model.parameters()).is_cuda
     return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16 if on_gpu else None)
 
 

@@ -13,7 +13,7 @@ from mixft.cli.job import LOG, Job
 CHILD = "import sys; sys.path[:] = filter(None, sys.path); from mixft.cli.training import main; main()"
 
 
-MAPPED = 2**18  # bytes from which on glibc maps a block, and unmaps it when it is freed
+MAPPED = 2**20  # bytes from which on glibc maps a block, and unmaps it when it is freed
 
 
 class RunFailed(Exception):
