@@ -18,6 +18,8 @@ from mixft.cli.tasks import TASKS, read_data
 from mixft.cli.tokens import check_tokens
 
 DEFAULT_LENGTH = 64
+LEARNING_RATE = 1e-4
+LORA_LEARNING_RATE = 1e-3  # adapters start at zero and have to get as far
 
 
 def _whole_number(least: int):
@@ -64,7 +66,10 @@ def finetune(
     max_length: Annotated[
         int | None, typer.Option(**_whole_number(3), help="Tokens after which a text is cut; default 64 or fewer.")
     ] = None,
-    lr: Annotated[float, typer.Option(parser=_positive_number, metavar="F", help="Peak learning rate.")] = 1e-4,
+    lr: Annotated[
+        float | None,
+        typer.Option(parser=_positive_number, metavar="F", help="Peak rate; default 1e-4, of adapters 1e-3."),
+    ] = None,
     lora: Annotated[
         int | None,
         typer.Option(**_whole_number(1), help="Train adapters of this rank on frozen weights; fp32, bf16 or int8."),
@@ -120,7 +125,7 @@ def finetune(
         batch_size=batch_size,
         grad_accumulation=_grad_accumulation(grad_accumulation, batch_size, precisions),
         max_length=max_length,
-        learning_rate=lr,
+        learning_rate=lr or (LEARNING_RATE if lora is None else LORA_LEARNING_RATE),
         master_weights=_choice("--master-weights", master_weights, MASTER_WEIGHTS, precisions, "auto"),
         state_dtype=_choice("--state-dtype", state_dtype, tuple(STATE_DTYPES), precisions, "fp32"),
         lora=lora,

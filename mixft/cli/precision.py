@@ -179,8 +179,8 @@ def _bf16(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Set
 
 def _fp16(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     model.half()
-    _replace(model, torch.nn.Linear, mixft.nn.Linear.from_linear)
-    _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
+    replace_layers(model, torch.nn.Linear, mixft.nn.Linear.from_linear)
+    replace_layers(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     return Setup(model, _fused_adamw(model, learning_rate, storage), scaler=mixft.amp.LossScaler())
 
 
@@ -192,11 +192,11 @@ def _auto(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Set
 
 def _int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
     quantize(model, mode="train")
-    return _frozen_int8(model, learning_rate, storage)
+    return _around_int8(model, learning_rate, storage)
 
 
-def _frozen_int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
-    _replace(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
+def _around_int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+    replace_layers(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     on_gpu = next(model.parameters()).is_cuda
     if not on_gpu:
         use_dropout_attention(model)
@@ -208,7 +208,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _replace(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+def replace_layers(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
     """Put ``make(layer)`` in the place of each layer that is of exactly this kind."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -239,5 +239,5 @@ PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
 LORA_PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
     "fp32": _fp32,
     "bf16": _bf16,
-    "int8": _frozen_int8,
+    "int8": _around_int8,
 }
