@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mixft.cpu import int8_layer as compiled
+from mixft.cpu import native
 from mixft.cpu import packed_weight as packing
 from mixft.cpu.int8_layer import int8_layer, packed_strips, serves
 from mixft.cpu.static_int8_linear import static_bytes
@@ -17,13 +18,6 @@ needs_compiled_layer = pytest.mark.skipif(not serves(1), reason="needs the routi
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def int8(*shape):
@@ -101,14 +95,14 @@ def test_nothing_is_written_beyond_the_output(monkeypatch):
 
 
 @needs_compiled_layer
-def test_the_bits_do_not_depend_on_the_threads(threads):
+def test_the_bits_do_not_depend_on_the_threads(one_thread):
     # More threads than strips too, and products large enough for more than one.
     for M, K, N in ((40, 500, 70), (3, 3000, 200)):
         x, strips, scale, bias = torch.randn(M, K), packed_strips(int8(N, K)), torch.rand(N, 1), torch.randn(N)
-        threads(1)
+        torch.set_num_threads(1)
         alone = int8_layer(x, strips, scale, bias, "none")
         for count in (2, 3, 7):
-            threads(count)
+            torch.set_num_threads(count)
             assert torch.equal(int8_layer(x, strips, scale, bias, "none"), alone)
 
 
@@ -124,7 +118,7 @@ def test_a_row_does_not_depend_on_those_beside_it():
 def test_an_input_larger_than_the_memory_that_is_kept(monkeypatch):
     x, strips, scale = torch.randn(30, 130), packed_strips(int8(40, 130)), torch.rand(40, 1)
     expected = int8_layer(x, strips, scale, None, "none")
-    monkeypatch.setattr(compiled, "SCRATCH", 1)
+    monkeypatch.setattr(native, "SCRATCH", 1)
     assert torch.equal(int8_layer(x, strips, scale, None, "none"), expected)
 
 

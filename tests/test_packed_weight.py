@@ -19,9 +19,12 @@ from mixft.ops import dynamic_int8_linear, weight_only_matmul
 needs_vnni = pytest.mark.skipif(not has_int8_dot(), reason="needs a CPU with VNNI")
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def on_the_cpu(request, monkeypatch):
+    """With the compiled routines, and as where they are not built: oneDNN serves then."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
 
 
 def int8(*shape):

@@ -5,7 +5,6 @@ native/int8_linear.c. It takes a processor with AVX512-VNNI.
 """
 
 import functools
-import threading
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
@@ -28,10 +27,6 @@ STRIP, QUAD = 32, 4
 
 # Bytes beside its quantized values that a row of the input needs.
 ROW_BYTES = 144
-
-# Bytes that each thread keeps for quantized inputs.
-SCRATCH = 1 << 24
-local = threading.local()
 
 # With AMX, oneDNN is faster from so many rows on.
 AMX_ROWS = 32
@@ -69,7 +64,7 @@ def int8_layer(
     fused = activation in ("none", "relu")
     out = torch.empty((M, N), dtype=x.dtype if fused else torch.float32, device="cpu")
     bias = None if bias is None else bias.contiguous()
-    room = scratch(M * (K + ROW_BYTES))
+    room = native.scratch(M * (K + ROW_BYTES))
     linear(
         x.data_ptr(),
         native.DTYPES[x.dtype],
@@ -89,15 +84,6 @@ def int8_layer(
         room.data_ptr(),
     )
     return out if fused else ACTIVATIONS[activation](out).to(x.dtype)
-
-
-def scratch(size: int) -> Tensor:
-    """So many bytes, this thread's own where they suffice: new pages would cost more than the pass that fills them."""
-    if size > SCRATCH:
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
-    if not hasattr(local, "buffer"):
-        local.buffer = torch.empty(SCRATCH, dtype=torch.uint8, device="cpu")
-    return local.buffer
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """CPU routines of the int8 products: ``torch._int_mm`` on VNNI, exact FP32 products elsewhere."""
 
 import functools
+from ctypes import c_int, c_int64, c_void_p
 from math import isfinite
 
 import torch
 from torch import Tensor
 
+from . import native
 from .activation import ACTIVATIONS
 from .instruction_set import has_bf16_dot, has_int8_dot
 from .packed_weight import packed_product, packed_weight
@@ -16,6 +18,18 @@ EXACT_FP32_K = 1024
 
 # Up to this many elements a call costs more than the memory that it saves.
 SMALL = 1 << 16
+
+# Up to this many rows a product in FP32 is faster than three of bytes.
+FEW_ROWS = 16
+
+# FP32 numbers beside its own that a row needs there.
+ROW_PADDING = 16
+
+few_rows_product = native.Routine(
+    "weight_only_product",
+    *(c_void_p, c_int, c_int64, c_int64, c_int64),
+    *(c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p),
+)
 
 # Elements of a piece of an operand or result: what is made of it on the way stays in the caches.
 PIECE = 1 << 18
@@ -50,10 +64,13 @@ def weight_only_matmul(
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.weight_only_matmul`` on the CPU.
 
-    A weight that can be packed is multiplied by three bytes of each activation, exact in int32: that takes activations
+    Few rows are multiplied in FP32 by the compiled product, which widens the weight in registers. For more rows, a
+    weight that can be packed is multiplied by three bytes of each activation, exact in int32: that takes activations
     to within 2^-22 of their row's largest magnitude, in less time than an FP32 product. Other weights, and
     activations with a NaN or Inf, are multiplied in floating point.
     """
+    if 0 < a.shape[0] <= FEW_ROWS and b.is_contiguous() and native.available():
+        return _few_rows(a, b, b_scale, bias, activation, out_dtype)
     out = _product_of_limbs(a, b, b_scale)
     if out is None:
         exact = torch.bfloat16 if a.dtype == torch.bfloat16 and has_bf16_dot() else torch.float32
@@ -61,6 +78,33 @@ def weight_only_matmul(
     if bias is not None:
         out.add_(bias)
     return ACTIVATIONS[activation](out).to(out_dtype)
+
+
+def _few_rows(
+    a: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype
+) -> Tensor:
+    a, b_scale = a.contiguous(), b_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    (M, K), N = a.shape, b.shape[0]
+    fused = activation in ("none", "relu")
+    out = torch.empty((M, N), dtype=out_dtype if fused else torch.float32, device="cpu")
+    room = native.scratch(4 * M * (K + ROW_PADDING))
+    few_rows_product(
+        a.data_ptr(),
+        native.DTYPES[a.dtype],
+        M,
+        K,
+        N,
+        b.data_ptr(),
+        b_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else native.DTYPES[bias.dtype],
+        activation == "relu",
+        out.data_ptr(),
+        native.DTYPES[out.dtype],
+        room.data_ptr(),
+    )
+    return out if fused else ACTIVATIONS[activation](out).to(out_dtype)
 
 
 def _product_of_limbs(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ OpenMP threads of torch. Without them, torch's operators serve. ``MIXFT_NATIVE=0
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -19,6 +20,11 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # The compiled library for what torch.backends.cpu.get_cpu_capability() says.
 LIBRARIES = {"AVX2": "_native_avx2", "AVX512": "_native_avx512"}
+
+
+# Bytes of scratch memory that each thread keeps.
+SCRATCH = 1 << 24
+local = threading.local()
 
 
 class Unavailable(Exception):
@@ -71,6 +77,15 @@ class Routine:
 
     def __call__(self, *arguments) -> None:
         self.function(*arguments)
+
+
+def scratch(size: int) -> Tensor:
+    """So many bytes, this thread's own where they suffice: new pages would cost more than the pass that fills them."""
+    if size > SCRATCH:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    if not hasattr(local, "buffer"):
+        local.buffer = torch.empty(SCRATCH, dtype=torch.uint8, device="cpu")
+    return local.buffer
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:

@@ -1,0 +1,141 @@
+/* Few rows of floats times an int8 weight, which is widened in registers: mixft/cpu/int8_matmul.py. */
+#include <omp.h>
+
+#include "floats.h"
+
+/* A tile of the product, whose sums stay in registers. */
+#ifdef __AVX512F__
+enum { LANES = 16, TILE_ROWS = 4, TILE_COLUMNS = 4 };
+typedef __m512 vector;
+#else
+enum { LANES = 8, TILE_ROWS = 4, TILE_COLUMNS = 2 };
+typedef __m256 vector;
+#endif
+
+/* Columns of the output done at a time. */
+enum { STRIP = 32 };
+
+/* Up to this many products a second thread costs more than it does. */
+#define SMALL_PRODUCT (1 << 18)
+
+struct product {
+    const float *input; /* [rows, stride], zeros from `inner` on */
+    const int8_t *weight;
+    const float *scale;
+    const void *bias;
+    void *out;
+    int64_t rows, inner, columns, stride;
+    int bias_dtype, out_dtype, relu;
+};
+
+static inline vector widened(const int8_t *weight)
+{
+#ifdef __AVX512F__
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)weight)));
+#else
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)weight)));
+#endif
+}
+
+static inline vector multiplied(const float *input, vector weight, vector sum)
+{
+#ifdef __AVX512F__
+    return _mm512_fmadd_ps(_mm512_loadu_ps(input), weight, sum);
+#else
+    return _mm256_fmadd_ps(_mm256_loadu_ps(input), weight, sum);
+#endif
+}
+
+static inline float total(vector sums)
+{
+    float lanes[LANES];
+    memcpy(lanes, &sums, sizeof lanes);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int lane = 0; lane < width; lane++)
+            lanes[lane] += lanes[lane + width];
+    return lanes[0];
+}
+
+/* sums [rows, STRIP] of `rows` rows with `columns` rows of the weight. */
+static inline __attribute__((always_inline)) void multiply(float *sums, const float *input, const int8_t *weight,
+                                                           int64_t inner, int64_t stride, const int rows,
+                                                           const int columns)
+{
+    vector sum[TILE_ROWS][TILE_COLUMNS] = {0};
+    int64_t whole = inner / LANES * LANES;
+    for (int64_t k = 0; k < whole; k += LANES)
+#pragma GCC unroll 4
+        for (int column = 0; column < columns; column++) {
+            vector wide = widened(weight + column * inner + k);
+#pragma GCC unroll 4
+            for (int row = 0; row < rows; row++)
+                sum[row][column] = multiplied(input + row * stride + k, wide, sum[row][column]);
+        }
+    if (whole < inner)
+        for (int column = 0; column < columns; column++) {
+            int8_t rest[LANES] = {0};
+            memcpy(rest, weight + column * inner + whole, inner - whole);
+            for (int row = 0; row < rows; row++)
+                sum[row][column] = multiplied(input + row * stride + whole, widened(rest), sum[row][column]);
+        }
+    for (int column = 0; column < columns; column++)
+        for (int row = 0; row < rows; row++)
+            sums[row * STRIP + column] = total(sum[row][column]);
+}
+
+static void multiply_columns(float *sums, const float *input, const int8_t *weight, int64_t inner, int64_t stride,
+                             int64_t columns, const int rows)
+{
+    int64_t column = 0;
+    for (; column + TILE_COLUMNS <= columns; column += TILE_COLUMNS)
+        multiply(sums + column, input, weight + column * inner, inner, stride, rows, TILE_COLUMNS);
+    for (; column < columns; column++)
+        multiply(sums + column, input, weight + column * inner, inner, stride, rows, 1);
+}
+
+static void do_strip(const struct product *product, int64_t column)
+{
+    int64_t inner = product->inner, stride = product->stride, rest = product->columns - column;
+    int64_t columns = rest < STRIP ? rest : STRIP;
+    const int8_t *weight = product->weight + column * inner;
+    float bias[STRIP] = {0}, sums[TILE_ROWS * STRIP] = {0};
+    if (product->bias)
+        load_floats(bias, element(product->bias, column, product->bias_dtype), columns, product->bias_dtype);
+    for (int64_t first = 0; first < product->rows; first += TILE_ROWS) {
+        int64_t rows = product->rows - first;
+        const float *input = product->input + first * stride;
+        switch (rows) {
+        case 1: multiply_columns(sums, input, weight, inner, stride, columns, 1); break;
+        case 2: multiply_columns(sums, input, weight, inner, stride, columns, 2); break;
+        case 3: multiply_columns(sums, input, weight, inner, stride, columns, 3); break;
+        default: multiply_columns(sums, input, weight, inner, stride, columns, 4); rows = 4;
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            float *y = sums + row * STRIP;
+            for (int64_t i = 0; i < columns; i++) {
+                y[i] = y[i] * product->scale[column + i] + bias[i];
+                y[i] = product->relu && y[i] < 0 ? 0 : y[i];
+            }
+            store_floats(element(product->out, (first + row) * product->columns + column, product->out_dtype), y,
+                         columns, product->out_dtype);
+        }
+    }
+}
+
+/* out [rows, columns] = act(scale * (input weight^T) + bias), the sums in FP32: input [rows, inner] floats, weight
+ * int8 [columns, inner]. `scratch` has room for rows * (inner + 16) FP32 numbers. */
+void weight_only_product(const void *input, int input_dtype, int64_t rows, int64_t inner, int64_t columns,
+                         const int8_t *weight, const float *scale, const void *bias, int bias_dtype, int relu,
+                         void *out, int out_dtype, float *scratch)
+{
+    int64_t stride = inner + LANES;
+    for (int64_t row = 0; row < rows; row++) {
+        load_floats(scratch + row * stride, element(input, row * inner, input_dtype), inner, input_dtype);
+        memset(scratch + row * stride + inner, 0, LANES * sizeof(float));
+    }
+    struct product product = {scratch, weight,  scale,  bias,       out,       rows,
+                              inner,   columns, stride, bias_dtype, out_dtype, relu};
+#pragma omp parallel for schedule(static) if (rows * inner * columns > SMALL_PRODUCT)
+    for (int64_t column = 0; column < columns; column += STRIP)
+        do_strip(&product, column);
+}
