@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activation import ACTIVATIONS
-from .activation_backward import activation_backward
+from . import native
+from .activation import finish_product
+from .activation_backward import activation_backward, one_pass
 from .instruction_set import has_bf16_dot
 
 
@@ -54,7 +55,7 @@ def bf16_linear(
     if not has_bf16_dot():
         return None
     if residual is None and activation in ("none", "relu"):
-        return ACTIVATIONS[activation](F.linear(a, b.t(), bias))
+        return finish_product(F.linear(a, b.t(), bias), activation, torch.bfloat16)[0]
     if a.numel() == 0 or b.numel() == 0 or not has_onednn_linear():
         return None
     if residual is None:
@@ -81,20 +82,18 @@ def matmul_forward(
         residual = residual.reshape(a.shape[0], b.shape[1])
     dtypes = {out_dtype, *(tensor.dtype for tensor in (a, bias, residual) if tensor is not None)}
     in_bf16 = dtypes == {torch.bfloat16}
-    preactivation = a.new_empty(0)
-    out = None
+    keep_dtype = a.dtype if keep_preactivation else None
+    out = preactivation = None
     if in_bf16 and not keep_preactivation:
         out = bf16_linear(a, b, bias, activation, residual)
     elif in_bf16 and residual is None and activation != "none":
-        preactivation = bf16_linear(a, b, bias, "none")
-        out = None if preactivation is None else ACTIVATIONS[activation](preactivation)
+        product = bf16_linear(a, b, bias, "none")
+        if product is not None:
+            out, preactivation = finish_product(product, activation, out_dtype, None, keep_dtype)
     if out is None:
         product = fp32_product(a.float(), b.float(), None if bias is None else bias.float())
-        preactivation = product.to(a.dtype, copy=True) if keep_preactivation else a.new_empty(0)
-        out = ACTIVATIONS[activation](product)
-        if residual is not None:
-            out = out + residual.float()
-    return out.to(out_dtype).view(shape), preactivation.view(shape) if keep_preactivation else preactivation
+        out, preactivation = finish_product(product, activation, out_dtype, residual, keep_dtype)
+    return out.view(shape), a.new_empty(0) if preactivation is None else preactivation.view(shape)
 
 
 def matmul_activation_backward(
@@ -104,6 +103,9 @@ def matmul_activation_backward(
     grad = bf16_linear(a, b, None, "none") if a.dtype == torch.bfloat16 else None
     if grad is None:
         grad = fp32_product(a.float(), b.float(), None)
+    if native.available():
+        out = grad if grad.dtype == a.dtype else torch.empty_like(grad, dtype=a.dtype)
+        return out, one_pass(grad, kept, activation, out, want_sum)
     return activation_backward(grad, kept, activation, a.dtype, want_sum)
 
 

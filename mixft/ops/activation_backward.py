@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from .registration import define_op
+from mixft.cpu import activation_backward as cpu
+
+from .registration import define_op, needs_dispatch
 
 
 @define_op("activation_backward")
@@ -12,3 +14,10 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor]:
     columns = grad.shape[1] if want_bias else 0
     return grad.new_empty(grad.shape, dtype=dtype), grad.new_empty((columns,), dtype=torch.float32)
+
+
+def column_sums(grad: Tensor) -> Tensor:
+    """FP32 [N]: the sum over the rows of ``grad`` [M, N], the gradient of a bias that was added to them."""
+    if grad.device.type != "cpu" or torch.is_grad_enabled() or needs_dispatch(grad):
+        return grad.sum(0, dtype=torch.float32)
+    return cpu.column_sums(grad)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .activation import check_activation
-from .activation_backward import activation_backward
-from .registration import define_op
+from .activation_backward import activation_backward, column_sums
+from .registration import define_op, needs_dispatch, without_dispatch
 from .validation import FLOATS
 
 
@@ -82,7 +82,7 @@ def backward(ctx, grad, grad_preactivation):
         return None, None, None, None, None, None, grad_residual
     if activation == "none":
         if needs_bias:
-            grad_bias = grad.sum(0, dtype=torch.float32)
+            grad_bias = column_sums(grad)
         grad = grad.to(ctx.dtype)
     elif kept is None:
         raise RuntimeError(
@@ -90,7 +90,7 @@ def backward(ctx, grad, grad_preactivation):
             "keep_preactivation=True"
         )
     else:
-        grad, grad_bias = activation_backward(grad, kept, activation, ctx.dtype, needs_bias)
+        grad, grad_bias = in_backward(activation_backward, grad, kept)(grad, kept, activation, ctx.dtype, needs_bias)
     if grad_preactivation is not None:
         grad_preactivation = grad_preactivation.reshape(grad.shape)
         grad = grad + grad_preactivation
@@ -100,10 +100,11 @@ def backward(ctx, grad, grad_preactivation):
         grad_a = product(grad, b.t()).view(*lead, b.shape[0])
     a = a.reshape(rows, a.shape[-1]) if needs_b else None
     if needs_b and ctx.accumulate_into is not None:
+        accumulate = in_backward(matmul_accumulate_, ctx.accumulate_into, grad, a)
         if ctx.accumulate_into.is_contiguous():
-            matmul_accumulate_(ctx.accumulate_into, a.t(), grad)
+            accumulate(ctx.accumulate_into, a.t(), grad)
         else:
-            matmul_accumulate_(ctx.accumulate_into.t(), grad.t(), a)
+            accumulate(ctx.accumulate_into.t(), grad.t(), a)
     elif needs_b:
         # In the memory layout of b, which for weight.t() is what autograd accumulates into weight.grad without a copy.
         grad_b = product(grad.t(), a).t() if ctx.columns_first else product(a.t(), grad)
@@ -111,11 +112,28 @@ def backward(ctx, grad, grad_preactivation):
     return grad_a, grad_b, grad_bias, None, None, None, grad_residual
 
 
+def in_backward(op, *tensors: Tensor):
+    """``op`` for a call in a backward: under ``create_graph`` autograd has to see it."""
+    return op if torch.is_grad_enabled() else without_dispatch(op, *tensors)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
-    return matmul_forward(a, b, None, "none", a.dtype, False, None)[0]
+    return in_backward(matmul_forward, a, b)(a, b, None, "none", a.dtype, False, None)[0]
 
 
 matmul_forward.register_autograd(backward, setup_context=set_up_context)
+
+
+class Matmul(torch.autograd.Function):
+    """``matmul_forward`` where nothing but autograd has to see the call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = without_dispatch(matmul_forward, inputs[0])(*inputs)
+        set_up_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(backward)
 
 
 class AccumulatingMatmul(torch.autograd.Function):
@@ -124,7 +142,7 @@ class AccumulatingMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, bias, activation, out_dtype, keep_preactivation, residual, accumulate_into):
         inputs = (a, b, bias, activation, out_dtype, keep_preactivation, residual)
-        output = matmul_forward(*inputs)
+        output = without_dispatch(matmul_forward, a, b, bias, residual)(*inputs)
         save_for_backward(ctx, inputs, output)
         # Not among the saved tensors, which must not change before the backward: every backward changes it.
         ctx.accumulate_into = accumulate_into
@@ -187,12 +205,15 @@ def matmul(
     check_added("residual", residual, (*a.shape[:-1], b.shape[1]), a)
     if out_dtype is not None and out_dtype not in FLOATS:
         raise TypeError(f"out_dtype is {out_dtype}; it can be float16, bfloat16 or float32")
-    keep = any(tensor is not None and tensor.requires_grad for tensor in (a, b, bias))
     needs_slope = activation is not None and (activation != "relu" or residual is not None)
-    keep = keep and needs_slope and torch.is_grad_enabled()
+    keep = needs_slope and wants_gradient(a, b, bias)
     arguments = (a, b, bias, name, out_dtype or a.dtype, keep, residual)
     if accumulate_into is None:
-        return matmul_forward(*arguments)[0]
+        if needs_dispatch(a, b, bias, residual):
+            return matmul_forward(*arguments)[0]
+        if wants_gradient(a, b, bias, residual):
+            return Matmul.apply(*arguments)[0]
+        return without_dispatch(matmul_forward, a)(*arguments)[0]
     if accumulate_into.dtype != torch.float32:
         raise TypeError(f"accumulate_into is {accumulate_into.dtype}; it must be torch.float32")
     in_order = accumulate_into.is_contiguous() or accumulate_into.t().is_contiguous()
@@ -202,6 +223,10 @@ def matmul(
             f"{accumulate_into.device}; it must be {tuple(b.shape)}, as b is, without gaps and on {a.device}"
         )
     return AccumulatingMatmul.apply(*arguments, accumulate_into)
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check_operands(a: Tensor, b: Tensor) -> None:

@@ -17,14 +17,17 @@ import torch
 from torch import Tensor
 
 from .activation import check_activation
+from .activation_backward import column_sums
 from .matmul import (
     check_added,
     check_operands,
+    in_backward,
     matmul_activation_backward,
     matmul_forward,
     product,
     refuse_second_derivative,
 )
+from .registration import without_dispatch
 
 
 class FusedMLP(torch.autograd.Function):
@@ -33,9 +36,10 @@ class FusedMLP(torch.autograd.Function):
         needs_x, needs_weight1, needs_bias1, needs_weight2, *_ = ctx.needs_input_grad
         ctx.needs_first = needs_x or needs_weight1 or needs_bias1
         keep = ctx.needs_first and activation != "relu"
-        hidden, preactivation = matmul_forward(x, weight1.t(), bias1, activation, x.dtype, keep, None)
+        forward = without_dispatch(matmul_forward, x, weight1, bias1, weight2, bias2, residual)
+        hidden, preactivation = forward(x, weight1.t(), bias1, activation, x.dtype, keep, None)
         out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        out, _ = matmul_forward(hidden, weight2.t(), bias2, "none", out_dtype, False, residual)
+        out, _ = forward(hidden, weight2.t(), bias2, "none", out_dtype, False, residual)
         # ReLU's slope can be read from its output.
         kept = hidden if activation == "relu" else preactivation
         ctx.save_for_backward(
@@ -60,13 +64,14 @@ class FusedMLP(torch.autograd.Function):
         lead = grad.shape[:-1]
         flat = grad.reshape(math.prod(lead), grad.shape[-1])
         if needs_bias2:
-            grads["bias2"] = flat.sum(0, dtype=torch.float32).to(ctx.bias_dtypes[1])
+            grads["bias2"] = column_sums(flat).to(ctx.bias_dtypes[1])
         flat = flat.to(ctx.dtype)
         if needs_weight2:
             grads["weight2"] = product(flat.t(), hidden.reshape(flat.shape[0], hidden.shape[-1]))
         if ctx.needs_first:
             kept = kept.reshape(flat.shape[0], kept.shape[-1])
-            slope, bias1 = matmul_activation_backward(flat, weight2, kept, ctx.activation, needs_bias1)
+            multiply = in_backward(matmul_activation_backward, flat, weight2, kept)
+            slope, bias1 = multiply(flat, weight2, kept, ctx.activation, needs_bias1)
             if needs_bias1:
                 grads["bias1"] = bias1.to(ctx.bias_dtypes[0])
             if needs_x:

@@ -18,6 +18,9 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 
+# Not tensors of a subclass, whose own code has to see what is done with them.
+PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
 
 def interpreting() -> bool:
     """True when ``TRITON_INTERPRET=1``: CPU tensors are then served by the Triton launchers, interpreted."""
@@ -131,14 +134,23 @@ def _readable(parameter: inspect.Parameter) -> inspect.Parameter:
     return parameter.replace(annotation=List[Tensor]) if parameter.annotation == list[Tensor] else parameter  # noqa: UP006
 
 
-def without_dispatch(op, tensor: Tensor):
-    """``op``, or its implementation where the dispatcher has nothing to do for ``tensor``'s call.
+def without_dispatch(op, *tensors: Tensor | None):
+    """``op``, or its implementation where the dispatcher has nothing to do for a call on ``tensors``.
 
-    That is in eager mode on a plain CPU or GPU tensor, with no dispatch mode to see the call: the dispatcher takes
-    12 us, and 1 us a tensor in lists. The caller sees to it that no gradient is wanted, and that autograd hears of
-    what is changed in place.
+    That is in eager mode on plain CPU or GPU tensors, with no dispatch mode, transform or tracer to see the call: the
+    dispatcher takes 12 us, and 1 us a tensor in lists. The caller sees to it that no gradient is wanted, and that
+    autograd hears of what is changed in place.
     """
-    implementation = op.without_dispatch.get(tensor.device.type)
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and implementation is not None and not interpreting()
-    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return implementation if plain and not observed else op
+    return op if needs_dispatch(*tensors) else op.without_dispatch[tensors[0].device.type]
+
+
+def needs_dispatch(*tensors: Tensor | None) -> bool:
+    """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None."""
+    if torch.compiler.is_compiling() or interpreting() or tensors[0].device.type not in ("cpu", "cuda"):
+        return True
+    observed = (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+    return observed or any(type(tensor) not in PLAIN for tensor in tensors)

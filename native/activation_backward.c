@@ -1,0 +1,69 @@
+/* An activation's backward with the gradient of the bias: mixft/cpu/activation_backward.py. */
+#include "activation.h"
+
+#include <omp.h>
+
+/* Columns of a tile: three FP32 buffers of them take a quarter of a first-level cache. */
+#define COLUMNS 1024
+
+/* Up to this many elements a second thread costs more than it does. */
+#define SMALL 32768
+
+struct arguments {
+    const void *grad, *kept;
+    void *out;
+    float *partial;
+    int64_t rows, columns, row_stride, rows_of_group;
+    int grad_dtype, kept_dtype, out_dtype, activation;
+};
+
+static inline void add_to(float *restrict sums, const float *restrict values, int64_t length)
+{
+    for (int64_t i = 0; i < length; i++)
+        sums[i] += values[i];
+}
+
+static void do_tile(const struct arguments *to, int64_t group, int64_t first_column)
+{
+    float values[COLUMNS], kept[COLUMNS], sums[COLUMNS] = {0};
+    int64_t rest = to->columns - first_column, length = rest < COLUMNS ? rest : COLUMNS;
+    int64_t begin = group * to->rows_of_group, end = begin + to->rows_of_group;
+    for (int64_t row = begin; row < end && row < to->rows; row++) {
+        int64_t offset = row * to->columns + first_column;
+        load_floats(values, element(to->grad, row * to->row_stride + first_column, to->grad_dtype), length,
+                    to->grad_dtype);
+        if (to->activation != NONE) {
+            load_floats(kept, element(to->kept, offset, to->kept_dtype), length, to->kept_dtype);
+            multiply_by_slope(values, kept, length, to->activation);
+        }
+        if (to->out)
+            store_floats(element(to->out, offset, to->out_dtype), values, length, to->out_dtype);
+        if (to->partial)
+            add_to(sums, values, length);
+    }
+    if (to->partial)
+        memcpy(to->partial + group * to->columns + first_column, sums, 4 * length);
+}
+
+/* out = grad * activation'(kept), contiguous, and column_sums = its sum over the rows before rounding.
+ *
+ * `grad` has contiguous rows, `row_stride` elements apart; `kept` is contiguous, and not read where the activation is
+ * NONE. `out` or `column_sums` may be null, and `out` may be `grad` where dtype and strides are the same. `partial` has
+ * room for the columns of each group of `rows_of_group` rows: the sums of the groups are added in order, whatever the
+ * number of threads. */
+void activation_backward(const void *grad, int grad_dtype, int64_t row_stride, const void *kept, int kept_dtype,
+                         int64_t rows, int64_t columns, int activation, void *out, int out_dtype,
+                         int64_t rows_of_group, float *partial, float *column_sums)
+{
+    struct arguments to = {grad, kept, out, column_sums ? partial : 0, rows, columns, row_stride, rows_of_group,
+                           grad_dtype, kept_dtype, out_dtype, activation};
+    int64_t groups = (rows + rows_of_group - 1) / rows_of_group, strips = (columns + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel for schedule(static) if (rows * columns > SMALL)
+    for (int64_t tile = 0; tile < groups * strips; tile++)
+        do_tile(&to, tile / strips, tile % strips * COLUMNS);
+    if (column_sums) {
+        memset(column_sums, 0, 4 * columns);
+        for (int64_t group = 0; group < groups; group++)
+            add_to(column_sums, partial + group * columns, columns);
+    }
+}
