@@ -39,7 +39,7 @@ def finish_product(
     residual: Tensor | None = None,
     preactivation_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``activation(product) + residual`` in ``out_dtype``, and ``product`` in ``preactivation_dtype`` unless that is None.
+    """``activation(product) + residual`` in ``out_dtype``, and ``product`` in ``preactivation_dtype``, if given.
 
     ``product`` is contiguous and the caller's own: its memory may become that of a result. ``residual`` has as many
     elements. Computed in FP32, each result rounded once; without the compiled routine an activation of a 16-bit product

@@ -1,6 +1,6 @@
 """CPU routine of ``mixft.kernels.activation_backward``: one pass where compiled, else torch's own derivatives.
 
-torch reads and writes 16-bit tensors of one dtype in one pass; the sum over rows is then one of rounded values, in FP32.
+torch reads and writes 16-bit tensors of one dtype in one pass; the sum over rows is then one of rounded values.
 """
 
 from ctypes import c_int, c_int64, c_void_p

@@ -48,6 +48,19 @@ def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 FUSED = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", "")}
 
 
+# From so many elements on torch's addition of a bias costs more than oneDNN's, which comes with a longer preparation.
+FUSED_BIAS = 2**17
+
+
+def bf16_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``a @ b + bias`` of BF16 tensors, rounded once."""
+    if bias is None:
+        return torch.mm(a, b)
+    if a.shape[0] * b.shape[1] >= FUSED_BIAS and a.shape[1] > 0 and has_onednn_linear():
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    return F.linear(a, b.t(), bias)
+
+
 def bf16_linear(
     a: Tensor, b: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None = None
 ) -> Tensor | None:
@@ -55,7 +68,7 @@ def bf16_linear(
     if not has_bf16_dot():
         return None
     if residual is None and activation in ("none", "relu"):
-        return finish_product(F.linear(a, b.t(), bias), activation, torch.bfloat16)[0]
+        return finish_product(bf16_product(a, b, bias), activation, torch.bfloat16)[0]
     if a.numel() == 0 or b.numel() == 0 or not has_onednn_linear():
         return None
     if residual is None:

@@ -129,7 +129,7 @@ class Matmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = without_dispatch(matmul_forward, inputs[0])(*inputs)
+        output = matmul_forward.without_dispatch[inputs[0].device.type](*inputs)
         set_up_context(ctx, inputs, output)
         return output
 
@@ -213,7 +213,7 @@ def matmul(
             return matmul_forward(*arguments)[0]
         if wants_gradient(a, b, bias, residual):
             return Matmul.apply(*arguments)[0]
-        return without_dispatch(matmul_forward, a)(*arguments)[0]
+        return matmul_forward.without_dispatch[a.device.type](*arguments)[0]
     if accumulate_into.dtype != torch.float32:
         raise TypeError(f"accumulate_into is {accumulate_into.dtype}; it must be torch.float32")
     in_order = accumulate_into.is_contiguous() or accumulate_into.t().is_contiguous()
@@ -226,7 +226,11 @@ def matmul(
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def check_operands(a: Tensor, b: Tensor) -> None:

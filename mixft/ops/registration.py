@@ -91,11 +91,11 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
     def decorate(fake: Callable):
         implementation = name or fake.__name__
 
+        def direct(device_type: str, find: Callable) -> Callable:
+            return lambda *args: without_autocast(device_type, find(module, implementation), args)
+
         def on_cpu(*args):
             return without_autocast("cpu", server(CPU)(module, implementation), args)
-
-        def on_cuda(*args):
-            return without_autocast("cuda", launcher(module, implementation), args)
 
         signature = inspect.signature(fake)
         fake.__signature__ = signature.replace(parameters=list(map(_readable, signature.parameters.values())))
@@ -103,9 +103,9 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         op = torch.library.custom_op(
             f"mixft::{implementation}", on_cpu, mutates_args=mutates_args, device_types="cpu", schema=schema
         )
-        op.register_kernel("cuda")(on_cuda)
+        op.register_kernel("cuda")(direct("cuda", launcher))
         op.register_fake(fake)
-        op.without_dispatch = {"cpu": on_cpu, "cuda": on_cuda}
+        op.without_dispatch = {"cpu": direct("cpu", cpu_routine), "cuda": direct("cuda", launcher)}
         return op
 
     return decorate
@@ -134,7 +134,7 @@ def _readable(parameter: inspect.Parameter) -> inspect.Parameter:
     return parameter.replace(annotation=List[Tensor]) if parameter.annotation == list[Tensor] else parameter  # noqa: UP006
 
 
-def without_dispatch(op, *tensors: Tensor | None):
+def without_dispatch(op, *tensors: Tensor | None) -> Callable:
     """``op``, or its implementation where the dispatcher has nothing to do for a call on ``tensors``.
 
     That is in eager mode on plain CPU or GPU tensors, with no dispatch mode, transform or tracer to see the call: the
@@ -146,11 +146,9 @@ def without_dispatch(op, *tensors: Tensor | None):
 
 def needs_dispatch(*tensors: Tensor | None) -> bool:
     """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None."""
-    if torch.compiler.is_compiling() or interpreting() or tensors[0].device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    observed = (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
-    return observed or any(type(tensor) not in PLAIN for tensor in tensors)
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    first = tensors[0]
+    return not (PLAIN.issuperset(map(type, tensors)) and (first.is_cuda or (first.is_cpu and not interpreting())))

@@ -1,0 +1,124 @@
+"""What follows a product on the CPU, and its backward, against FP64: odd sizes, every dtype, any number of threads."""
+
+import pytest
+import torch
+from conftest import error
+from matmul_problems import ACTIVATIONS
+
+from mixft.cpu.activation import finish_product
+from mixft.cpu.activation_backward import activation_backward, column_sums
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32]
+NAMED = {name: function for name, function in ACTIVATIONS.items() if name}
+SHAPES = [(0, 3), (3, 0), (1, 1), (17, 66), (3, 4097), (131, 257)]
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def routines(request, monkeypatch):
+    """Which of the two ways the CPU routines go."""
+    if request.param == "torch":
+        monkeypatch.setattr("mixft.cpu.native.available", lambda: False)
+
+
+def unit(dtype: torch.dtype, exact: torch.Tensor) -> float:
+    """A rounding to ``dtype`` and what FP32 arithmetic adds to it."""
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    return (torch.finfo(dtype).eps / 2 + 2e-6) * max(largest, 1.0)
+
+
+@pytest.mark.parametrize("activation", ["none", *NAMED])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep", [None, torch.float16, torch.float32])
+def test_forward(shape, activation, keep):
+    function = ACTIVATIONS[None if activation == "none" else activation]
+    for dtype in FLOATS:
+        for out_dtype in FLOATS:
+            product, residual = (5 * torch.randn(shape)).to(dtype), torch.randn(shape)
+            for added in (None, residual, residual.half()):
+                exact = function(product.double()) + (0 if added is None else added.double())
+                out, kept = finish_product(product.clone(), activation, out_dtype, added, keep)
+                assert out.dtype == out_dtype
+                # Without the compiled routine a 16-bit product's activation is rounded before the residual is added.
+                assert error(out, exact) <= unit(out_dtype, exact) + unit(dtype, exact)
+                assert keep is None or torch.equal(kept, product.to(keep))
+                assert keep is None or kept.data_ptr() != out.data_ptr() or not out.numel()
+
+
+@pytest.mark.parametrize("activation", NAMED)
+def test_activations_over_their_whole_range(activation):
+    x = torch.cat([torch.linspace(-20, 20, 40001), torch.tensor([0.0, -0.0, 1e-30, -100.0, 100.0, 1e30])])
+    exact = NAMED[activation](x.double())
+    out, _ = finish_product(x.clone(), activation, torch.float32)
+    assert ((out - exact).abs() <= 1.5e-6 * exact.abs().clamp(min=1)).all()
+    leaf = x.double().requires_grad_()
+    (slope,) = torch.autograd.grad(NAMED[activation](leaf).sum(), leaf)
+    out, _ = activation_backward(torch.ones(1, len(x)), x.view(1, -1), activation, torch.float32, False)
+    assert error(out[0, :-1], slope[:-1]) < 3e-6
+
+
+@pytest.mark.parametrize("activation", NAMED)
+def test_values_that_are_not_finite(activation):
+    x = torch.tensor([[torch.inf, -torch.inf, torch.nan]])
+    out, _ = finish_product(x.clone(), activation, torch.float16)
+    assert out.isnan()[0, 2]
+    assert not out.isfinite()[0, 0]
+    slopes, _ = activation_backward(torch.ones(1, 3), x, activation, torch.float16, False)
+    assert slopes[0, :2].tolist() == [1.0, 0.0]
+    assert activation == "relu" or slopes[0, 2].isnan()
+
+
+@pytest.mark.parametrize("activation", NAMED)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(shape, activation):
+    for dtype in FLOATS:
+        for out_dtype in FLOATS:
+            grad, kept = torch.randn(shape).to(dtype), torch.randn(shape).to(out_dtype)
+            leaf = kept.double().requires_grad_()
+            (exact,) = torch.autograd.grad(NAMED[activation](leaf), leaf, grad.double())
+            out, sums = activation_backward(grad, kept, activation, out_dtype, True)
+            assert out.dtype == out_dtype
+            assert error(out, exact) <= unit(out_dtype, exact)
+            rounded = unit(out_dtype, exact) if grad.dtype == out_dtype else 1e-5
+            assert error(sums, exact.sum(0)) <= shape[0] * rounded + 1e-5
+            assert activation_backward(grad, kept, activation, out_dtype, False)[1].shape == (0,)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every other row", "every other column", "expanded", "misaligned"])
+def test_layouts_of_the_gradient(layout):
+    kept = torch.randn(37, 66).half()
+    grad = {
+        "transposed": lambda: torch.randn(66, 37).half().t(),
+        "every other row": lambda: torch.randn(74, 66).half()[::2],
+        "every other column": lambda: torch.randn(37, 132).half()[:, ::2],
+        "expanded": lambda: torch.ones(1, 1).half().expand(37, 66),
+        "misaligned": lambda: torch.randn(37 * 66 + 1).half()[1:].view(37, 66),
+    }[layout]()
+    before = grad.clone()
+    leaf = kept.double().requires_grad_()
+    (exact,) = torch.autograd.grad(NAMED["gelu"](leaf), leaf, grad.double())
+    out, sums = activation_backward(grad, kept, "gelu", torch.float16, True)
+    assert out.is_contiguous()
+    assert error(out, exact) <= unit(torch.float16, exact)
+    assert error(sums, exact.sum(0)) <= 37 * unit(torch.float16, exact)
+    assert error(column_sums(grad), grad.double().sum(0)) < 1e-4
+    assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5000])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_column_sums(rows, dtype):
+    x = torch.randn(rows, 1025).to(dtype)
+    sums = column_sums(x)
+    assert sums.dtype == torch.float32
+    assert error(sums, x.double().sum(0)) <= 1e-6 * max(rows, 1)
+
+
+def test_the_number_of_threads_changes_no_bit(one_thread):
+    grad, kept = torch.randn(700, 1100).bfloat16(), torch.randn(700, 1100).bfloat16()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        product = finish_product(kept.clone(), "gelu", torch.bfloat16)[0]
+        results.append((*activation_backward(grad, kept, "silu", torch.bfloat16, True), column_sums(grad), product))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
