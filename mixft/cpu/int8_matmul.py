@@ -10,14 +10,12 @@ from torch import Tensor
 from . import native
 from .activation import ACTIVATIONS
 from .instruction_set import has_bf16_dot, has_int8_dot
+from .int8_epilogue import finish
 from .packed_weight import packed_product, packed_weight
 from .unsigned_rows import unsigned_limbs
 
 # The largest K whose int8 products sum exactly in FP32: 1024 * 128 * 128 = 2**24.
 EXACT_FP32_K = 1024
-
-# Up to this many elements a call costs more than the memory that it saves.
-SMALL = 1 << 16
 
 # Up to this many rows a product in FP32 is faster than three of bytes.
 FEW_ROWS = 16
@@ -47,16 +45,7 @@ def int8_matmul(
     b_sum: Tensor | None = None,
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
-    product = integer_product(a, b.t())
-    if a_zero_point is not None:
-        product.addcmul_(a_zero_point, b_sum, value=-1)
-    out = _in_place_float(product)
-    if b_scale.stride(0) == 0:
-        a_scale = a_scale * b_scale[:1]
-    else:
-        out.mul_(b_scale.t())
-    out = out.mul_(a_scale) if bias is None else torch.addcmul(bias.float(), out, a_scale, out=out)
-    return ACTIVATIONS[activation](out).to(out_dtype)
+    return finish(integer_product(a, b.t()), a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
 
 
 def weight_only_matmul(
@@ -156,10 +145,3 @@ def int_mm_is_fast_and_exact() -> bool:
         if not torch.equal(torch._int_mm(a, b), fp32_integer_product(a, b)):
             return False
     return True
-
-
-def _in_place_float(accumulator: Tensor) -> Tensor:
-    """Convert int32 to FP32 in the same memory: element for element, one pass and no second buffer."""
-    if accumulator.numel() <= SMALL:
-        return accumulator.float()
-    return accumulator.view(torch.float32).copy_(accumulator)
