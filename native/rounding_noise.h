@@ -4,6 +4,7 @@
 #define MIXFT_ROUNDING_NOISE_H
 
 #include <stdint.h>
+#include <string.h>
 
 /* Counters worked on at a time: their state stays in registers. */
 #define LANES 16
@@ -44,13 +45,14 @@ static inline void row_noise(uint16_t *noise, int64_t group, int64_t first, int6
             words[3][i] = 0;
         }
         philox(words, seed);
-        uint32_t *out = (uint32_t *)(noise + word * 8);
+        uint32_t out[4 * LANES];
         for (int i = 0; i < LANES; i++) {
             out[4 * i] = (words[0][i] & 0xFFFF) | words[2][i] << 16;
             out[4 * i + 1] = (words[1][i] & 0xFFFF) | words[3][i] << 16;
             out[4 * i + 2] = words[0][i] >> 16 | (words[2][i] & 0xFFFF0000);
             out[4 * i + 3] = words[1][i] >> 16 | (words[3][i] & 0xFFFF0000);
         }
+        memcpy(noise + word * 8, out, sizeof out);
     }
 }
 

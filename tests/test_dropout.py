@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from mixft.cpu import native
 from mixft.nn import Dropout
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def server(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 2**-12])
@@ -38,6 +45,24 @@ def test_gradient_is_the_mask(shape):
     y.sum().backward()
     grad = x.grad.t() if x.dim() == 2 else x.grad
     assert torch.equal(y, view.detach() * grad)
+
+
+def test_second_derivative():
+    x = torch.randn(40, dtype=torch.float32, requires_grad=True)
+    y = Dropout(0.5)(x)
+    mask = (y / x).detach()
+    (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close(second, 6 * x.detach() * mask**3)
+
+
+def test_the_number_of_threads_changes_nothing(one_thread):
+    x = torch.ones(100_003)
+    torch.manual_seed(3)
+    first = Dropout(0.4)(x)
+    torch.set_num_threads(2)
+    torch.manual_seed(3)
+    assert torch.equal(Dropout(0.4)(x), first)
 
 
 def test_the_seed_decides():
