@@ -5,11 +5,8 @@
  */
 #include "blocks.h"
 #include "floats.h"
+#include "int8_rounding.h"
 #include "rounding_noise.h"
-
-/* 1.5 * 2^23: added to |y| < 2^22 it rounds y at the unit, ties to even, and the low byte is that integer. */
-#define UNIT_ROUNDER 12582912.0f
-#define SMALLEST_SCALE 0x1p-126f
 
 struct arguments {
     const void *x; /* [outer, n, inner], without gaps along inner, or along n where inner is 1 */
@@ -66,39 +63,6 @@ static inline const float *floats(const struct arguments *to, const void *from, 
     return wide;
 }
 
-/* What of an element's bits counts for the range: the magnitude where symmetric, zero where not finite. */
-static inline __attribute__((always_inline)) uint32_t counted(float value, int symmetric, int propagate)
-{
-    uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu;
-    uint32_t kept = symmetric ? magnitude : bits;
-    return propagate ? kept : kept & -(uint32_t)(magnitude < INFINITY_BITS);
-}
-
-/* Of floats as signed integers the largest is the largest; as unsigned ones, it is the most negative, if any is. */
-static inline __attribute__((always_inline)) void widen_range(int32_t *high, uint32_t *low, const float *x,
-                                                              int64_t length, int row, int symmetric, int propagate)
-{
-    if (row) {
-        int32_t highest = *high;
-        uint32_t lowest = *low;
-#pragma omp simd reduction(max : highest, lowest)
-        for (int64_t i = 0; i < length; i++) {
-            uint32_t bits = counted(x[i], symmetric, propagate);
-            highest = (int32_t)bits > highest ? (int32_t)bits : highest;
-            lowest = bits > lowest ? bits : lowest;
-        }
-        *high = highest;
-        *low = lowest;
-    } else {
-        for (int64_t i = 0; i < length; i++) {
-            uint32_t bits = counted(x[i], symmetric, propagate);
-            high[i] = (int32_t)bits > high[i] ? (int32_t)bits : high[i];
-            if (!symmetric)
-                low[i] = bits > low[i] ? bits : low[i];
-        }
-    }
-}
-
 static void widen_ranges(const struct arguments *to, int32_t *high, uint32_t *low, const float *x, int64_t length,
                          int row)
 {
@@ -130,11 +94,9 @@ static void find_scales(const struct arguments *to, struct unit unit, const int3
 {
     float scale[PANEL];
     for (int64_t i = 0; i < unit.groups; i++) {
-        float highest = float_of((uint32_t)high[i] < INFINITY_BITS ? (uint32_t)high[i] : INFINITY_BITS);
+        float highest = float_of(high[i]);
         if (to->symmetric) {
-            highest = highest < 127 * SMALLEST_SCALE ? 127 * SMALLEST_SCALE : highest;
-            scale[i] = highest / 127;
-            inverse[i] = 127 / highest;
+            find_symmetric_scale(high[i], &scale[i], &inverse[i]);
             zero[i] = 0;
         } else {
             float lowest = low[i] >> 31 ? float_of(low[i]) : 0;
@@ -150,35 +112,6 @@ static void find_scales(const struct arguments *to, struct unit unit, const int3
         if (!to->symmetric)
             to->zero_point[unit.group + i] = zero[i];
     }
-}
-
-/* x / scale + zero point (+ noise) as a byte. A `row` has one scale for all, and neighbours in a column one each. */
-static inline __attribute__((always_inline)) void round_each(uint8_t *restrict out, const float *restrict x,
-                                                             const float *inverse, const float *zero,
-                                                             const uint16_t *noise, int64_t length, int row,
-                                                             float lowest, float rounder)
-{
-    float factor = *inverse, offset = *zero;
-    for (int64_t i = 0; i < length; i++) {
-        float y = x[i] == x[i] ? x[i] * (row ? factor : inverse[i]) : 0;
-        y += row ? offset : zero[i];
-        y = y < 127 ? y : 127;
-        y = y > lowest ? y : lowest;
-        /* Uniform odd multiples of 2^-16 in (-1/2, 1/2). */
-        if (noise)
-            y += (float)(noise[i] | 1) * 0x1p-16f - 0.5f;
-        out[i] = bits_of(y + rounder);
-    }
-}
-
-/* The symmetric, nearest case where a group that is not finite may have any values: no other leaves the range. */
-static inline __attribute__((always_inline)) void round_inside(uint8_t *restrict out, const float *restrict x,
-                                                               const float *inverse, int64_t length, int row,
-                                                               float rounder)
-{
-    float factor = *inverse;
-    for (int64_t i = 0; i < length; i++)
-        out[i] = bits_of(x[i] * (row ? factor : inverse[i]) + rounder);
 }
 
 static void round_floats(const struct arguments *to, uint8_t *out, const float *x, const float *inverse,

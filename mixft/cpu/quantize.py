@@ -47,6 +47,9 @@ compiled_quantize = native.Routine(
 )  # fmt: skip
 
 
+compiled_dequantize = native.Routine("dequantize", *[c_void_p] * 4, c_int, *[c_int64] * 3)
+
+
 def quantize(
     x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None, propagate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,6 +266,14 @@ def rounding_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(values - zero_point) scale as ``dtype``, contiguous; see ``mixft.kernels.quantize.dequantize``."""
+    if native.available() and values.numel():
+        values = values.contiguous()
+        out = torch.empty(values.shape, dtype=dtype, device="cpu")
+        zero = None if zero_point is None else zero_point.data_ptr()
+        compiled_dequantize(
+            values.data_ptr(), scale.data_ptr(), zero, out.data_ptr(), native.DTYPES[dtype], *values.shape
+        )
+        return out
     y = values.to(torch.float32, memory_format=torch.contiguous_format)
     if zero_point is not None:
         y.sub_(zero_point)

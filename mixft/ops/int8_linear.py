@@ -90,12 +90,21 @@ def _gradients(
     weight_dtype: torch.dtype,
     needs_x: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     serve = server(grad_out.device)
     matmul = serve("int8_matmul", "int8_matmul")
     grad_x, grad_weight = grad_out.new_empty(0), grad_out.new_empty(0, dtype=weight_dtype)
     one = x_scale.new_ones(1, 1).expand(x_values.shape[1], 1)
     dtype = float_dtype(grad_out)
+    if needs_x and needs_weight and backward == "int8" and len(grad_out) <= MOST_ROWS:
+        values, scale, transposed, column_scale, grad_bias = serve("quantize_gradient", "quantize_gradient")(
+            grad_out, x_scale.view(-1), weight_scale.view(-1), seed
+        )
+        grad_x = matmul(values, weight_values.t(), scale, one, None, "none", grad_out.dtype)
+        grad_weight = matmul(transposed, x_values.t(), column_scale, one, None, "none", weight_dtype)
+        return grad_x, grad_weight, grad_bias if needs_bias else grad_bias.new_empty(0)
+    grad_bias = grad_out.sum(0, dtype=torch.float32) if needs_bias else grad_out.new_empty(0, dtype=torch.float32)
     if needs_x and backward == "16bit":
         grad_x = torch.mm(grad_out.to(dtype), weight.to(dtype)).to(grad_out.dtype)
     elif needs_x:
@@ -114,7 +123,7 @@ def _gradients(
             values, scale = quantize_columns(serve, grad_out[part], x_scale[part].view(-1), seed)
             parts.append(matmul(values.t(), x_values[part].t(), scale, one, None, "none", out_dtype))
         grad_weight = parts[0] if whole else sum(parts).to(weight_dtype)
-    return grad_x, grad_weight
+    return grad_x, grad_weight, grad_bias
 
 
 _backward = torch.library.custom_op("mixft::int8_linear_backward", _gradients, mutates_args=())
@@ -133,11 +142,13 @@ def _(
     weight_dtype,
     needs_x,
     needs_weight,
+    needs_bias,
 ):
     weight_shape = (grad_out.shape[1], x_values.shape[1])
     return (
         grad_out.new_empty(x_values.shape if needs_x else 0),
         grad_out.new_empty(weight_shape if needs_weight else 0, dtype=weight_dtype),
+        grad_out.new_empty(grad_out.shape[1] if needs_bias else 0, dtype=torch.float32),
     )
 
 
@@ -154,11 +165,13 @@ def _save_for_backward(ctx, inputs, output):
 
 def _differentiate_with(gradients, ctx, grad_out):
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_weight = gradients(grad_out, *ctx.saved_tensors, ctx.backward, ctx.weight_dtype, needs_x, needs_weight)
+    grad_x, grad_weight, grad_bias = gradients(
+        grad_out, *ctx.saved_tensors, ctx.backward, ctx.weight_dtype, needs_x, needs_weight, needs_bias
+    )
     return (
         grad_x if needs_x else None,
         grad_weight if needs_weight else None,
-        grad_out.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if needs_bias else None,
+        grad_bias.to(ctx.bias_dtype) if needs_bias else None,
         *[None] * 6,
     )
 

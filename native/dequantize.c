@@ -1,0 +1,49 @@
+/* int8 back to floats: mixft/cpu/quantize.py. */
+#include "blocks.h"
+#include "floats.h"
+
+struct arguments {
+    const int8_t *values;
+    const float *scale;
+    const int32_t *zero_point;
+    void *out;
+    int dtype;
+};
+
+/* `length` elements from `start` on of one group, or of as many neighbouring columns from `group` on. */
+static inline __attribute__((always_inline)) void restore(const struct arguments *to, int64_t start, int64_t length,
+                                                          int64_t group, int row)
+{
+    const int8_t *values = to->values + start;
+    const float *scale = to->scale + group;
+    float wide[BLOCK], factor = *scale;
+    for (int64_t i = 0; i < length; i++)
+        wide[i] = values[i];
+    if (to->zero_point) {
+        const int32_t *zero_point = to->zero_point + group;
+        float zero = *zero_point;
+        for (int64_t i = 0; i < length; i++)
+            wide[i] -= row ? zero : (float)zero_point[i];
+    }
+    for (int64_t i = 0; i < length; i++)
+        wide[i] *= row ? factor : scale[i];
+    store_floats(element(to->out, start, to->dtype), wide, length, to->dtype);
+}
+
+/* out = (values - zero_point) scale, both contiguous [outer, n, inner], with a scale for each [outer, 1, inner]. */
+void dequantize(const int8_t *values, const float *scale, const int32_t *zero_point, void *out, int dtype,
+                int64_t outer, int64_t n, int64_t inner)
+{
+    struct arguments to = {values, scale, zero_point, out, dtype};
+    int64_t runs = inner == 1 ? outer : outer * n, run = inner == 1 ? n : inner;
+    int64_t blocks = blocks_of(run);
+#pragma omp parallel for schedule(static) if (outer * n * inner > SMALL)
+    for (int64_t index = 0; index < runs * blocks; index++) {
+        int64_t at = index / blocks, first = index % blocks * BLOCK, rest = run - first;
+        int64_t length = rest < BLOCK ? rest : BLOCK;
+        if (inner == 1)
+            restore(&to, at * run + first, length, at, 1);
+        else
+            restore(&to, at * run + first, length, at / n * inner + first, 0);
+    }
+}
