@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
+from transformers.activations import GELUActivation
 
 import mixft
 from mixft.cli.attention import use_dropout_attention
@@ -199,6 +200,7 @@ def _around_int8(model: torch.nn.Module, learning_rate: float, storage: Storage)
     replace_layers(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     on_gpu = next(model.parameters()).is_cuda
     if not on_gpu:
+        replace_layers(model, GELUActivation, lambda _: mixft.nn.GELU())
         use_dropout_attention(model)
     return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16 if on_gpu else None)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .activation import ACTIVATIONS
+from .activation import ACTIVATIONS, finish_product
 
 # Up to this many elements a call costs more than the memory that it saves.
 SMALL = 1 << 16
@@ -43,7 +43,7 @@ def finish(
         out = _scaled(
             product, a_scale, None if one_column_scale else b_scale, bias, activation, out_dtype, a_zero_point, b_sum
         )
-        return out if activation == "none" else ACTIVATIONS[activation](out).to(out_dtype)
+        return finish_product(out, activation, out_dtype)[0]
     if a_zero_point is not None:
         product.addcmul_(a_zero_point, b_sum, value=-1)
     out = _in_place_float(product)

@@ -1,12 +1,13 @@
-"""Drop-in layers: ``Linear`` and ``MLP`` in 16-bit floats, ``QuantLinear`` in int8, and ``Dropout``."""
+"""Drop-in layers: ``Linear`` and ``MLP`` in 16-bit floats, ``QuantLinear`` in int8, ``Dropout`` and ``GELU``."""
 
 import importlib
 
 from .dropout import Dropout
+from .gelu import GELU
 from .linear import Linear
 from .mlp import MLP
 
-__all__ = ["MLP", "Dropout", "Linear", "QuantLinear"]
+__all__ = ["GELU", "MLP", "Dropout", "Linear", "QuantLinear"]
 
 
 def __getattr__(name: str):

@@ -1,8 +1,14 @@
-"""Activations by name: the check of one, and torch's own function for layers that apply it outside a kernel."""
+"""Activations by name: the check of one, and the function for layers that apply it outside a kernel."""
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mixft.cpu.activation import ACTIVATIONS
+from mixft.cpu import native
+from mixft.cpu.activation import ACTIVATIONS, finish_product
+from mixft.cpu.activation_backward import activation_backward
+
+from .validation import FLOATS
 
 NAMES = tuple(name for name in ACTIVATIONS if name != "none")
 
@@ -16,6 +22,34 @@ def check_activation(activation: str | None) -> str:
     return activation
 
 
+class _Compiled(torch.autograd.Function):
+    """By the CPU's compiled routines, a pass each way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, activation: str) -> Tensor:
+        x = x.contiguous()
+        ctx.activation = activation
+        ctx.save_for_backward(x)
+        return finish_product(x, activation, x.dtype, preactivation_dtype=x.dtype)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        (x,) = ctx.saved_tensors
+        columns = x.shape[-1] if x.dim() else 1
+        grad, kept = grad_out.reshape(-1, columns), x.view(-1, columns)
+        return activation_backward(grad, kept, ctx.activation, x.dtype, False)[0].view(x.shape), None
+
+
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """``activation`` of ``x`` by torch, differentiable; ``x`` itself for None."""
-    return ACTIVATIONS[activation or "none"](x)
+    """``activation`` of ``x``, differentiable once; ``x`` itself for None.
+
+    Compiled where ``x`` is a plain CPU tensor of FP16, BF16 or FP32 that no compiler or transform sees; elsewhere
+    torch's.
+    """
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS and x.numel() > 0
+    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    observed = observed or torch._C._are_functorch_transforms_active()
+    if activation is None or observed or not plain or not native.available():
+        return ACTIVATIONS[activation or "none"](x)
+    return _Compiled.apply(x, activation)
