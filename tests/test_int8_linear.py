@@ -229,7 +229,7 @@ def test_opcheck(device):
     for backward in ("int8", "weight_grad_16bit", "16bit"):
         quantized = (x_values, scale[:5], values, scale, seed, backward)
         torch.library.opcheck(torch.ops.mixft.int8_linear_forward.default, (x, weight, bias, *quantized))
-        arguments = (torch.randn(5, 8, device=device), weight.detach(), *quantized, torch.float32, True, True)
+        arguments = (torch.randn(5, 8, device=device), weight.detach(), *quantized, torch.float32, True, True, True)
         torch.library.opcheck(torch.ops.mixft.int8_linear_backward.default, arguments)
 
 

@@ -49,4 +49,4 @@ def quantize_gradient(
         work.data_ptr(),
         work[2 * blocks].data_ptr(),
     )
-    return values, scale, by_column.t(), column_scale, work[0]
+    return values, scale, by_column.t(), column_scale, work[0].clone()
