@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mixft.ops.registration import cpu_routine, define_op, interpreting, launcher
+from mixft.ops.registration import cpu_routine, define_op, interpreting, launcher, without_dispatch
 
 unused = (f"probe_{number}" for number in itertools.count())
 
@@ -58,6 +58,35 @@ def test_a_fake_tensor_reaches_neither(op):
     with FakeTensorMode() as mode:
         result = op(mode.from_tensor(torch.zeros(3, 5)))
     assert result.shape == (3, 5)
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace. is deprecated")
+def test_calls_that_others_have_to_see_go_through_the_dispatcher(op, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    x, seen = torch.zeros(2), []
+
+    def look(y: Tensor) -> Tensor:
+        seen.append(without_dispatch(op, x, y))
+        return y * 2
+
+    for plain in (x, torch.nn.Parameter(x), None):
+        serve = without_dispatch(op, x, plain)
+        assert serve is not op
+        assert serve(x).tolist() == [2, 2]
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(x))
+    look(x.as_subclass(Subclass))
+    torch.func.vmap(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    seen.append(without_dispatch(op, torch.zeros(2, device="meta")))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    look(x)
+    assert len(seen) == 6
+    assert all(serve is op for serve in seen)
 
 
 def test_cpu_and_cuda_are_both_served(op):

@@ -89,10 +89,11 @@ def matmul_forward(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``activation(a @ b + bias) + residual`` and the pre-activation in ``a``'s dtype, empty unless asked for."""
-    shape = (*a.shape[:-1], b.shape[1])
-    a = a.reshape(math.prod(shape[:-1]), a.shape[-1])
-    if residual is not None:
-        residual = residual.reshape(a.shape[0], b.shape[1])
+    shape = None
+    if a.dim() != 2:
+        shape = (*a.shape[:-1], b.shape[1])
+        a = a.reshape(math.prod(shape[:-1]), a.shape[-1])
+        residual = None if residual is None else residual.reshape(a.shape[0], b.shape[1])
     dtypes = {out_dtype, *(tensor.dtype for tensor in (a, bias, residual) if tensor is not None)}
     in_bf16 = dtypes == {torch.bfloat16}
     keep_dtype = a.dtype if keep_preactivation else None
@@ -106,7 +107,9 @@ def matmul_forward(
     if out is None:
         product = fp32_product(a.float(), b.float(), None if bias is None else bias.float())
         out, preactivation = finish_product(product, activation, out_dtype, residual, keep_dtype)
-    return out.view(shape), a.new_empty(0) if preactivation is None else preactivation.view(shape)
+    if preactivation is None:
+        return out if shape is None else out.view(shape), a.new_empty(0)
+    return (out, preactivation) if shape is None else (out.view(shape), preactivation.view(shape))
 
 
 def matmul_activation_backward(

@@ -26,8 +26,26 @@ from .matmul import (
     matmul_forward,
     product,
     refuse_second_derivative,
+    wants_gradient,
 )
 from .registration import without_dispatch
+
+
+def layers(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is between the layers, its pre-activation, empty unless to be kept, and the result."""
+    forward = without_dispatch(matmul_forward, x, weight1, bias1, weight2, bias2, residual)
+    hidden, preactivation = forward(x, weight1.t(), bias1, activation, x.dtype, keep, None)
+    out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return hidden, preactivation, forward(hidden, weight2.t(), bias2, "none", out_dtype, False, residual)[0]
 
 
 class FusedMLP(torch.autograd.Function):
@@ -36,10 +54,7 @@ class FusedMLP(torch.autograd.Function):
         needs_x, needs_weight1, needs_bias1, needs_weight2, *_ = ctx.needs_input_grad
         ctx.needs_first = needs_x or needs_weight1 or needs_bias1
         keep = ctx.needs_first and activation != "relu"
-        forward = without_dispatch(matmul_forward, x, weight1, bias1, weight2, bias2, residual)
-        hidden, preactivation = forward(x, weight1.t(), bias1, activation, x.dtype, keep, None)
-        out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        out, _ = forward(hidden, weight2.t(), bias2, "none", out_dtype, False, residual)
+        hidden, preactivation, out = layers(x, weight1, bias1, weight2, bias2, activation, residual, keep)
         # ReLU's slope can be read from its output.
         kept = hidden if activation == "relu" else preactivation
         ctx.save_for_backward(
@@ -127,4 +142,7 @@ def mlp(
     check_added("bias1", bias1, (weight1.shape[0],), x)
     check_added("bias2", bias2, (weight2.shape[0],), x)
     check_added("residual", residual, (*x.shape[:-1], weight2.shape[0]), x)
-    return FusedMLP.apply(x, weight1, bias1, weight2, bias2, name, residual)
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if not wants_gradient(*tensors, residual):
+        return layers(*tensors, name, residual, False)[2]
+    return FusedMLP.apply(*tensors, name, residual)
