@@ -1,13 +1,6 @@
 /* An activation's backward with the gradient of the bias: mixft/cpu/activation_backward.py. */
 #include "activation.h"
-
-#include <omp.h>
-
-/* Columns of a tile: three FP32 buffers of them take a quarter of a first-level cache. */
-#define COLUMNS 1024
-
-/* Up to this many elements a second thread costs more than it does. */
-#define SMALL 32768
+#include "blocks.h"
 
 struct arguments {
     const void *grad, *kept;
@@ -25,8 +18,8 @@ static inline void add_to(float *restrict sums, const float *restrict values, in
 
 static void do_tile(const struct arguments *to, int64_t group, int64_t first_column)
 {
-    float values[COLUMNS], kept[COLUMNS], sums[COLUMNS] = {0};
-    int64_t rest = to->columns - first_column, length = rest < COLUMNS ? rest : COLUMNS;
+    float values[BLOCK], kept[BLOCK], sums[BLOCK] = {0};
+    int64_t rest = to->columns - first_column, length = rest < BLOCK ? rest : BLOCK;
     int64_t begin = group * to->rows_of_group, end = begin + to->rows_of_group;
     for (int64_t row = begin; row < end && row < to->rows; row++) {
         int64_t offset = row * to->columns + first_column;
@@ -57,10 +50,10 @@ void activation_backward(const void *grad, int grad_dtype, int64_t row_stride, c
 {
     struct arguments to = {grad, kept, out, column_sums ? partial : 0, rows, columns, row_stride, rows_of_group,
                            grad_dtype, kept_dtype, out_dtype, activation};
-    int64_t groups = (rows + rows_of_group - 1) / rows_of_group, strips = (columns + COLUMNS - 1) / COLUMNS;
+    int64_t groups = (rows + rows_of_group - 1) / rows_of_group, strips = (columns + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) if (rows * columns > SMALL)
     for (int64_t tile = 0; tile < groups * strips; tile++)
-        do_tile(&to, tile / strips, tile % strips * COLUMNS);
+        do_tile(&to, tile / strips, tile % strips * BLOCK);
     if (column_sums) {
         memset(column_sums, 0, 4 * columns);
         for (int64_t group = 0; group < groups; group++)
