@@ -72,7 +72,8 @@ def quantize(
         group_size: elements along ``dim`` that share a scale, a divisor of that dimension; None for all of them.
         symmetric: the formula.
         stochastic: round x/S + Z up or down at random, such that the mean is x/S + Z (to 2^-16), with a seed drawn
-            from torch's generator of x's device; False rounds to the nearest, ties to even.
+            from torch's generator of x's device; False rounds to the nearest, ties to even. For one seed every device
+            draws the same numbers, a CPU where its routines are compiled.
         nonfinite: "saturate" takes ranges over finite values, turns NaN into the representation of zero and
             an infinity into 127 or the lowest value; "error" raises instead, which waits for the device.
 
