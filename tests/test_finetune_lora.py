@@ -170,6 +170,17 @@ def test_adapters_on_an_int8_folder(finished, capsys):
     assert "quantization_config" not in json.loads((finished / "int8-seed1" / "config.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("options", "rate"), [([], 1e-4), (["--lora", "8"], 1e-3), (["--lora", "8", "--lr", "2e-4"], 2e-4)]
+)
+def test_adapters_have_a_learning_rate_of_their_own_by_default(folder, tmp_path, monkeypatch, options, rate):
+    rates = []
+    monkeypatch.setattr("mixft.cli.runs.run_all", lambda jobs, *_: rates.append(jobs[0].recipe.learning_rate) or 0)
+    files = ["--model", str(folder / "bert"), "--train", str(folder / "train.csv"), "--output", str(tmp_path / "out")]
+    assert main(["finetune", *files, "--precision", "int8", *options]) == 0
+    assert rates == [rate]
+
+
 def refused(capsys, arguments, *named):
     assert main([str(argument) for argument in arguments]) == 2
     captured = capsys.readouterr()
