@@ -30,9 +30,10 @@ def check_bias(bias: Tensor | None, out_features: int) -> None:
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors that are given lie on one device."""
     first = next(iter(tensors.values())).device
-    if any(tensor is not None and tensor.device != first for tensor in tensors.values()):
-        listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
-        raise ValueError(f"all tensors must be on one device; got {listing}")
+    for tensor in tensors.values():
+        if tensor is not None and tensor.device != first:
+            listing = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items() if tensor is not None)
+            raise ValueError(f"all tensors must be on one device; got {listing}")
 
 
 def check_scalar(name: str, value: Tensor, device: torch.device) -> None:
