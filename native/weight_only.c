@@ -3,14 +3,18 @@
 
 #include "floats.h"
 
-/* A tile of the product, whose sums stay in registers. */
+/* A tile of the product is of 1 to TILE_ROWS rows; its sums stay in as many registers as there are for them. */
 #ifdef __AVX512F__
-enum { LANES = 16, TILE_ROWS = 4, TILE_COLUMNS = 4 };
+enum { LANES = 16, SUMS = 16 };
 typedef __m512 vector;
 #else
-enum { LANES = 8, TILE_ROWS = 4, TILE_COLUMNS = 2 };
+enum { LANES = 8, SUMS = 8 };
 typedef __m256 vector;
 #endif
+enum { TILE_ROWS = 4, MOST_COLUMNS = 8 };
+
+/* How far ahead the weight is fetched from memory, in bytes. */
+#define AHEAD 512
 
 /* Columns of the output done at a time. */
 enum { STRIP = 32 };
@@ -61,11 +65,12 @@ static inline __attribute__((always_inline)) void multiply(float *sums, const fl
                                                            int64_t inner, int64_t stride, const int rows,
                                                            const int columns)
 {
-    vector sum[TILE_ROWS][TILE_COLUMNS] = {0};
+    vector sum[TILE_ROWS][MOST_COLUMNS] = {0};
     int64_t whole = inner / LANES * LANES;
     for (int64_t k = 0; k < whole; k += LANES)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int column = 0; column < columns; column++) {
+            _mm_prefetch(weight + column * inner + k + AHEAD, _MM_HINT_T0);
             vector wide = widened(weight + column * inner + k);
 #pragma GCC unroll 4
             for (int row = 0; row < rows; row++)
@@ -83,12 +88,13 @@ static inline __attribute__((always_inline)) void multiply(float *sums, const fl
             sums[row * STRIP + column] = total(sum[row][column]);
 }
 
-static void multiply_columns(float *sums, const float *input, const int8_t *weight, int64_t inner, int64_t stride,
-                             int64_t columns, const int rows)
+static inline __attribute__((always_inline)) void multiply_strip(float *sums, const float *input,
+                                                                 const int8_t *weight, int64_t inner, int64_t stride,
+                                                                 int64_t columns, const int rows, const int at_once)
 {
     int64_t column = 0;
-    for (; column + TILE_COLUMNS <= columns; column += TILE_COLUMNS)
-        multiply(sums + column, input, weight + column * inner, inner, stride, rows, TILE_COLUMNS);
+    for (; column + at_once <= columns; column += at_once)
+        multiply(sums + column, input, weight + column * inner, inner, stride, rows, at_once);
     for (; column < columns; column++)
         multiply(sums + column, input, weight + column * inner, inner, stride, rows, 1);
 }
@@ -105,10 +111,10 @@ static void do_strip(const struct product *product, int64_t column)
         int64_t rows = product->rows - first;
         const float *input = product->input + first * stride;
         switch (rows) {
-        case 1: multiply_columns(sums, input, weight, inner, stride, columns, 1); break;
-        case 2: multiply_columns(sums, input, weight, inner, stride, columns, 2); break;
-        case 3: multiply_columns(sums, input, weight, inner, stride, columns, 3); break;
-        default: multiply_columns(sums, input, weight, inner, stride, columns, 4); rows = 4;
+        case 1: multiply_strip(sums, input, weight, inner, stride, columns, 1, MOST_COLUMNS); break;
+        case 2: multiply_strip(sums, input, weight, inner, stride, columns, 2, SUMS / 2); break;
+        case 3: multiply_strip(sums, input, weight, inner, stride, columns, 3, SUMS / 4); break;
+        default: multiply_strip(sums, input, weight, inner, stride, columns, 4, SUMS / 4); rows = TILE_ROWS;
         }
         for (int64_t row = 0; row < rows; row++) {
             float *y = sums + row * STRIP;

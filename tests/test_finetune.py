@@ -36,6 +36,8 @@ RUN_KEYS = {
     "final_train_loss",
     "eval_accuracy",
     "eval_accuracy_int8",
+    "eval_seconds",
+    "eval_seconds_int8",
     "overflow_steps",
     "overflows",
     "precision_events",
@@ -103,6 +105,8 @@ def test_every_precision_learns(finished):
         assert run["final_train_loss"] < 0.2
         assert run["eval_accuracy"] == 1.0
         assert run["eval_accuracy_int8"] == 1.0
+        assert 0 < run["eval_seconds"] < run["train_seconds"]
+        assert 0 < run["eval_seconds_int8"] < run["train_seconds"]
 
 
 def test_every_precision_sees_the_same_batches(finished):

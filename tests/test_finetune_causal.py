@@ -120,7 +120,7 @@ def test_perplexity_is_that_of_transformers_own_loss(folder, kind):
     texts = documents(40)
     task = CausalLM(recipe(folder, kind), load_documents(str(folder / "train.txt"), None))
     blocks = Blocks(load_tokenizer(folder / kind), texts, 13, batch_size=4)
-    figure = evaluate(Setup(model, None), task, blocks, CPU)
+    figure, _ = evaluate(Setup(model, None), task, blocks, CPU)
     losses = []
     with torch.no_grad():
         for block in blocks.blocks:

@@ -295,6 +295,7 @@ def test_longest_input_of_a_model_without_positions():
 
 def run(precision, seed, seconds, accuracy, losses):
     measured = {"seconds_per_step_median": seconds, "eval_accuracy": accuracy, "eval_accuracy_int8": accuracy}
+    measured |= {"eval_seconds": 4 * seconds, "eval_seconds_int8": seconds}
     sizes = {"peak_memory_bytes": 3 * 2**30, "optimizer_bytes": 2**19, "overflow_steps": 2, "precision_events": []}
     return {"precision": precision, "seed": seed, "losses": losses, **measured, **sizes}
 
@@ -307,6 +308,14 @@ def test_comparison_is_of_means_over_seeds():
     assert columns[:5] == expected
     assert columns[5] == ["81.0±1.4", "70.0±0.0"]
     assert columns[7] == ["2", "2"]
+
+
+def test_inference_is_timed_before_and_after_quantization():
+    unquantized = {**run("fp32", 1, 0.5, 0.8, [1.0]), "eval_seconds_int8": None}
+    assert report.inference([run("fp32", 1, 0.3, 0.8, [1.0]), run("fp32", 2, 0.5, 0.8, [1.0])]) == [
+        "fp32: the held-out data took 1.60 s, after int8 quantization 0.40 s (4.00x)"
+    ]
+    assert report.inference([unquantized]) == ["fp32: the held-out data took 2.00 s"]
 
 
 def test_curves_of_unequal_seeds_and_lost_losses(tmp_path):

@@ -103,6 +103,19 @@ def draw_curves(runs: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def inference(runs: list[dict]) -> list[str]:
+    """A line for every precision: how long the held-out data took the trained model, and its int8 copy."""
+    lines = []
+    for precision, group in by_precision(runs).items():
+        seconds = _mean(group, "eval_seconds")
+        line = f"{precision}: the held-out data took {seconds:.2f} s"
+        if group[0]["eval_seconds_int8"] is not None:
+            quantized = _mean(group, "eval_seconds_int8")
+            line += f", after int8 quantization {quantized:.2f} s ({seconds / quantized:.2f}x)"
+        lines.append(line)
+    return lines
+
+
 def switches(runs: list[dict]) -> list[str]:
     """A line for every switch of precision in every run."""
     return [

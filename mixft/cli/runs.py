@@ -52,7 +52,7 @@ def run_all(jobs: list[Job], task: Task, folder: Path, old_runs: OldRuns) -> int
     if finished:
         report.draw_curves(finished, folder / CURVES)
         Console().print(report.comparison(finished))
-        for line in report.switches(finished):
+        for line in report.inference(finished) + report.switches(finished):
             print(line)
         print(f"report, curves and models: {folder}")
     return code

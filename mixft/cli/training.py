@@ -48,7 +48,7 @@ def run(job: Job, emit: Emit) -> dict:
     setup = set_up(job.precision, model, recipe)
     entry = {"precision": job.precision, "seed": job.seed, **train_epochs(setup, train, job, device, emit)}
     emit("phase", name="evaluating")
-    entry[task.metric] = evaluate(setup, task, held_out, device)
+    entry[task.metric], entry["eval_seconds"] = evaluate(setup, task, held_out, device)
     emit("phase", name="saving")
     trained, dtype = setup.model, setup.widest_dtype()
     if recipe.lora is not None:
@@ -58,11 +58,12 @@ def run(job: Job, emit: Emit) -> dict:
         mixft.dequantize_(trained)
     plain = plain_model(trained, device)
     save(plain, tokenizer, output, dtype)
-    entry[f"{task.metric}_int8"] = None
+    entry[f"{task.metric}_int8"] = entry["eval_seconds_int8"] = None
     if inner_linear_layers(plain):
         emit("phase", name="evaluating in int8")
         quantize(plain, mode="dynamic")
-        entry[f"{task.metric}_int8"] = evaluate(Setup(plain, setup.optimizer), task, held_out, device)
+        figures = evaluate(Setup(plain, setup.optimizer), task, held_out, device)
+        entry[f"{task.metric}_int8"], entry["eval_seconds_int8"] = figures
         save_int8(plain, tokenizer, output / model_folder.QUANTIZED)
     return entry
 
@@ -139,19 +140,23 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(setup: Setup, task: Task, held_out: Batches | Blocks, device: torch.device) -> float | None:
-    """The task's figure over all held-out data."""
+def evaluate(setup: Setup, task: Task, held_out: Batches | Blocks, device: torch.device) -> tuple[float | None, float]:
+    """The task's figure over all held-out data, and the seconds that the model took for them."""
     setup.model.eval()
+    clock = StepClock(device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     count = 0
     for indices in held_out.in_order():
         inputs, labels = held_out.collate(indices, device)
-        logits, labels = held_out.predicted(setup.logits(inputs), labels)
+        started = clock.now()
+        logits = setup.logits(inputs)
+        clock.step(started)
+        logits, labels = held_out.predicted(logits, labels)
         loss += cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(-1) == labels).sum()
         count += held_out.predictions(indices)
-    return task.figure(loss.item() / count, correct.item() / count)
+    return task.figure(loss.item() / count, correct.item() / count), sum(clock.seconds())
 
 
 def plain_model(trained: torch.nn.Module, device: torch.device) -> torch.nn.Module:
