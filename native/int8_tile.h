@@ -23,7 +23,7 @@ enum { TILE_ROWS = 12, STRIP = 32, QUAD = 4, LANES = 16 };
 #define GROUP_BYTES (1 << 18)
 
 /* How far ahead the weight is fetched from memory, in bytes. */
-#define AHEAD 1024
+#define AHEAD 4096
 
 /* Up to this many products a second thread costs more than it does. */
 #define SMALL_PRODUCT (1 << 19)

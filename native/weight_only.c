@@ -13,9 +13,6 @@ typedef __m256 vector;
 #endif
 enum { TILE_ROWS = 4, MOST_COLUMNS = 8 };
 
-/* How far ahead the weight is fetched from memory, in bytes. */
-#define AHEAD 512
-
 /* Columns of the output done at a time. */
 enum { STRIP = 32 };
 
@@ -60,17 +57,17 @@ static inline float total(vector sums)
     return lanes[0];
 }
 
-/* sums [rows, STRIP] of `rows` rows with `columns` rows of the weight. */
+/* sums [rows, STRIP] of `rows` rows with `columns` rows of the weight; what lies `ahead` of those is fetched. */
 static inline __attribute__((always_inline)) void multiply(float *sums, const float *input, const int8_t *weight,
-                                                           int64_t inner, int64_t stride, const int rows,
-                                                           const int columns)
+                                                           int64_t inner, int64_t stride, int64_t ahead,
+                                                           const int rows, const int columns)
 {
     vector sum[TILE_ROWS][MOST_COLUMNS] = {0};
     int64_t whole = inner / LANES * LANES;
     for (int64_t k = 0; k < whole; k += LANES)
 #pragma GCC unroll 8
         for (int column = 0; column < columns; column++) {
-            _mm_prefetch(weight + column * inner + k + AHEAD, _MM_HINT_T0);
+            _mm_prefetch(weight + column * inner + k + ahead, _MM_HINT_T0);
             vector wide = widened(weight + column * inner + k);
 #pragma GCC unroll 4
             for (int row = 0; row < rows; row++)
@@ -88,15 +85,17 @@ static inline __attribute__((always_inline)) void multiply(float *sums, const fl
             sums[row * STRIP + column] = total(sum[row][column]);
 }
 
+/* `at_once` columns after the other. While the first rows pass, the next columns are fetched from memory. */
 static inline __attribute__((always_inline)) void multiply_strip(float *sums, const float *input,
                                                                  const int8_t *weight, int64_t inner, int64_t stride,
-                                                                 int64_t columns, const int rows, const int at_once)
+                                                                 int64_t columns, int first, const int rows,
+                                                                 const int at_once)
 {
-    int64_t column = 0;
+    int64_t column = 0, ahead = first ? at_once * inner : 0;
     for (; column + at_once <= columns; column += at_once)
-        multiply(sums + column, input, weight + column * inner, inner, stride, rows, at_once);
+        multiply(sums + column, input, weight + column * inner, inner, stride, ahead, rows, at_once);
     for (; column < columns; column++)
-        multiply(sums + column, input, weight + column * inner, inner, stride, rows, 1);
+        multiply(sums + column, input, weight + column * inner, inner, stride, 0, rows, 1);
 }
 
 static void do_strip(const struct product *product, int64_t column)
@@ -111,10 +110,10 @@ static void do_strip(const struct product *product, int64_t column)
         int64_t rows = product->rows - first;
         const float *input = product->input + first * stride;
         switch (rows) {
-        case 1: multiply_strip(sums, input, weight, inner, stride, columns, 1, MOST_COLUMNS); break;
-        case 2: multiply_strip(sums, input, weight, inner, stride, columns, 2, SUMS / 2); break;
-        case 3: multiply_strip(sums, input, weight, inner, stride, columns, 3, SUMS / 4); break;
-        default: multiply_strip(sums, input, weight, inner, stride, columns, 4, SUMS / 4); rows = TILE_ROWS;
+        case 1: multiply_strip(sums, input, weight, inner, stride, columns, !first, 1, MOST_COLUMNS); break;
+        case 2: multiply_strip(sums, input, weight, inner, stride, columns, !first, 2, SUMS / 2); break;
+        case 3: multiply_strip(sums, input, weight, inner, stride, columns, !first, 3, SUMS / 4); break;
+        default: multiply_strip(sums, input, weight, inner, stride, columns, !first, 4, SUMS / 4); rows = TILE_ROWS;
         }
         for (int64_t row = 0; row < rows; row++) {
             float *y = sums + row * STRIP;

@@ -220,7 +220,7 @@ SCHEMES = {
 }
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 CPU, GPU = {"devices": ("cpu",)}, {"devices": ("cuda",)}
-LIMBS = "mixft keeps the precision of FP32: three int8 products for one"
+FLOATS = "mixft keeps the precision of FP32, and multiplies in it"
 COARSE = "torch.ao gives the whole input one scale, where mixft gives each row its own; small layers are mostly calls"
 
 CASES = (
@@ -239,7 +239,7 @@ CASES = (
         int8_linear(rows, 4096, 4096, HALF, **GPU, sweep=Sweep("int8_linear", "rows", rows))
         for rows in (16, 64, 256, 1024, 4096, 8192)
     ),
-    *(int8_linear(rows, 4096, 4096, SINGLE, "weight_only", **CPU, reason_if_slower=LIMBS) for rows in (1, 4, 16)),
+    *(int8_linear(rows, 4096, 4096, SINGLE, "weight_only", **CPU, reason_if_slower=FLOATS) for rows in (1, 4, 16)),
     *(int8_linear(rows, 4096, 14336, HALF, "weight_only", **GPU) for rows in (1, 2, 4, 8, 16)),
     *(int8_linear(rows, 768, 3072, SINGLE, "static", **CPU, reason_if_slower=COARSE) for rows in (1, 128, 512)),
     int8_linear(4096, 4096, 4096, HALF, "static", **GPU),
