@@ -3,16 +3,20 @@
 import pytest
 import torch
 
+from mixft.cli.serving import served_by
 from mixft.cpu import int8_layer as compiled
 from mixft.cpu import native
 from mixft.cpu import packed_weight as packing
+from mixft.cpu.instruction_set import has_avx512_vnni
 from mixft.cpu.int8_layer import int8_layer, packed_strips, serves
 from mixft.cpu.static_int8_linear import static_bytes
 from mixft.ops import dynamic_int8_linear
 
 SHAPES = [(1, 1, 1), (3, 66, 17), (11, 4, 33), (12, 128, 64), (25, 1001, 70), (13, 4099, 40)]
 
-needs_compiled_layer = pytest.mark.skipif(not serves(1), reason="needs the routines compiled for AVX512-VNNI")
+needs_compiled_layer = pytest.mark.skipif(
+    not (native.available() and has_avx512_vnni()), reason="needs the routines compiled for AVX512-VNNI"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -135,10 +139,16 @@ def test_weights_that_nothing_is_kept_of(layout):
 
 
 @needs_compiled_layer
+def test_its_products_pass_their_own_check():
+    assert serves(1)
+
+
+@needs_compiled_layer
 def test_who_is_served(monkeypatch):
     weight, scale = int8(40, 64), torch.rand(40, 1)
     dynamic_int8_linear(torch.randn(3, 64), weight, scale)
     assert vars(packing._packed[id(weight)]).keys() & {"strips", "values"} == {"strips"}
+    assert served_by("dynamic_int8_linear", torch.float32, torch.device("cpu")) == "CPU, compiled int8 product"
     monkeypatch.setattr(compiled, "has_amx", lambda: True)
     assert serves(compiled.AMX_ROWS - 1)
     assert not serves(compiled.AMX_ROWS)

@@ -38,6 +38,12 @@ def test_values(shape, activation, dtype):
         assert_within_budget(found, activate(exact), activate(exact).to(dtype), 2**-20)
 
 
+def test_what_was_left_in_the_scratch_memory_does_not_matter():
+    x, weight, scale, bias = operands((3, 41, 20))
+    native.scratch(4096).view(torch.float32).fill_(torch.nan)
+    assert weight_only_matmul(x, weight, scale, bias).isfinite().all()
+
+
 def test_strides_and_one_scale_for_all():
     x, weight, scale, bias = operands((6, 50, 20))
     expected = weight_only_matmul(x, weight, scale[:1].expand(20, 1).clone(), bias)

@@ -5,10 +5,12 @@ import importlib.util
 import torch
 
 from mixft.cpu.instruction_set import has_bf16_dot
+from mixft.cpu.int8_layer import serves
 from mixft.cpu.int8_matmul import int_mm_is_fast_and_exact
 from mixft.ops.registration import interpreting
 
 INT8_PRODUCTS = ("int8_matmul", "dynamic_int8_linear", "outlier_int8_linear", "static_int8_linear", "int8_linear")
+COMPILED_LAYERS = ("dynamic_int8_linear", "static_int8_linear")
 FLOAT_PRODUCTS = ("matmul", "mlp", "weight_only_matmul")
 
 
@@ -22,6 +24,8 @@ def served_by(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
         return _on_gpu(op, dtype, device)
     if interpreting():
         return "Triton, interpreted"
+    if op in COMPILED_LAYERS and serves(1):
+        return "CPU, compiled int8 product"
     if op in INT8_PRODUCTS:
         return "CPU, int8 product" if int_mm_is_fast_and_exact() else "CPU, FP32 product"
     if op in FLOAT_PRODUCTS:
