@@ -3,6 +3,7 @@
  * Compiled for AVX512-VNNI in every build; only processors that have it get here.
  */
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#include "activation.h"
 #include "blocks.h"
 #include "floats.h"
 #include "int8_tile.h"
@@ -16,7 +17,7 @@ struct layer {
     const int32_t *weight_sum; /* of a static layer */
     void *out;
     int64_t inner, columns;
-    int input_dtype, bias_dtype, out_dtype, relu;
+    int input_dtype, bias_dtype, out_dtype, activation;
     float input_scale; /* of a static layer */
     int32_t zero_point;
     int8_t *values; /* the quantized input, [rows, stride] */
@@ -110,7 +111,7 @@ static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t st
 {
     const struct layer *layer = arguments;
     int64_t column = strip * STRIP, count = least(layer->columns - column, STRIP);
-    int dtype = layer->out_dtype;
+    int dtype = layer->out_dtype, as_it_is = dtype == FLOAT32 && layer->activation == NONE;
     int32_t sums[TILE_ROWS * STRIP];
     float bias[STRIP] = {0}, wide[STRIP];
     __m512i excess[2];
@@ -135,13 +136,13 @@ static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t st
             __m512i all = _mm512_add_epi32(excess[half], _mm512_set1_epi32(layer->row_sum[row]));
             __m512 y = scaled(_mm512_loadu_si512(sums + at + start), all, scale[half], layer->row_scale[row],
                               _mm512_loadu_ps(bias + start));
-            if (layer->relu)
-                y = _mm512_mask_max_ps(y, _mm512_cmp_ps_mask(y, y, _CMP_ORD_Q), y, _mm512_setzero_ps());
-            _mm512_mask_storeu_ps(dtype == FLOAT32 ? (float *)out + start : wide + start,
-                                  dtype == FLOAT32 ? first(count - start) : 0xFFFF, y);
+            _mm512_mask_storeu_ps(as_it_is ? (float *)out + start : wide + start,
+                                  as_it_is ? first(count - start) : 0xFFFF, y);
         }
-        if (dtype != FLOAT32)
+        if (!as_it_is) {
+            activate(wide, STRIP, layer->activation);
             store_floats(out, wide, count, dtype);
+        }
     }
 }
 
@@ -150,10 +151,11 @@ static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t st
  * no zero point. `weight` is packed, and `scratch` has room for inner + 144 bytes a row. */
 void int8_linear(const void *input, int input_dtype, int64_t rows, int64_t inner, int64_t columns,
                  const uint8_t *weight, const float *weight_scale, const int32_t *weight_sum, float input_scale,
-                 int zero_point, const void *bias, int bias_dtype, int relu, void *out, int out_dtype, void *scratch)
+                 int zero_point, const void *bias, int bias_dtype, int activation, void *out, int out_dtype,
+                 void *scratch)
 {
     struct layer layer = {input,       bias,       weight,    weight_scale, weight_sum,  out,       inner, columns,
-                          input_dtype, bias_dtype, out_dtype, relu,         input_scale, zero_point};
+                          input_dtype, bias_dtype, out_dtype, activation,   input_scale, zero_point};
     /* An odd number of cache lines, or the rows of a tile would displace each other from the first-level cache. */
     layer.stride = parts_of(inner + QUAD, 64) * 64 | 64;
     layer.values = scratch;

@@ -1,6 +1,7 @@
 /* Few rows of floats times an int8 weight, which is widened in registers: mixft/cpu/int8_matmul.py. */
 #include <omp.h>
 
+#include "activation.h"
 #include "floats.h"
 
 /* A tile of the product is of 1 to TILE_ROWS rows; its sums stay in as many registers as there are for them. */
@@ -26,7 +27,7 @@ struct product {
     const void *bias;
     void *out;
     int64_t rows, inner, columns, stride;
-    int bias_dtype, out_dtype, relu;
+    int bias_dtype, out_dtype, activation;
 };
 
 static inline vector widened(const int8_t *weight)
@@ -117,10 +118,9 @@ static void do_strip(const struct product *product, int64_t column)
         }
         for (int64_t row = 0; row < rows; row++) {
             float *y = sums + row * STRIP;
-            for (int64_t i = 0; i < columns; i++) {
+            for (int64_t i = 0; i < columns; i++)
                 y[i] = y[i] * product->scale[column + i] + bias[i];
-                y[i] = product->relu && y[i] < 0 ? 0 : y[i];
-            }
+            activate(y, columns, product->activation);
             store_floats(element(product->out, (first + row) * product->columns + column, product->out_dtype), y,
                          columns, product->out_dtype);
         }
@@ -130,7 +130,7 @@ static void do_strip(const struct product *product, int64_t column)
 /* out [rows, columns] = act(scale * (input weight^T) + bias), the sums in FP32: input [rows, inner] floats, weight
  * int8 [columns, inner]. `scratch` has room for rows * (inner + 16) FP32 numbers. */
 void weight_only_product(const void *input, int input_dtype, int64_t rows, int64_t inner, int64_t columns,
-                         const int8_t *weight, const float *scale, const void *bias, int bias_dtype, int relu,
+                         const int8_t *weight, const float *scale, const void *bias, int bias_dtype, int activation,
                          void *out, int out_dtype, float *scratch)
 {
     int64_t stride = inner + LANES;
@@ -139,7 +139,7 @@ void weight_only_product(const void *input, int input_dtype, int64_t rows, int64
         memset(scratch + row * stride + inner, 0, LANES * sizeof(float));
     }
     struct product product = {scratch, weight,  scale,  bias,       out,       rows,
-                              inner,   columns, stride, bias_dtype, out_dtype, relu};
+                              inner,   columns, stride, bias_dtype, out_dtype, activation};
 #pragma omp parallel for schedule(static) if (rows * inner * columns > SMALL_PRODUCT)
     for (int64_t column = 0; column < columns; column += STRIP)
         do_strip(&product, column);

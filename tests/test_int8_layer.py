@@ -7,6 +7,7 @@ from mixft.cli.serving import served_by
 from mixft.cpu import int8_layer as compiled
 from mixft.cpu import native
 from mixft.cpu import packed_weight as packing
+from mixft.cpu.activation import ACTIVATIONS
 from mixft.cpu.instruction_set import has_avx512_vnni
 from mixft.cpu.int8_layer import int8_layer, packed_strips, serves
 from mixft.cpu.static_int8_linear import static_bytes
@@ -71,14 +72,14 @@ def test_static_rows_are_those_of_torch(dtype, zero_point):
 
 
 @needs_compiled_layer
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "gelu_tanh", "silu"])
 @pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.float16, torch.bfloat16])
 def test_the_epilogue(activation, bias_dtype):
     M, K, N = 5, 40, 49
     x, weight, scale = integers(M, K), int8(N, K), torch.rand(N, 1)
     bias = None if bias_dtype is None else torch.randn(N).mul(1e4).to(bias_dtype)
     exact = x.double() @ weight.double().t() * scale.double().t() + (0 if bias is None else bias.double())
-    exact = {"none": lambda y: y, "relu": torch.relu, "gelu": torch.nn.functional.gelu}[activation](exact)
+    exact = ACTIVATIONS[activation](exact)
     found = int8_layer(x, packed_strips(weight), scale, bias, activation)
     assert (found - exact).abs().max() <= 2**-22 * exact.abs().max()
 

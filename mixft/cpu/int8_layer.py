@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .activation import ACTIVATIONS
+from .activation import CODES
 from .instruction_set import has_amx, has_avx512_vnni
 
 linear = native.Routine(
@@ -61,8 +61,7 @@ def int8_layer(
     """
     x, columns = x.contiguous(), weight_scale.contiguous()
     (M, K), N = x.shape, columns.shape[0]
-    fused = activation in ("none", "relu")
-    out = torch.empty((M, N), dtype=x.dtype if fused else torch.float32, device="cpu")
+    out = torch.empty((M, N), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.contiguous()
     room = native.scratch(M * (K + ROW_BYTES))
     linear(
@@ -78,12 +77,12 @@ def int8_layer(
         input_zero_point,
         None if bias is None else bias.data_ptr(),
         0 if bias is None else native.DTYPES[bias.dtype],
-        activation == "relu",
+        CODES[activation],
         out.data_ptr(),
         native.DTYPES[out.dtype],
         room.data_ptr(),
     )
-    return out if fused else ACTIVATIONS[activation](out).to(x.dtype)
+    return out
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .activation import ACTIVATIONS
+from .activation import ACTIVATIONS, CODES
 from .instruction_set import has_bf16_dot, has_int8_dot
 from .int8_epilogue import finish
 from .packed_weight import packed_product, packed_weight
@@ -75,8 +75,7 @@ def _few_rows(
     a, b_scale = a.contiguous(), b_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
     (M, K), N = a.shape, b.shape[0]
-    fused = activation in ("none", "relu")
-    out = torch.empty((M, N), dtype=out_dtype if fused else torch.float32, device="cpu")
+    out = torch.empty((M, N), dtype=out_dtype, device="cpu")
     room = native.scratch(4 * M * (K + ROW_PADDING))
     few_rows_product(
         a.data_ptr(),
@@ -88,12 +87,12 @@ def _few_rows(
         b_scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         0 if bias is None else native.DTYPES[bias.dtype],
-        activation == "relu",
+        CODES[activation],
         out.data_ptr(),
         native.DTYPES[out.dtype],
         room.data_ptr(),
     )
-    return out if fused else ACTIVATIONS[activation](out).to(out_dtype)
+    return out
 
 
 def _product_of_limbs(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor | None:
