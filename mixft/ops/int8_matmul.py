@@ -141,9 +141,11 @@ def weight_only_matmul(
     check_dtype("b", b, (torch.int8,))
     rows = _check_operands(a, b, b_scale, bias, out_dtype)
     check_same_device(a=a, b=b, b_scale=b_scale, bias=bias)
-    if torch.is_grad_enabled() and (a.requires_grad or (bias is not None and bias.requires_grad)):
+    wants_gradient = torch.is_grad_enabled() and (a.requires_grad or (bias is not None and bias.requires_grad))
+    if wants_gradient:
         refuse_activation_gradient(activation)
-    out = _weight_only_matmul(
+    serve = _weight_only_matmul if wants_gradient else without_dispatch(_weight_only_matmul, a)
+    out = serve(
         a.reshape(rows, a.shape[-1]),
         b,
         _as_column("b_scale", b_scale, b.shape[0]),
