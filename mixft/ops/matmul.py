@@ -1,6 +1,7 @@
 """``mixft.ops.matmul``: 16-bit matrix product with FP32 accumulation, its epilogue in the same pass."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -96,8 +97,9 @@ def backward(ctx, grad, grad_preactivation):
         grad = grad + grad_preactivation
         if needs_bias:
             grad_bias = grad_bias + grad_preactivation.sum(0, dtype=torch.float32)
+    multiply = in_backward(matmul_forward, grad, a, b)
     if needs_a:
-        grad_a = product(grad, b.t()).view(*lead, b.shape[0])
+        grad_a = product(multiply, grad, b.t()).view(*lead, b.shape[0])
     a = a.reshape(rows, a.shape[-1]) if needs_b else None
     if needs_b and ctx.accumulate_into is not None:
         accumulate = in_backward(matmul_accumulate_, ctx.accumulate_into, grad, a)
@@ -107,18 +109,19 @@ def backward(ctx, grad, grad_preactivation):
             accumulate(ctx.accumulate_into.t(), grad.t(), a)
     elif needs_b:
         # In the memory layout of b, which for weight.t() is what autograd accumulates into weight.grad without a copy.
-        grad_b = product(grad.t(), a).t() if ctx.columns_first else product(a.t(), grad)
+        grad_b = product(multiply, grad.t(), a).t() if ctx.columns_first else product(multiply, a.t(), grad)
     grad_bias = grad_bias.to(ctx.bias_dtype) if needs_bias else None
     return grad_a, grad_b, grad_bias, None, None, None, grad_residual
 
 
-def in_backward(op, *tensors: Tensor):
+def in_backward(op, *tensors: Tensor | None) -> Callable:
     """``op`` for a call in a backward: under ``create_graph`` autograd has to see it."""
     return op if torch.is_grad_enabled() else without_dispatch(op, *tensors)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    return in_backward(matmul_forward, a, b)(a, b, None, "none", a.dtype, False, None)[0]
+def product(multiply: Callable, a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by ``matmul_forward`` or its implementation."""
+    return multiply(a, b, None, "none", a.dtype, False, None)[0]
 
 
 matmul_forward.register_autograd(backward, setup_context=set_up_context)

@@ -81,18 +81,19 @@ class FusedMLP(torch.autograd.Function):
         if needs_bias2:
             grads["bias2"] = column_sums(flat).to(ctx.bias_dtypes[1])
         flat = flat.to(ctx.dtype)
+        multiply = in_backward(matmul_forward, flat, x, weight1, weight2, hidden)
         if needs_weight2:
-            grads["weight2"] = product(flat.t(), hidden.reshape(flat.shape[0], hidden.shape[-1]))
+            grads["weight2"] = product(multiply, flat.t(), hidden.reshape(flat.shape[0], hidden.shape[-1]))
         if ctx.needs_first:
             kept = kept.reshape(flat.shape[0], kept.shape[-1])
-            multiply = in_backward(matmul_activation_backward, flat, weight2, kept)
-            slope, bias1 = multiply(flat, weight2, kept, ctx.activation, needs_bias1)
+            multiply_by_slope = in_backward(matmul_activation_backward, flat, weight2, kept)
+            slope, bias1 = multiply_by_slope(flat, weight2, kept, ctx.activation, needs_bias1)
             if needs_bias1:
                 grads["bias1"] = bias1.to(ctx.bias_dtypes[0])
             if needs_x:
-                grads["x"] = product(slope, weight1).view(*lead, weight1.shape[1])
+                grads["x"] = product(multiply, slope, weight1).view(*lead, weight1.shape[1])
             if needs_weight1:
-                grads["weight1"] = product(slope.t(), x.reshape(flat.shape[0], x.shape[-1]))
+                grads["weight1"] = product(multiply, slope.t(), x.reshape(flat.shape[0], x.shape[-1]))
         return *grads.values(), None, grad.to(ctx.residual_dtype) if needs_residual else None
 
 
