@@ -11,9 +11,6 @@
 /* Up to this many elements a second thread costs more than it does. */
 #define SMALL 32768
 
-/* Blocks of a stretch. */
-#define STRETCH 256
-
 /* Does `length` elements of tensor `tensor` from `start` on; `block` counts the blocks of all tensors. */
 typedef void block_function(void *arguments, int64_t tensor, int64_t start, int64_t length, int64_t block);
 
@@ -59,20 +56,6 @@ INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function b
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
         do_blocks(sizes, count, first, last, body, arguments);
-    }
-}
-
-/* The same with the last blocks of each thread first, which may still be in the cache after another such loop: in
- * stretches of several pages, as processors fetch ahead upwards. */
-INLINE void for_each_block_backward(const int64_t *sizes, int64_t count, block_function body, void *arguments)
-{
-    int64_t blocks = blocks_of_all(sizes, count);
-#pragma omp parallel if (blocks * BLOCK > SMALL)
-    {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
-        for (int64_t end = last; end > first; end -= STRETCH)
-            do_blocks(sizes, count, end - first < STRETCH ? first : end - STRETCH, end, body, arguments);
     }
 }
 

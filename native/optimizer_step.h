@@ -6,9 +6,6 @@
 
 #define STATES 3
 
-/* Keeps equal positions in two buffers from equal addresses but for their upper bits, which processors mix up. */
-#define APART 80
-
 enum { NO_MASTERS, FULL_MASTERS, REMAINDERS };
 enum { FULL_STATE, BFLOAT16_STATE, CODES };
 
@@ -90,8 +87,7 @@ INLINE void store_state(float *values, const struct step *to, int number, int64_
 INLINE void step_block(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
                        int64_t length)
 {
-    float weight_buffer[BLOCK + APART], grad_buffer[BLOCK + APART], buffers[STATES][BLOCK + APART];
-    float *states[STATES] = {0};
+    float weight_buffer[BLOCK], grad_buffer[BLOCK], buffers[STATES][BLOCK], *states[STATES] = {0};
     uint32_t phases[BLOCK], count = *to->steps[tensor];
     int grad_dtype = to->grad_dtypes[tensor];
     float *weights = load_weights(weight_buffer, to, tensor, start, length);

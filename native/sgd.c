@@ -7,18 +7,21 @@ struct sgd {
     const struct step *step;
 };
 
+/* Without decay an infinite weight makes no NaN of the gradient. */
+INLINE float decayed(struct sgd rule, float weight, float grad)
+{
+    return rule.weight_decay == 0 ? grad : grad + rule.weight_decay * weight;
+}
+
 INLINE void sgd_rule(struct sgd rule, float *weights, const float *grads, float factor, float *buffer,
                      int64_t length, int begins)
 {
-    /* What the buffer and the gradient weigh in it, and what each weighs in the direction. */
-    float kept = rule.momentum, added = rule.one_minus_dampening;
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) {
-        float g = grads[i] * factor;
-        g += rule.weight_decay * weights[i];
-        float b = begins ? g : kept * buffer[i] + added * g;
+        float g = decayed(rule, weights[i], grads[i] * factor);
+        float b = begins ? g : rule.momentum * buffer[i] + rule.one_minus_dampening * g;
         buffer[i] = b;
-        weights[i] -= rule.lr * (rule.nesterov ? g + kept * b : b);
+        weights[i] -= rule.lr * (rule.nesterov ? g + rule.momentum * b : b);
     }
 }
 
@@ -34,7 +37,7 @@ static inline void update(const void *of, int64_t tensor, float *weights, const 
     else
 #pragma omp simd
         for (int64_t i = 0; i < length; i++)
-            weights[i] -= rule.lr * (grads[i] * factor + rule.weight_decay * weights[i]);
+            weights[i] -= rule.lr * decayed(rule, weights[i], grads[i] * factor);
 }
 
 static void sgd_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)

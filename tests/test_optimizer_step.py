@@ -5,6 +5,7 @@ import torch
 from conftest import assert_within_budget
 from step_problems import RULES, Problem, scalar
 
+from mixft.cpu import native
 from mixft.ops import adamw_, lion_, sgd_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -126,6 +127,63 @@ def test_the_kernel_and_the_cpu_routine_round_alike(monkeypatch, rule, master, d
             continue
         for a, b in zip(kernel[name], routine[name], strict=True):
             assert (a == b).double().mean() > (0.9 if dtype == torch.float32 and name == "params" else 0.99), name
+
+
+def every_kind_of_number() -> torch.Tensor:
+    """FP32 of all magnitudes in groups of neighbours that are near one another, and groups with special values."""
+    special = [torch.nan, torch.inf, -torch.inf, 3.4028234e38, -3.4028234e38, 65519.9, 1e-45, -1e-39, 2.0**-24, -0.0]
+    mixed = torch.randn(len(special), 32)
+    mixed[:, 5] = torch.tensor(special)
+    near = torch.randn(200, 32) * 10.0 ** torch.linspace(-44, 37, 200)[:, None]
+    return torch.cat([near, near * 10.0 ** torch.randn(200, 32), mixed]).flatten()[:-7]
+
+
+@pytest.mark.parametrize("rule", ["signed codes", "unsigned codes", "bf16 state", "fp16", "bf16"])
+def test_the_compiled_routine_and_torch_operators_round_every_number_alike(monkeypatch, rule):
+    """A first step of SGD stores the gradient itself, AdamW with beta2 = 0 its square, and SGD from zero less it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    grad = every_kind_of_number()
+    size, groups = grad.numel(), -(-grad.numel() // 32)
+    kept = []
+    for compiled in (True, False):
+        monkeypatch.setattr(native, "available", lambda compiled=compiled: compiled)
+        params, steps = [torch.zeros(size)], [scalar(0.0, grad.device)]
+        codes = [torch.zeros(size, dtype=torch.int8)]
+        scales = [torch.zeros(groups, dtype=torch.uint8)]
+        if rule == "signed codes":
+            arguments = {"momentum_buffer_scales": scales, "lr": scalar(0.0, grad.device), "momentum": 0.5}
+            sgd_(params, [grad], [], codes, steps, **arguments)
+        elif rule == "unsigned codes":
+            codes += [torch.zeros(size, dtype=torch.uint8)]
+            scales += [torch.zeros(groups, dtype=torch.uint8)]
+            states = {"exp_avg_scales": scales[:1], "exp_avg_sq_scales": scales[1:], "lr": scalar(0.0, grad.device)}
+            adamw_(params, [grad], [], codes[:1], codes[1:], [], steps, **states, beta1=0.0, beta2=0.0)
+        elif rule == "bf16 state":
+            codes = [torch.zeros(size, dtype=torch.bfloat16)]
+            sgd_(params, [grad], [], codes, steps, lr=scalar(0.0, grad.device), momentum=0.5)
+        else:
+            params = [torch.zeros(size, dtype=torch.float16 if rule == "fp16" else torch.bfloat16)]
+            sgd_(params, [grad], [], [], steps, lr=scalar(1.0, grad.device), stochastic_rounding=True)
+        # A NaN has many bit patterns.
+        kept.append([value.nan_to_num(nan=-123.0) for value in (codes[-1], scales[-1], *params)])
+    assert all(map(same_bits, *kept))
+    assert any(len(value.unique()) > 100 for value in kept[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_number_of_threads_changes_no_bit(monkeypatch, threads):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    problem = Problem(
+        RULES["adamw"], torch.device("cpu"), [(7,), (70000,), (0,), (1029,)], torch.bfloat16, None, "split", "codes"
+    )
+    together = served_by(monkeypatch, False, problem)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        apart = served_by(monkeypatch, False, problem)
+    finally:
+        torch.set_num_threads(before)
+    assert_unchanged(together, apart)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

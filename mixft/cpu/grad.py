@@ -51,11 +51,12 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     if native.available():
         squares = torch.empty(len(grads), dtype=torch.float32, device="cpu")
         nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
-        blocks = sum(-(-grad.numel() // BLOCK) for grad in grads)
-        partial = torch.empty(blocks, dtype=torch.float64, device="cpu")
+        sizes = native.sizes(grads)
+        # Room for every block, and for one not full of each.
+        partial = torch.empty(sum(sizes) // BLOCK + len(grads), dtype=torch.float64, device="cpu")
         compiled_statistics(
             native.addresses(grads),
-            native.sizes(grads),
+            sizes,
             native.dtypes(grads),
             len(grads),
             partial.data_ptr(),

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import os
 import threading
+from array import array
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -89,12 +90,17 @@ def scratch(size: int) -> Tensor:
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    return _array(c_void_p, "q", list(map(Tensor.data_ptr, tensors)))
 
 
 def sizes(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (c_int64 * len(tensors))(*[tensor.numel() for tensor in tensors])
+    return _array(c_int64, "q", list(map(Tensor.numel, tensors)))
 
 
 def dtypes(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (c_int32 * len(tensors))(*[DTYPES[tensor.dtype] for tensor in tensors])
+    return _array(c_int32, "i", [DTYPES[tensor.dtype] for tensor in tensors])
+
+
+def _array(kind: type, code: str, values: list[int]) -> ctypes.Array:
+    # array takes a list in half the time that ctypes takes; models have thousands of tensors.
+    return (kind * len(values)).from_buffer(array(code, values))

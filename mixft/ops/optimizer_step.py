@@ -45,8 +45,7 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
 def _tell_autograd(params: list[Tensor], dispatched: bool) -> None:
     """Count the change of ``params`` as one in place where the dispatcher has not; torch's fused routines do not."""
     if not dispatched:
-        for param in params:
-            torch.autograd.graph.increment_version(param)
+        torch.autograd.graph.increment_version(params)
 
 
 def dense_copy(param: Tensor) -> Tensor:
