@@ -15,6 +15,7 @@ import torch
 
 from mixft.cpu import native
 from mixft.cpu.accumulate import accumulate_gradients_
+from mixft.cpu.compiled_step import StepTensors
 from mixft.cpu.grad import gradient_statistics
 
 built_here = pytest.mark.skipif(
@@ -23,7 +24,13 @@ built_here = pytest.mark.skipif(
 ROOT = Path(__file__).parent.parent
 INSTALLED = Path(native.__file__).parent
 DECLARATION = re.compile(r"^void (\w+)\(([^)]*)\)\n?\s*{", re.MULTILINE)
-C_TYPES = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float, "double": ctypes.c_double}
+C_TYPES = {
+    "int64_t": ctypes.c_int64,
+    "int32_t": ctypes.c_int32,
+    "int": ctypes.c_int,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
 
 
 def declared() -> dict[str, tuple]:
@@ -48,6 +55,18 @@ def called() -> dict[str, tuple]:
 def test_every_routine_is_called_as_it_is_declared():
     assert called() == declared()
     assert called()
+
+
+def test_the_tensors_of_a_step_lie_as_they_are_declared():
+    body = re.search(r"struct step {(.*?)};", (ROOT / "native" / "optimizer_step.h").read_text(), re.DOTALL)[1]
+    fields = []
+    for declaration in re.sub(r"/\*.*?\*/", "", body).split(";")[:-1]:
+        first, *others = declaration.replace("const ", "").split(",")
+        for name in (first.split()[-1], *others):
+            bare = name.strip(" *").partition("[")[0]
+            kind = ctypes.c_void_p if "*" in declaration else C_TYPES[first.split()[0]]
+            fields.append((bare, kind * 3 if "[STATES]" in name else kind))
+    assert tuple(fields) == StepTensors._fields_
 
 
 @built_here

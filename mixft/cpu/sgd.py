@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .optimizer_step import compiled_step, optimizer_step_
+from .compiled_step import compiled_step
+from .optimizer_step import optimizer_step_
 
 compiled = native.Routine("sgd_step", c_void_p, *[c_double] * 4, c_int)
 
