@@ -105,9 +105,9 @@ ROWS = [{"inputs": row, "labels": row.sum()} for row in torch.randn(16, 5, gener
 @pytest.mark.parametrize(
     ("scaler", "optimizer", "dtype"),
     [
-        (LossScaler(8.0, device="cpu"), AdamW, torch.float16),
-        (torch.amp.GradScaler("cpu", 8.0), AdamW, torch.float16),
-        (torch.amp.GradScaler("cpu", 8.0), torch.optim.AdamW, torch.float32),
+        (LossScaler, AdamW, torch.float16),
+        (torch.amp.GradScaler, AdamW, torch.float16),
+        (torch.amp.GradScaler, torch.optim.AdamW, torch.float32),
     ],
 )
 def test_scale_and_overflows_reach_what_the_trainer_logs_to(tmp_path, scaler, optimizer, dtype):
@@ -119,7 +119,7 @@ def test_scale_and_overflows_reach_what_the_trainer_logs_to(tmp_path, scaler, op
         optimizer_cls_and_kwargs=(optimizer, {"lr": 1e-3}),
         callbacks=[recorder],
     )
-    trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler, True
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler(init_scale=8.0, device="cpu"), True
     trainer.add_callback(NumericsCallback(trainer))
     trainer.train()
     assert recorder.series("loss_scale") == [(1, 8.0), (2, 8.0), (3, 4.0), (4, 4.0), (5, 4.0)]
