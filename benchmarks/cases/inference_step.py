@@ -56,7 +56,8 @@ def _forward(convert, autocast: bool = False) -> Provider:
 
 
 def _mixft(model: nn.Module, mode: str) -> nn.Module:
-    mixft.quantize_(model, mode)
+    # The output head too, as torch.ao and torchao quantize it.
+    mixft.quantize_(model, mode, include="*")
     return model
 
 
@@ -85,8 +86,8 @@ PEERS = {
     "torch.compile": _forward(_compiled),
     "torch.ao": _forward(_torch_dynamic),
     "torchao+compile": _forward(_torchao),
-    "bitsandbytes": _forward(lambda model: replace_linear(model, bitsandbytes_layer)),
-    "gemlite": _forward(lambda model: replace_linear(model, gemlite_layer("A8W8_int8_dynamic"))),
+    "bitsandbytes": _forward(lambda model: replace_linear(model, bitsandbytes_layer, head=True)),
+    "gemlite": _forward(lambda model: replace_linear(model, gemlite_layer("A8W8_int8_dynamic"), head=True)),
 }
 SMALL_PRODUCTS = "in products this small quantizing the input is the larger part; torch.ao gives all of it one scale"
 

@@ -168,7 +168,8 @@ def _liger(model: nn.Module) -> Recipe:
 
 def _int8(model: nn.Module) -> Recipe:
     on_gpu = next(model.parameters()).is_cuda
-    mixft.quantize_(model, mode="train")
+    # The output head too, as torchao quantizes it.
+    mixft.quantize_(model, mode="train", include="*")
     optimizer = mixft.optim.AdamW(model.parameters(), max_grad_norm=MAX_NORM, **OPTIONS)
     return Recipe(model, optimizer, autocast=torch.bfloat16 if on_gpu else None, clips=True)
 
