@@ -16,7 +16,8 @@ static inline __attribute__((always_inline)) void restore(const struct arguments
 {
     const int8_t *values = to->values + start;
     const float *scale = to->scale + group;
-    float wide[BLOCK], factor = *scale;
+    void *out = element(to->out, start, to->dtype);
+    float buffer[BLOCK], factor = *scale, *wide = to->dtype == FLOAT32 ? out : buffer;
     for (int64_t i = 0; i < length; i++)
         wide[i] = values[i];
     if (to->zero_point) {
@@ -27,7 +28,8 @@ static inline __attribute__((always_inline)) void restore(const struct arguments
     }
     for (int64_t i = 0; i < length; i++)
         wide[i] *= row ? factor : scale[i];
-    store_floats(element(to->out, start, to->dtype), wide, length, to->dtype);
+    if (to->dtype != FLOAT32)
+        store_floats(out, wide, length, to->dtype);
 }
 
 /* out = (values - zero_point) scale, both contiguous [outer, n, inner], with a scale for each [outer, 1, inner]. */
