@@ -14,20 +14,21 @@ struct arguments {
 static inline __attribute__((always_inline)) void restore(const struct arguments *to, int64_t start, int64_t length,
                                                           int64_t group, int row)
 {
-    const int8_t *values = to->values + start;
-    const float *scale = to->scale + group;
+    const int8_t *restrict values = to->values + start;
+    const float *restrict scale = to->scale + group;
+    const int32_t *restrict zero_point = to->zero_point ? to->zero_point + group : 0;
     void *out = element(to->out, start, to->dtype);
-    float buffer[BLOCK], factor = *scale, *wide = to->dtype == FLOAT32 ? out : buffer;
-    for (int64_t i = 0; i < length; i++)
-        wide[i] = values[i];
-    if (to->zero_point) {
-        const int32_t *zero_point = to->zero_point + group;
-        float zero = *zero_point;
+    float buffer[BLOCK], factor = *scale, zero = zero_point ? *zero_point : 0;
+    float *restrict wide = to->dtype == FLOAT32 ? out : buffer;
+    if (row)
         for (int64_t i = 0; i < length; i++)
-            wide[i] -= row ? zero : (float)zero_point[i];
-    }
-    for (int64_t i = 0; i < length; i++)
-        wide[i] *= row ? factor : scale[i];
+            wide[i] = (values[i] - zero) * factor;
+    else if (zero_point)
+        for (int64_t i = 0; i < length; i++)
+            wide[i] = ((float)values[i] - (float)zero_point[i]) * scale[i];
+    else
+        for (int64_t i = 0; i < length; i++)
+            wide[i] = values[i] * scale[i];
     if (to->dtype != FLOAT32)
         store_floats(out, wide, length, to->dtype);
 }
