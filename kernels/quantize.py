@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
-from .variant import Elementwise, Variant
+from .variant import Elementwise, Variant, elementwise_variant
 
 
 @dataclass(frozen=True)
@@ -366,7 +366,6 @@ def variants(arch: Architecture) -> list[Variant]:
     found = []
 
     def add(name, function, x, symmetric, stochastic, tile, layout):
-        names = function.arg_names
         types = {
             "x_ptr": f"*{x}", "out_ptr": f"*{x}", "values_ptr": "*i8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
             "low_ptr": "*fp32", "high_ptr": "*fp32", "seed_ptr": "*i64", "factor_ptr": "*fp32",
@@ -388,20 +387,10 @@ def variants(arch: Architecture) -> list[Variant]:
             constants |= {"seed_ptr": None}
         if not name.endswith("factor"):
             constants |= {"factor_ptr": None}
-        constants = {key: value for key, value in constants.items() if key in names}
-        read_and_written = BYTES[x] + (0 if function is partial_ranges else 1)
-        signature = {key: types.get(key, "i32") for key in names if key not in constants}
-        found.append(
-            Variant(
-                name=f"{function.__name__}[{name}]",
-                function=function,
-                signature=signature,
-                constexprs=constants,
-                divisible_by_16=tuple(key for key in signature if key not in ("blocks_kept", "splits", "blocks_n")),
-                num_warps=warps(*tile, config, arch),
-                work=Elementwise(tile[0] * tile[1], read_and_written),
-            )
-        )
+        indivisible = ("blocks_kept", "splits", "blocks_n")
+        work = Elementwise(tile[0] * tile[1], BYTES[x] + (0 if function is partial_ranges else 1))
+        num_warps = warps(*tile, config, arch)
+        found.append(elementwise_variant(function, name, types, constants, indivisible, num_warps=num_warps, work=work))
 
     square = (config.columns, config.elements // config.columns)
     add("fp16,row 4096", quantize_resident, "fp16", True, False, (1, 4096), "rows")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .quantize import round_to_int8, scale_of
-from .variant import Elementwise, Variant
+from .variant import Elementwise, Variant, elementwise_variant
 
 
 @dataclass(frozen=True)
@@ -145,19 +145,13 @@ def variants(arch: Architecture) -> list[Variant]:
     for name, dtype, stochastic in (("bf16", "bf16", False), ("fp32,stochastic", "fp32", True)):
         for function, written in ((gradient_ranges, 0), (round_gradient, 2)):
             constants = {"BLOCK_M": CONFIG.rows, "BLOCK_N": CONFIG.columns}
-            if function is round_gradient and not stochastic:
+            if not stochastic:
                 constants |= {"seed_ptr": None, "column_seed_ptr": None}
             known = types | {"g_ptr": f"*{dtype}"}
-            signature = {key: known.get(key, "i32") for key in function.arg_names if key not in constants}
+            work = Elementwise(CONFIG.rows * CONFIG.columns, (2 if dtype == "bf16" else 4) + written)
             found.append(
-                Variant(
-                    name=f"{function.__name__}[{name}]",
-                    function=function,
-                    signature=signature,
-                    constexprs=constants,
-                    divisible_by_16=tuple(key for key in signature if key != "blocks_n"),
-                    num_warps=CONFIG.num_warps,
-                    work=Elementwise(CONFIG.rows * CONFIG.columns, (2 if dtype == "bf16" else 4) + written),
+                elementwise_variant(
+                    function, name, known, constants, ("blocks_n",), num_warps=CONFIG.num_warps, work=work
                 )
             )
     return found

@@ -67,6 +67,27 @@ class Variant:
     work: Elementwise | MatrixProduct | None = None
 
 
+def elementwise_variant(
+    function: Any,
+    label: str,
+    types: dict[str, str],
+    constexprs: dict[str, Any],
+    indivisible: tuple[str, ...],
+    **options,
+) -> Variant:
+    """``function[label]``, whose arguments are those of ``constexprs`` that it has, of ``types``, or else i32.
+
+    Args:
+        indivisible: arguments that are not usually divisible by 16, as all others are.
+        options: of Variant.
+    """
+    names = function.arg_names
+    constexprs = {name: value for name, value in constexprs.items() if name in names}
+    signature = {name: types.get(name, "i32") for name in names if name not in constexprs}
+    divisible = tuple(name for name in signature if name not in indivisible)
+    return Variant(f"{function.__name__}[{label}]", function, signature, constexprs, divisible, **options)
+
+
 def kernel_of(variant: str) -> str:
     """The name of the kernel in a variant's name, the part before the bracket."""
     return variant.partition("[")[0]

@@ -64,9 +64,7 @@ def finish_product(
     if residual is not None:
         residual = residual.contiguous()
     compiled(
-        *(product.data_ptr(), native.DTYPES[product.dtype], product.numel(), CODES[activation]),
-        *((None, 0) if residual is None else (residual.data_ptr(), native.DTYPES[residual.dtype])),
-        *(out.data_ptr(), native.DTYPES[out_dtype]),
-        *((preactivation.data_ptr(), native.DTYPES[preactivation_dtype]) if written else (None, 0)),
+        *(*native.typed(product), product.numel(), CODES[activation]),
+        *(*native.typed(residual), *native.typed(out), *native.typed(preactivation if written else None)),
     )
     return out, preactivation

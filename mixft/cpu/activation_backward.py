@@ -74,10 +74,9 @@ def one_pass(grad: Tensor, kept: Tensor | None, activation: str, out: Tensor | N
     sums = torch.empty(columns if want_sums else 0, dtype=torch.float32, device="cpu")
     partial = torch.empty((groups, columns), dtype=torch.float32, device="cpu")
     compiled(
-        *(grad.data_ptr(), native.DTYPES[grad.dtype], grad.stride(0)),
-        *((None, 0) if kept is None else (kept.data_ptr(), native.DTYPES[kept.dtype])),
+        *(*native.typed(grad), grad.stride(0), *native.typed(kept)),
         *(rows, columns, CODES[activation]),
-        *((None, 0) if out is None else (out.data_ptr(), native.DTYPES[out.dtype])),
+        *native.typed(out),
         *(group, partial.data_ptr(), sums.data_ptr() if want_sums else None),
     )
     return sums

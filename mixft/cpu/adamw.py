@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import native
 from .compiled_step import compiled_step
-from .optimizer_step import optimizer_step_
+from .optimizer_step import Step, optimizer_step_
 
 compiled = native.Routine("adamw_step", c_void_p, c_void_p, *[c_double] * 5, c_int)
 
@@ -37,11 +37,11 @@ def adamw_step_(
 ) -> None:
     states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     scales = [exp_avg_scales, exp_avg_sq_scales, max_exp_avg_sq_scales]
-    tensors = params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf
+    step = Step(params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf, stochastic_rounding)
     if native.available():
         corrections = (c_float * (2 * len(params)))()
         hyperparameters = lr.item(), beta1, beta2, eps, weight_decay, decoupled
-        compiled_step(compiled, *tensors, maximize, stochastic_rounding, corrections, *hyperparameters)
+        compiled_step(compiled, step, maximize, corrections, *hyperparameters)
         return
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
     options = {
@@ -59,4 +59,4 @@ def adamw_step_(
     ) -> None:
         fused(weights, gradients, *moments, counts, **options)
 
-    optimizer_step_(*tensors, stochastic_rounding, update)
+    optimizer_step_(step, update)

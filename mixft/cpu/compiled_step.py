@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .optimizer_step import gradient_factor
+from .optimizer_step import Step
 
 # The codes of native/optimizer_step.h.
 MASTERS = {torch.float32: 1, torch.int16: 2}
@@ -35,39 +35,24 @@ class StepTensors(ctypes.Structure):
     )
 
 
-def compiled_step(
-    routine: native.Routine,
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    states: list[list[Tensor]],
-    scales: list[list[Tensor]],
-    steps: list[Tensor],
-    inv_scale: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
-    maximize: bool,
-    stochastic_rounding: bool,
-    *rule,
-) -> None:
-    """Call ``routine`` on the tensors, unless ``found_inf``, and on what the rule needs besides."""
-    if found_inf is not None and found_inf.item():
+def compiled_step(routine: native.Routine, step: Step, maximize: bool, *rule) -> None:
+    """Call ``routine`` on the tensors and on what the rule needs besides, unless the step is skipped."""
+    if step.is_skipped():
         return
-    factor = gradient_factor(inv_scale, clip_coef)
     # Kept in variables until the routine has returned: a structure holds addresses only.
-    lists = [params, grads, masters, steps, *_three(states), *_three(scales)]
+    lists = [step.params, step.grads, step.masters, step.steps, *_three(step.states), *_three(step.scales)]
     addresses = [native.addresses(listed) if listed else None for listed in lists]
-    described = native.sizes(params), native.dtypes(params), native.dtypes(grads)
+    described = native.sizes(step.params), native.dtypes(step.params), native.dtypes(step.grads)
     tensors = StepTensors(
-        len(params),
+        len(step.params),
         *map(_address, described),
         *map(_address, addresses[:4]),
         (c_void_p * 3)(*map(_address, addresses[4:7])),
         (c_void_p * 3)(*map(_address, addresses[7:])),
-        MASTERS[masters[0].dtype] if masters else 0,
-        STATES[states[0][0].dtype] if states[0] else 0,
-        stochastic_rounding,
-        -factor if maximize else factor,
+        MASTERS[step.masters[0].dtype] if step.masters else 0,
+        STATES[step.states[0][0].dtype] if step.states[0] else 0,
+        step.stochastic_rounding,
+        -step.gradient_factor() if maximize else step.gradient_factor(),
     )
     routine(ctypes.byref(tensors), *rule)
 

@@ -63,10 +63,9 @@ def _scaled(product, a_scale, b_scale, bias, activation, out_dtype, a_zero_point
     compiled(
         product.data_ptr(),
         *product.shape,
-        *[None if part is None else part.data_ptr() for part in parts],
-        0 if bias is None else native.DTYPES[bias.dtype],
-        out.data_ptr(),
-        native.DTYPES[out.dtype],
+        *map(native.address, parts[:-1]),
+        *native.typed(parts[-1]),
+        *native.typed(out),
     )
     return out
 

@@ -65,22 +65,9 @@ def int8_layer(
     bias = None if bias is None else bias.contiguous()
     room = native.scratch(M * (K + ROW_BYTES))
     linear(
-        x.data_ptr(),
-        native.DTYPES[x.dtype],
-        M,
-        K,
-        N,
-        strips.data_ptr(),
-        columns.data_ptr(),
-        None if weight_sum is None else weight_sum.data_ptr(),
-        input_scale,
-        input_zero_point,
-        None if bias is None else bias.data_ptr(),
-        0 if bias is None else native.DTYPES[bias.dtype],
-        CODES[activation],
-        out.data_ptr(),
-        native.DTYPES[out.dtype],
-        room.data_ptr(),
+        *(*native.typed(x), M, K, N),
+        *(strips.data_ptr(), columns.data_ptr(), native.address(weight_sum), input_scale, input_zero_point),
+        *(*native.typed(bias), CODES[activation], *native.typed(out), room.data_ptr()),
     )
     return out
 

@@ -78,19 +78,8 @@ def _few_rows(
     out = torch.empty((M, N), dtype=out_dtype, device="cpu")
     room = native.scratch(4 * M * (K + ROW_PADDING))
     few_rows_product(
-        a.data_ptr(),
-        native.DTYPES[a.dtype],
-        M,
-        K,
-        N,
-        b.data_ptr(),
-        b_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        0 if bias is None else native.DTYPES[bias.dtype],
-        CODES[activation],
-        out.data_ptr(),
-        native.DTYPES[out.dtype],
-        room.data_ptr(),
+        *(*native.typed(a), M, K, N, b.data_ptr(), b_scale.data_ptr(), *native.typed(bias)),
+        *(CODES[activation], *native.typed(out), room.data_ptr()),
     )
     return out
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import native
 from .compiled_step import compiled_step
-from .optimizer_step import optimizer_step_
+from .optimizer_step import Step, optimizer_step_
 
 compiled = native.Routine("lion_step", c_void_p, *[c_double] * 4)
 
@@ -30,9 +30,10 @@ def lion_step_(
     stochastic_rounding: bool,
 ) -> None:
     rate = lr.item()
-    tensors = params, grads, masters, [exp_avgs], [exp_avg_scales], steps, inv_scale, clip_coef, found_inf
+    states, scales = [exp_avgs], [exp_avg_scales]
+    step = Step(params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf, stochastic_rounding)
     if native.available():
-        compiled_step(compiled, *tensors, maximize, stochastic_rounding, rate, beta1, beta2, weight_decay)
+        compiled_step(compiled, step, maximize, rate, beta1, beta2, weight_decay)
         return
 
     def update(
@@ -47,4 +48,4 @@ def lion_step_(
         torch._foreach_add_(weights, directions, alpha=-rate)
         torch._foreach_lerp_(averages, gradients, 1 - beta2)
 
-    optimizer_step_(*tensors, stochastic_rounding, update)
+    optimizer_step_(step, update)

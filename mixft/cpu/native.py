@@ -89,6 +89,15 @@ def scratch(size: int) -> Tensor:
     return local.buffer
 
 
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def typed(tensor: Tensor | None) -> tuple[int | None, int]:
+    """The address of ``tensor`` and the code of its dtype; where there is none, a null and a code that is not read."""
+    return (None, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+
+
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
     return _array(c_void_p, "q", list(map(Tensor.data_ptr, tensors)))
 

@@ -1,10 +1,12 @@
-"""The frame of the optimizer steps on the CPU: everything in FP32, in batches that stay in the cache.
+"""What the optimizer steps on the CPU share, and their frame: everything in FP32, in batches that stay in the cache.
 
 For where the compiled routines of ``compiled_step`` are not to be had: torch's operators and rules serve.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,32 +32,41 @@ Piece = tuple[int, int, int]
 Update = Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor]], None]
 
 
-def gradient_factor(inv_scale: Tensor | None, clip_coef: Tensor | None) -> float:
-    """What the gradients are multiplied by."""
-    factor = 1.0
-    for scalar in (inv_scale, clip_coef):
-        if scalar is not None:
-            factor *= scalar.item()
-    return factor
+@dataclass(frozen=True)
+class Step:
+    """One step of some tensors, whatever the rule; empty lists mean "none".
+
+    Attributes:
+        states: first moments, second moments and AMSGrad's maxima, as many as the rule has.
+        scales: the scales of each.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    masters: list[Tensor]
+    states: list[list[Tensor]]
+    scales: list[list[Tensor]]
+    steps: list[Tensor]
+    inv_scale: Tensor | None
+    clip_coef: Tensor | None
+    found_inf: Tensor | None
+    stochastic_rounding: bool
+
+    def is_skipped(self) -> bool:
+        return self.found_inf is not None and bool(self.found_inf.item())
+
+    def gradient_factor(self) -> float:
+        """What the gradients are multiplied by."""
+        return math.prod(scalar.item() for scalar in (self.inv_scale, self.clip_coef) if scalar is not None)
 
 
-def optimizer_step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    masters: list[Tensor],
-    states: list[list[Tensor]],
-    scales: list[list[Tensor]],
-    steps: list[Tensor],
-    inv_scale: Tensor | None,
-    clip_coef: Tensor | None,
-    found_inf: Tensor | None,
-    stochastic_rounding: bool,
-    update: Update,
-) -> None:
-    """Advance the step counts and apply ``update``; ``states`` lists the first moments first, then second moments."""
-    if found_inf is not None and found_inf.item():
+def optimizer_step_(step: Step, update: Update) -> None:
+    """Advance the step counts and apply ``update``, unless the step is skipped."""
+    if step.is_skipped():
         return
-    factor = gradient_factor(inv_scale, clip_coef)
+    params, grads, masters, steps = step.params, step.grads, step.masters, step.steps
+    states, scales = step.states, step.scales
+    factor = step.gradient_factor()
     _advance(steps)
     weights = masters or params
     if factor == 1.0 and all(t.dtype == torch.float32 for t in (*weights, *grads, *(t[0] for t in states if t))):
@@ -85,7 +96,7 @@ def optimizer_step_(
             for number, tensors in enumerate(states)
         ]
         update(wide, _scaled(_pieces(grads, batch), factor, scaled), moments, counts)
-        rounds = stochastic_rounding and not is_wide
+        rounds = step.stochastic_rounding and not is_wide
         dither = _Dither(batch, counts) if decoded or rounds else None
         for number, values in decoded.items():
             bits = dither.of(SECOND_MOMENT if number else FIRST_MOMENT)

@@ -133,25 +133,10 @@ def quantize_into(
     if splits > 1:
         highs, lows = torch.empty((2, splits, outer, inner), dtype=torch.int32, device="cpu")
     compiled_quantize(
-        x.data_ptr(),
-        native.DTYPES[x.dtype],
-        outer,
-        n,
-        inner,
-        x.stride(0),
-        x.stride(1),
-        None if factor is None else factor.data_ptr(),
-        None if seed is None else seed.data_ptr(),
-        symmetric,
-        propagate,
-        values.dtype == torch.uint8,
-        values.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-        width,
-        splits,
-        None if highs is None else highs.data_ptr(),
-        None if lows is None else lows.data_ptr(),
+        *(*native.typed(x), outer, n, inner, x.stride(0), x.stride(1), native.address(factor), native.address(seed)),
+        *(symmetric, propagate, values.dtype == torch.uint8),
+        *(values.data_ptr(), scale.data_ptr(), zero_point.data_ptr()),
+        *(width, splits, native.address(highs), native.address(lows)),
     )
 
 
@@ -269,9 +254,8 @@ def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: 
     if native.available() and values.numel():
         values = values.contiguous()
         out = torch.empty(values.shape, dtype=dtype, device="cpu")
-        zero = None if zero_point is None else zero_point.data_ptr()
         compiled_dequantize(
-            values.data_ptr(), scale.data_ptr(), zero, out.data_ptr(), native.DTYPES[dtype], *values.shape
+            values.data_ptr(), scale.data_ptr(), native.address(zero_point), *native.typed(out), *values.shape
         )
         return out
     y = values.to(torch.float32, memory_format=torch.contiguous_format)

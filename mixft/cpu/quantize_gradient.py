@@ -32,15 +32,14 @@ def quantize_gradient(
     # A row of sums, and of the bits of magnitudes, for each block, and a row of inverse scales.
     work = torch.empty((2 * blocks + 1, N), dtype=torch.float32, device="cpu")
     compiled(
-        grad.data_ptr(),
-        native.DTYPES[grad.dtype],
+        *native.typed(grad),
         M,
         N,
         grad.stride(0),
         row_factor.data_ptr(),
         column_factor.data_ptr(),
-        None if seed is None else seed.data_ptr(),
-        None if seed is None else column_seed.data_ptr(),
+        native.address(seed),
+        native.address(column_seed),
         values.data_ptr(),
         scale.data_ptr(),
         by_column.data_ptr(),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import native
 from .compiled_step import compiled_step
-from .optimizer_step import optimizer_step_
+from .optimizer_step import Step, optimizer_step_
 
 compiled = native.Routine("sgd_step", c_void_p, *[c_double] * 4, c_int)
 
@@ -32,10 +32,10 @@ def sgd_step_(
 ) -> None:
     # As in torch, buffers beside no momentum are left alone.
     states, scales = ([momentum_buffers], [momentum_buffer_scales]) if momentum else ([[]], [[]])
-    tensors = params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf
+    step = Step(params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf, stochastic_rounding)
     if native.available():
         hyperparameters = lr.item(), momentum, dampening, weight_decay, nesterov
-        compiled_step(compiled, *tensors, maximize, stochastic_rounding, *hyperparameters)
+        compiled_step(compiled, step, maximize, *hyperparameters)
         return
     options = {
         "lr": lr.item(),
@@ -58,4 +58,4 @@ def sgd_step_(
             ]
             torch._fused_sgd_(*listed, is_first_step=is_first, **options)
 
-    optimizer_step_(*tensors, stochastic_rounding, update)
+    optimizer_step_(step, update)
