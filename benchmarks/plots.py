@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .case import OURS
 from .growth import slopes
+from .memory import MEASURED
 from .plot_style import CYCLE, GREY, canvas, drawn_alike, durations, machine_name, patch, save, style
 from .recording import Row, Sweep
 from .roofline import roofline
@@ -136,7 +137,7 @@ def memory_stacks(recording: dict, path: Path) -> None:
 def _by_kind(memory: dict[str, int]) -> dict[str, int]:
     kinds: dict[str, int] = {}
     for name, size in memory.items():
-        if name != "peak" and size:
+        if name not in MEASURED and size:
             kind = next((kind for kind, names in MEMORY_KINDS.items() if name in names), OTHER)
             kinds[kind] = kinds.get(kind, 0) + size
     return kinds

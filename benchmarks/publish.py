@@ -103,6 +103,30 @@ def speed(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def layers(results: Results) -> str:
+    """README: a whole model with its linear layers replaced, for inference and in training."""
+    parts = []
+    for kind, place, size, floats in (("cuda", "On a GPU", 12, "FP16"), ("cpu", "On a CPU", 2, "FP32")):
+        found = results.recordings.get(kind)
+        if found is None:
+            parts.append(f"{place}: {tables.NOT_MEASURED}.")
+            continue
+        plain = {"torch": f"`nn.Linear`, {floats}", "torch AMP": "the same under torch's autocast"}
+        inference = plain | {"torch.ao": "`torch.ao.quantization.quantize_dynamic`"} if kind == "cpu" else plain
+        replaced = '`mixft.quantize_(model, mode="{}")`'
+        parts += [
+            f"{place}, BERT-base with {size} layers and the batch of `mixft bench inference_step*`, a forward pass:",
+            tables.whole_model(
+                found, f"inference_step/bert-{size}-layers-dynamic", inference | {"mixft": replaced.format("dynamic")}
+            ),
+            "A training step, with clipping and optimizer:",
+            tables.whole_model(
+                found, f"training_step/bert-{size}-layers-int8", plain | {"mixft": replaced.format("train")}
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
 def aims(results: Results) -> str:
     """docs: the figures to reach, each with what was measured."""
     return tables.aims(results.recordings.values())
@@ -135,6 +159,7 @@ def device_section(results: Results, kind: str, command: str) -> str:
 SECTIONS = {
     "demo": demo,
     "precisions": precisions,
+    "layers": layers,
     "speed": speed,
     "aims": aims,
     "gpu": lambda results: device_section(results, "cuda", "make gpu"),

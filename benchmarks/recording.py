@@ -53,7 +53,8 @@ class Row:
         operations: multiplications and additions of its matrix products.
         rate: the matmul ceiling that these are held against: "fp32", "fp16", "bf16", "int8"; None without products.
         tokens: tokens that a call processes; None where that means nothing.
-        memory: bytes by component, and "peak", measured in a process of its own; None where not measured.
+        memory: bytes by component, and "resident" and "peak", measured in a process of its own; None where not
+            measured.
         sweep: its place in a series; None outside of one.
         note: why mixft is slower here than a peer, where a case says so; None otherwise.
     """

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from .case import OURS
+from .memory import MEASURED
 
 NOT_MEASURED = "not measured yet"
 
@@ -150,17 +151,30 @@ def family_table(recording: dict, family: str) -> str:
 
 
 def memory_table(recording: dict, family: str) -> str:
-    """A row for each provider of ``family`` whose memory was measured: what it holds and the measured peak, in MiB."""
+    """A row for each provider of ``family`` whose memory was measured: what it holds, and what was measured, in MiB."""
     rows = [row for row in recording["rows"] if row["memory"] and row["family"] == family]
-    components = [name for name in dict.fromkeys(name for row in rows for name in row["memory"]) if name != "peak"]
-    lines = [
-        f"| {' | '.join(['case', 'provider', *components, 'measured peak'])} |",
-        "|" + "---|" * (3 + len(components)),
-    ]
+    found = dict.fromkeys(name for row in rows for name in row["memory"])
+    # Recordings from before "resident" was measured do not have it.
+    components = [name for name in found if name not in MEASURED] + [name for name in MEASURED if name in found]
+    titles = [MEASURED.get(name, name) for name in components]
+    lines = [f"| {' | '.join(['case', 'provider', *titles])} |", "|" + "---|" * (2 + len(components))]
     for row in rows:
-        sizes = [row["memory"].get(name) for name in (*components, "peak")]
-        cells = ["" if size is None else f"{size / 2**20:,.1f}" for size in sizes]
+        cells = [_mebibytes(row["memory"].get(name)) for name in components]
         lines.append(f"| {' | '.join([row['case'], row['provider'], *cells])} |")
+    return "\n".join(lines)
+
+
+def whole_model(recording: dict, case: str, names: dict[str, str]) -> str:
+    """A row for each timed provider in ``names``: its time, the speed-up over the first, and the memory it holds."""
+    rows = {row["provider"]: row for row in recording["rows"] if row["case"] == case and row["status"] == "timed"}
+    shown = {name: rows[provider] for provider, name in names.items() if provider in rows}
+    if not shown:
+        return NOT_MEASURED
+    base = next(iter(shown.values()))["seconds"]
+    lines = ["| | ms | speed-up | MiB afterwards |", "|---|---|---|---|"]
+    for name, row in shown.items():
+        memory = _mebibytes((row["memory"] or {}).get("resident"))
+        lines.append(f"| {name} | {row['seconds'] * 1e3:,.1f} | {base / row['seconds']:.2f}x | {memory} |")
     return "\n".join(lines)
 
 
@@ -233,6 +247,10 @@ def _measured(aim: Aim, rows: list[dict]) -> str | None:
     if aim.peer is None:
         return f"{middle:.0%} ({min(found):.0%} to {max(found):.0%}, {count})"
     return f"{middle:.2f}x ({min(found):.2f} to {max(found):.2f}, {count})"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.1f}"
 
 
 def _spread(provider: str, rows: list[dict]) -> str | None:

@@ -133,17 +133,31 @@ def test_a_summary_has_geometric_means():
 
 
 def test_tokens_memory_and_reasons_have_their_place():
-    rows = pair("a/1", {"torch": 0.5}, tokens=100, memory={"weights": 2**20, "peak": 3 * 2**21})
+    memory = {"weights": 2**20, "peak": 3 * 2**21, "resident": 2**21}
+    rows = pair("a/1", {"torch": 0.5}, tokens=100, memory=memory)
     rows[0]["note"] = "torch does less"
     rows += [{**pair("a/2", {"torch": 2.0})[0], "note": "not shown"}]
     found = recording(rows)
     assert "| a/1 | 1.000 | 100,000 | 20% | 0.50x (0.48 to 0.53) |" in tables.family_table(found, "a")
-    assert "| a/1 | torch | 1.0 | 6.0 |" in tables.memory_table(found, "a")
+    assert "| case | provider | weights | measured afterwards | measured peak |" in tables.memory_table(found, "a")
+    assert "| a/1 | torch | 1.0 | 2.0 | 6.0 |" in tables.memory_table(found, "a")
     assert tables.reasons_if_slower(found) == "- a/1: torch does less"
     page = publish.device_section(Results({"cpu": found}), "cpu", "mixft bench")
     assert "### Why a peer is faster" in page
     assert tables.memory_table(found, "a") in page
     assert "![memory of a](plots/cpu-memory-a.png)" in page
+
+
+def test_a_whole_model_is_shown_beside_what_it_was():
+    memory = {"parameters": 2**20, "peak": 2**23, "resident": 2**22}
+    rows = pair("inference_step/bert-2-layers-dynamic", {"torch": 4.0}, memory=memory)
+    rows += [without_time("inference_step/bert-2-layers-dynamic", "torch.ao", "refused", "old")]
+    shown = publish.layers(Results({"cpu": recording(rows)}))
+    assert "| `nn.Linear`, FP32 | 4.0 | 1.00x | 4.0 |" in shown
+    assert '| `mixft.quantize_(model, mode="dynamic")` | 1.0 | 4.00x | 4.0 |' in shown
+    assert "quantize_dynamic" not in shown
+    assert shown.startswith("On a GPU: not measured yet.")
+    assert shown.endswith("clipping and optimizer:\n\nnot measured yet")
 
 
 def test_two_runs_of_one_commit_show_how_far_ratios_repeat(tmp_path):
