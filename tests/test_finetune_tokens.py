@@ -1,17 +1,21 @@
-"""Texts that a tokenizer makes nothing of: named before anything is written; special tokens are enough for it."""
+"""Texts that a tokenizer makes nothing of, or knows little of: named before anything is written.
+
+Special tokens are enough for a text, but not for all texts.
+"""
 
 import json
 
 import pytest
 from tiny_bert import rows, save_tiny_bert, write_csv
-from tiny_causal import save_tiny_causal, write_documents
+from tiny_causal import documents, save_tiny_causal, write_documents
 
 from mixft.cli import main
 from mixft.cli.errors import InputError
 from mixft.cli.model_folder import load_tokenizer, quiet_transformers
-from mixft.cli.tokens import check_tokens
+from mixft.cli.tokens import check_tokens, warn_of_unknown
 
 DROPPED = "\u200b\u2060"  # of no width; BERT's normalizer takes them out, str.strip() does not
+FOREIGN = "le petit prince"
 
 pytestmark = pytest.mark.usefixtures("without_interpreter")
 
@@ -50,7 +54,7 @@ def test_finetune_names_the_file_and_the_text(gpt2, tmp_path, capsys, task, wher
                 lines[1100:1100] = [DROPPED, f" {DROPPED} "]
             files[name].write_text("\n".join(lines), encoding="utf-8")
         else:
-            content = rows(1200)
+            content = [(text, label) for text, (_, label) in zip(documents(1200), rows(1200), strict=True)]
             if name == where:
                 content[1100:1102] = [(DROPPED, content[1100][1]), (f"{DROPPED} ", content[1101][1])]
             files[name] = write_csv(tmp_path / f"{name}.csv", content)
@@ -76,13 +80,64 @@ def test_special_tokens_count_where_they_are_added(tmp_path):
 
 
 def test_special_tokens_are_enough(tmp_path, capsys):
-    """A BERT sees [CLS] and [SEP] whatever the text is, and learns from those."""
+    """A BERT sees [CLS] and [SEP] whatever the text is, and learns from those; of unknown words one line warns."""
     folder, out = save_tiny_bert(tmp_path / "model"), tmp_path / "out"
-    content = [(DROPPED, label) for _, label in rows(24)]
+    content = [("petit film" if number < 6 else DROPPED, label) for number, (_, label) in enumerate(rows(24))]
     train = write_csv(tmp_path / "train.csv", content)
     options = ["--precision", "fp32", "--max-steps", "1", "--device", "cpu", "--output", out]
     assert main(["finetune", "--model", str(folder), "--train", str(train), *map(str, options)]) == 0
     assert json.loads((out / "report.json").read_text())["runs"][0]["steps"] == 1
-    capsys.readouterr()
-    assert main(["predict", str(out), DROPPED, "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.endswith(f"\t{DROPPED}\n")
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert warning.startswith(f"mixft: warning: {train}: 50.0% of the tokens are unknown ([UNK]) to the tokenizer in ")
+    assert f" in {folder}, " in warning
+    assert main(["predict", str(out), "film", DROPPED, "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith(f"\t{DROPPED}\n")
+    assert captured.err == ""
+    assert main(["predict", str(out), "film", "le petit", "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\tle petit\n")
+    assert captured.err.startswith("mixft: warning: SENTENCE...: 66.7% of the tokens are unknown ([UNK]) to the token")
+    assert captured.err.count("\n") == 1
+    assert str(out) in captured.err
+
+
+@pytest.mark.parametrize("text", [FOREIGN, DROPPED])
+@pytest.mark.parametrize("where", ["train", "eval"])
+def test_a_file_of_unknown_words_alone_teaches_nothing(tmp_path, capsys, where, text):
+    folder, files = save_tiny_bert(tmp_path / "model"), {}
+    for name in ("train", "eval"):
+        content = [(text, label) for _, label in rows(24)] if name == where else rows(24)
+        files[name] = write_csv(tmp_path / f"{name}.csv", content)
+    options = ["--train", files["train"], "--eval", files["eval"], "--output", tmp_path / "out"]
+    assert main(["finetune", "--model", str(folder), *map(str, options)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"mixft: {files[where]}: the tokenizer in {folder} knows no word of the texts")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("unknown", "warned"), [(1, False), (2, True), (9, True)])
+def test_the_share_of_unknown_tokens(gpt2, capsys, unknown, warned):
+    """Of all tokens, over every chunk of texts; special tokens are not among them."""
+    tokenizer = load_tokenizer(gpt2)
+    texts = ["petit"] * (unknown * 150) + ["fog fog"] * ((10 - unknown) * 75)
+    share = check_tokens(tokenizer, "train.txt", texts, special=False)
+    assert share == unknown / 10
+    warn_of_unknown(share, tokenizer, "train.txt", gpt2)
+    error = capsys.readouterr().err
+    expected = f"mixft: warning: train.txt: {unknown}0.0% of the tokens are unknown (<?>) to the tokenizer in {gpt2}"
+    assert error.startswith(expected) if warned else error == ""
+
+
+def test_special_tokens_are_no_known_words(tmp_path):
+    tokenizer = load_tokenizer(save_tiny_bert(tmp_path / "model"))
+    assert check_tokens(tokenizer, "train.csv", ["petit film"], special=True) == 0.5
+    assert check_tokens(tokenizer, "train.csv", [DROPPED, DROPPED], special=True) == 1.0
+
+
+def test_a_tokenizer_without_an_unknown_token_knows_all(gpt2):
+    tokenizer = load_tokenizer(gpt2)
+    tokenizer.unk_token = None
+    assert tokenizer.unk_token_id is None
+    assert check_tokens(tokenizer, "train.txt", ["fog petit"], special=False) == 0.0

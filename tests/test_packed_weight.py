@@ -109,6 +109,15 @@ def test_a_weight_is_packed_once_and_again_when_it_changes():
 
 
 @needs_vnni
+def test_sums_over_a_weight_make_no_wide_copy_of_it():
+    """64 bits a number would be eight times the weight, of the largest layer while all others are in memory."""
+    weight = int8(2048, 1024)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        sums = PackedWeight(weight).column_sums
+    assert torch.equal(sums, weight.double().sum(1))
+    assert 0 < max(event.cpu_memory_usage for event in profile.events()) <= weight.nbytes
+
+
 def test_the_packed_copy_dies_with_its_weight():
     gc.collect()
     before = len(packing._packed)

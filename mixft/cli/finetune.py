@@ -15,7 +15,7 @@ from mixft.cli import dataset, model_folder
 from mixft.cli.errors import InputError
 from mixft.cli.job import Job, Recipe
 from mixft.cli.tasks import TASKS, read_data
-from mixft.cli.tokens import check_tokens
+from mixft.cli.tokens import check_tokens, require_known
 
 DEFAULT_LENGTH = 64
 LEARNING_RATE = 1e-4
@@ -134,7 +134,8 @@ def finetune(
     )
     trained = TASKS[task](recipe, data)
     for file, texts in trained.texts().items():
-        check_tokens(tokenizer, file, texts, trained.special_tokens)
+        unknown = check_tokens(tokenizer, file, texts, trained.special_tokens)
+        require_known(unknown, tokenizer, file, source)
     jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
     inputs = [source, *(Path(file) for file in (train, eval) if file not in (None, dataset.MOVIE_REVIEWS))]
     with claim(output, [Path(job.output).name for job in jobs], inputs, overwrite) as old_runs:

@@ -7,7 +7,7 @@ import typer
 
 from mixft.cli import model_folder
 from mixft.cli.errors import InputError
-from mixft.cli.tokens import check_tokens
+from mixft.cli.tokens import check_tokens, warn_of_unknown
 
 BATCH = 32
 NEW_TOKENS = 40
@@ -38,7 +38,8 @@ def predict(
     from mixft.cli.device import choose_device
 
     saved = saved_model.load(folder, choose_device(device))
-    check_tokens(saved.tokenizer, "SENTENCE...", sentences, special=saved.task == "classification")
+    unknown = check_tokens(saved.tokenizer, "SENTENCE...", sentences, special=saved.task == "classification")
+    warn_of_unknown(unknown, saved.tokenizer, "SENTENCE...", folder)
     if saved.task == "causal-lm":
         _go_on(saved, sentences, max_new_tokens or NEW_TOKENS)
     elif max_new_tokens is not None:

@@ -1,12 +1,16 @@
-"""Texts of which a tokenizer makes no token: refused by name, since no model says anything of an empty row."""
+"""What a tokenizer makes of texts: one without a token is refused by name, and a file that is all unknown words too."""
+
+import sys
+from pathlib import Path
 
 from mixft.cli.errors import InputError
 
 CHUNK = 1000  # texts
 SHOWN = 40  # characters
+MANY = 0.2  # of the tokens; of the language that a tokenizer was made for it lacks a few in a thousand
 
 
-def check_tokens(tokenizer, source: str, texts: list[str], special: bool) -> None:
+def check_tokens(tokenizer, source: str, texts: list[str], special: bool) -> float:
     """Hold every text to a token at least: one of characters that the tokenizer drops has none.
 
     Args:
@@ -15,18 +19,54 @@ def check_tokens(tokenizer, source: str, texts: list[str], special: bool) -> Non
         texts: to be looked at.
         special: whether the tokenizer's special tokens are added, which are enough.
 
+    Returns:
+        The share, 0 to 1, of the texts' tokens that stand for words unknown to the tokenizer; special tokens that it
+        adds do not count, and 1 where there are no others.
+
     Raises:
         InputError: a text has no token.
     """
-    if special and tokenizer.num_special_tokens_to_add() > 0:
-        return
-    empty = []
+    enough = special and tokenizer.num_special_tokens_to_add() > 0
+    empty, tokens, unknown = [], 0, 0
     for start in range(0, len(texts), CHUNK):
-        encoded = tokenizer(texts[start : start + CHUNK], add_special_tokens=special, verbose=False)["input_ids"]
-        empty += [start + offset for offset, tokens in enumerate(encoded) if not tokens]
-    if empty:
+        encoded = tokenizer(texts[start : start + CHUNK], add_special_tokens=False, verbose=False)["input_ids"]
+        empty += [start + offset for offset, row in enumerate(encoded) if not row]
+        tokens += sum(map(len, encoded))
+        unknown += sum(row.count(tokenizer.unk_token_id) for row in encoded)
+    if empty and not enough:
         first = texts[empty[0]][:SHOWN]
         raise InputError(
             f"{source}: the model's tokenizer makes no token of {len(empty)} of the texts, the first of them text "
             f"{empty[0] + 1}, {first!r}; remove them, or write what its vocabulary has"
+        )
+    return unknown / tokens if tokens else 1.0
+
+
+def require_known(unknown: float, tokenizer, source: str, folder: Path) -> None:
+    """Refuse texts that have nothing to teach, and warn of those that have little.
+
+    Args:
+        unknown: as `check_tokens` returned it.
+        tokenizer: the one that it looked at.
+        source: where the texts are from.
+        folder: where the tokenizer is from.
+
+    Raises:
+        InputError: every token is unknown, so that all texts of a length are one to the model.
+    """
+    if unknown == 1.0:
+        raise InputError(
+            f"{source}: the tokenizer in {folder} knows no word of the texts: each is unknown to it or dropped; a "
+            "model with a vocabulary of their language would do"
+        )
+    warn_of_unknown(unknown, tokenizer, source, folder)
+
+
+def warn_of_unknown(unknown: float, tokenizer, source: str, folder: Path) -> None:
+    """Say on standard error, in one line, that much of the texts is unknown; arguments as of `require_known`."""
+    if unknown >= MANY:
+        print(
+            f"mixft: warning: {source}: {unknown:.1%} of the tokens are unknown ({tokenizer.unk_token}) to the "
+            f"tokenizer in {folder}, and all one to the model; a model with a vocabulary of their language would do",
+            file=sys.stderr,
         )

@@ -18,6 +18,9 @@ from .int8_layer import packed_strips
 
 ZERO = 128  # what stands for zero in an unsigned operand
 
+# Elements summed at a time, for which torch makes 64-bit copies of them.
+PIECE = 1 << 18
+
 
 class PackedWeight:
     """The packed copies of one weight, each made when it is asked for, with what depends on its scale."""
@@ -38,7 +41,8 @@ class PackedWeight:
 
     @functools.cached_property
     def column_sums(self) -> Tensor:
-        return self.owner().sum(1, dtype=torch.int64).double()
+        pieces = self.owner().split(max(1, PIECE // self.owner().shape[1]))
+        return torch.cat([rows.sum(1, dtype=torch.int64) for rows in pieces]).double()
 
     @functools.cached_property
     def zero_points(self) -> Tensor:
