@@ -20,7 +20,7 @@ from mixft.kernels.matmul_epilogue import Product
 from mixft.kernels.matmul_persistent import PersistentMatmulConfig
 from mixft.kernels.matmul_tiles import MatmulConfig
 from mixft.kernels.multi_tensor import MultiTensorConfig
-from mixft.kernels.quantize import QuantizeConfig
+from mixft.kernels.quantize_tiles import QuantizeConfig
 
 from .case import OURS, Case, each
 from .cases.gradients import grad_stats

@@ -1,8 +1,7 @@
-"""int8 quantization and its inverse, along one dimension of a 3-D view.
+"""int8 quantization along one dimension of a 3-D view.
 
     symmetric   S = max|x| / 127                   Z = 0                       Q = round(x / S)      in [-127, 127]
     affine      S = (max(x, 0) - min(x, 0)) / 255  Z = round(-128 - min(x) / S)  Q = round(x / S + Z)  in [-128, 127]
-    inverse     x = (Q - Z) S
 
 ``x`` is [outer, n, inner], any strides, FP16, BF16 or FP32; ``n`` is the dimension reduced. ``Q`` is int8 of x's shape,
 ``S`` FP32 and ``Z`` int32 of shape [outer, 1, inner]; the outputs are contiguous. All arithmetic is FP32.
@@ -16,8 +15,6 @@ A group that fits a program's registers is read once. A longer one is read twice
 programs: the first leaves one partial range a program, the second reduces those and rounds.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -25,60 +22,9 @@ from torch import Tensor
 
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
+from .int8_rounding import finite_range, round_to_int8, scale_of
+from .quantize_tiles import BYTES, QuantizeConfig, batch_n_kept, strides, tile, warps
 from .variant import Elementwise, Variant, elementwise_variant
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """Sizes of the tiles that one program works on.
-
-    Attributes:
-        elements: elements of a tile, when nothing asks for more.
-        resident: largest tile that is held in registers between finding the range and rounding.
-        columns: groups a tile where neighbouring groups, not neighbours in a group, are adjacent in memory.
-        elements_per_thread: elements of a tile that each thread holds.
-        programs: programs that a two-launch call aims for.
-    """
-
-    elements: int
-    resident: int
-    columns: int
-    elements_per_thread: int
-    programs: int
-
-
-# The sum of 1.5 * 2^23 and any |y| < 2^22 is rounded at the unit, ties to even, and its low byte is that integer.
-UNIT_ROUNDER = tl.constexpr(12582912.0)
-SMALLEST_SCALE = tl.constexpr(2.0**-126)
-
-
-@triton.jit
-def finite_range(x, SYMMETRIC: tl.constexpr, PROPAGATE: tl.constexpr):
-    """The range of the finite values and zero in each row of the tile; with PROPAGATE infinite where one is not."""
-    x = tl.where(tl.abs(x) < float("inf"), x, float("inf") if PROPAGATE else 0.0)
-    if SYMMETRIC:
-        high = tl.max(tl.abs(x), axis=1)
-        low = -high
-    else:
-        high = tl.maximum(tl.max(x, axis=1), 0.0)
-        low = tl.minimum(tl.min(x, axis=1), 0.0)
-    return low, high
-
-
-@triton.jit
-def scale_of(low, high, SYMMETRIC: tl.constexpr):
-    """Scale, its inverse and zero point, FP32, of the ranges ``low`` to ``high``."""
-    if SYMMETRIC:
-        high = tl.maximum(high, 127.0 * SMALLEST_SCALE)
-        scale = tl.div_rn(high, 127.0)
-        inverse = tl.div_rn(127.0, high)
-        zero_point = 0.0 * low
-    else:
-        # Each end is divided by itself: their difference may exceed the largest FP32 number.
-        scale = tl.maximum(tl.div_rn(high, 255.0) - tl.div_rn(low, 255.0), SMALLEST_SCALE)
-        inverse = tl.div_rn(1.0, scale)
-        zero_point = (-128.0 - low * inverse) + UNIT_ROUNDER - UNIT_ROUNDER
-    return scale, inverse, zero_point
 
 
 @triton.jit
@@ -86,36 +32,6 @@ def store_scale(scale_ptr, zero_point_ptr, offsets, mask, scale, zero_point, SYM
     tl.store(scale_ptr + offsets, scale, mask=mask)
     if not SYMMETRIC:
         tl.store(zero_point_ptr + offsets, zero_point.to(tl.int32), mask=mask)
-
-
-@triton.jit
-def rounding_noise(seed_ptr, group, first, BLOCK_N: tl.constexpr):
-    """Uniform odd multiples of 2^-16 in (-1/2, 1/2) for elements ``first``... of each ``group``.
-
-    One Philox call serves eight elements, 16 bits each. Seven rounds are the fewest that pass BigCrush
-    (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011).
-    """
-    word = first // 8 + tl.arange(0, BLOCK_N // 8)
-    low = (group & 0xFFFFFFFF).to(tl.uint32)[:, None] + tl.zeros_like(word)[None, :].to(tl.uint32)
-    high = (group >> 32).to(tl.uint32)[:, None] + tl.zeros_like(word)[None, :].to(tl.uint32)
-    counter = word.to(tl.uint32)[None, :] + tl.zeros_like(low)
-    a, b, c, d = tl.philox(tl.load(seed_ptr), counter, low, high, tl.zeros_like(low), n_rounds=7)
-    ab = tl.join(tl.join(a & 0xFFFF, a >> 16), tl.join(b & 0xFFFF, b >> 16))
-    cd = tl.join(tl.join(c & 0xFFFF, c >> 16), tl.join(d & 0xFFFF, d >> 16))
-    bits = tl.reshape(tl.join(ab, cd), [group.shape[0], BLOCK_N])
-    return (bits | 1).to(tl.float32) * (2.0**-16) - 0.5
-
-
-@triton.jit
-def round_to_int8(x, inverse, zero_point, seed_ptr, group, first, SYMMETRIC: tl.constexpr, BLOCK_N: tl.constexpr):
-    y = tl.where(x == x, x * inverse[:, None], 0.0)
-    if SYMMETRIC:
-        y = tl.minimum(tl.maximum(y, -127.0), 127.0)
-    else:
-        y = tl.minimum(tl.maximum(y + zero_point[:, None], -128.0), 127.0)
-    if seed_ptr is not None:
-        y += rounding_noise(seed_ptr, group, first, BLOCK_N)
-    return (y + UNIT_ROUNDER).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=["blocks_kept"])
@@ -211,59 +127,6 @@ def quantize_split(
         tl.store(target + j[None, :] * values_stride_n, values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["blocks_kept", "blocks_n"])
-def dequantize_tile(
-    values_ptr, scale_ptr, zero_point_ptr, out_ptr,
-    n, kept, blocks_kept, blocks_n,
-    values_stride_batch, values_stride_n, values_stride_kept,
-    out_stride_batch, out_stride_n, out_stride_kept,
-    BLOCK_KEPT: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0)
-    batch = (program // blocks_n // blocks_kept).to(tl.int64)
-    k = (program // blocks_n % blocks_kept).to(tl.int64) * BLOCK_KEPT + tl.arange(0, BLOCK_KEPT)
-    j = (program % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (k < kept)[:, None] & (j < n)[None, :]
-    source = values_ptr + batch * values_stride_batch + k[:, None] * values_stride_kept + j[None, :] * values_stride_n
-    y = tl.load(source, mask=mask, other=0).to(tl.float32)
-    if zero_point_ptr is not None:
-        zero_point = tl.load(zero_point_ptr + batch * kept + k, mask=k < kept, other=0)
-        y -= zero_point.to(tl.float32)[:, None]
-    y *= tl.load(scale_ptr + batch * kept + k, mask=k < kept, other=0.0)[:, None]
-    target = out_ptr + batch * out_stride_batch + k[:, None] * out_stride_kept + j[None, :] * out_stride_n
-    tl.store(target, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def batch_n_kept(tensor: Tensor, inner: int) -> Tensor:
-    """[outer, n, inner] as [batch, n, kept]: with one inner element it is the outer dimension that tiles run along."""
-    return tensor if inner > 1 else tensor.transpose(0, 2)
-
-
-def strides(tensor: Tensor) -> list[int]:
-    """Strides of [batch, n, kept], 0 where there is one batch or one kept.
-
-    torch's own stride of such a dimension is often 1, which 16 does not divide: for an offset that might be odd the
-    compiler would make every access scalar.
-    """
-    return [0 if i != 1 and size == 1 else tensor.stride(i) for i, size in enumerate(tensor.shape)]
-
-
-def tile(x: Tensor, config: QuantizeConfig) -> tuple[int, int, bool]:
-    """(BLOCK_KEPT, BLOCK_N, resident) for ``x`` as [batch, n, kept]."""
-    _, n, kept = x.shape
-    block_n = max(8, triton.next_power_of_2(n))
-    widest = triton.next_power_of_2(kept)
-    narrowest = min(config.columns if x.stride(2) == 1 and x.stride(1) != 1 else 1, widest)
-    if block_n * narrowest <= config.resident:
-        return min(max(config.elements // block_n, narrowest), widest), block_n, True
-    return narrowest, config.elements // narrowest, False
-
-
-def warps(block_kept: int, block_n: int, config: QuantizeConfig, arch: Architecture) -> int:
-    # With more than 16 warps a thread has 64 registers, and the largest tiles spill.
-    return min(max(block_kept * block_n // (config.elements_per_thread * arch.warp_size), 1), 16)
-
-
 def quantize(
     x: Tensor, symmetric: bool, seed: Tensor | None, factor: Tensor | None = None, propagate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -325,39 +188,6 @@ def quantize(
     return values, scale, zero_point
 
 
-def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(values - zero_point) scale as ``dtype``, contiguous.
-
-    Args:
-        values: int8 [outer, n, inner], any strides.
-        scale: FP32 [outer, 1, inner], contiguous.
-        zero_point: int32 of scale's shape, contiguous, or None.
-        dtype: FP16, BF16 or FP32.
-    """
-    out = torch.empty(values.shape, dtype=dtype, device=values.device)
-    if out.numel() == 0:
-        return out
-    arch = architecture_of(values.device)
-    config = configuration("quantize", QuantizeConfig, arch, "all")
-    inner = values.shape[2]
-    source, target = batch_n_kept(values, inner), batch_n_kept(out, inner)
-    batch, n, kept = source.shape
-    block_kept, block_n, resident = tile(source, config)
-    if resident and block_kept * block_n > config.elements:
-        block_n = config.elements // block_kept
-    blocks_kept, blocks_n = triton.cdiv(kept, block_kept), triton.cdiv(n, block_n)
-    with torch.cuda.device_of(values):
-        dequantize_tile[(batch * blocks_kept * blocks_n,)](
-            source, scale, zero_point, target, n, kept, blocks_kept, blocks_n, *strides(source), *strides(target),
-            BLOCK_KEPT=block_kept, BLOCK_N=block_n, num_warps=warps(block_kept, block_n, config, arch),
-            num_stages=1,
-        )  # fmt: skip
-    return out
-
-
-BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-
-
 def variants(arch: Architecture) -> list[Variant]:
     """The variants a launcher call makes: rows held in registers, columns and long groups in two launches."""
     config = configuration("quantize", QuantizeConfig, arch, "all")
@@ -367,7 +197,7 @@ def variants(arch: Architecture) -> list[Variant]:
 
     def add(name, function, x, symmetric, stochastic, tile, layout):
         types = {
-            "x_ptr": f"*{x}", "out_ptr": f"*{x}", "values_ptr": "*i8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
+            "x_ptr": f"*{x}", "values_ptr": "*i8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
             "low_ptr": "*fp32", "high_ptr": "*fp32", "seed_ptr": "*i64", "factor_ptr": "*fp32",
         }  # fmt: skip
         constants = {
@@ -380,14 +210,13 @@ def variants(arch: Architecture) -> list[Variant]:
         constants |= rows if layout == "rows" else columns
         if name.split(",")[1] == "tensor":
             constants |= {"kept": 1}
-        constants |= {key.replace("x_", "out_"): value for key, value in constants.items() if key.startswith("x_")}
         if symmetric:
             constants |= {"zero_point_ptr": None, "low_ptr": None}
         if not stochastic:
             constants |= {"seed_ptr": None}
         if not name.endswith("factor"):
             constants |= {"factor_ptr": None}
-        indivisible = ("blocks_kept", "splits", "blocks_n")
+        indivisible = ("blocks_kept", "splits")
         work = Elementwise(tile[0] * tile[1], BYTES[x] + (0 if function is partial_ranges else 1))
         num_warps = warps(*tile, config, arch)
         found.append(elementwise_variant(function, name, types, constants, indivisible, num_warps=num_warps, work=work))
@@ -402,6 +231,4 @@ def variants(arch: Architecture) -> list[Variant]:
     add("fp32,tensor,affine", partial_ranges, "fp32", False, False, (1, config.elements), "rows")
     add("fp16,columns,factor", quantize_split, "fp16", True, False, square, "columns")
     add("fp32,tensor,affine,stochastic", quantize_split, "fp32", False, True, (1, config.elements), "rows")
-    add("fp16,rows", dequantize_tile, "fp16", True, False, (1, config.elements), "rows")
-    add("fp32,columns,affine", dequantize_tile, "fp32", False, False, square, "columns")
     return found

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture
-from .quantize import round_to_int8, scale_of
+from .int8_rounding import round_to_int8, scale_of
 from .variant import Elementwise, Variant, elementwise_variant
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .architecture import Architecture
 from .int8_matmul import int8_matmul
-from .quantize import UNIT_ROUNDER
+from .int8_rounding import UNIT_ROUNDER
 from .variant import Elementwise, Variant
 
 BLOCK = 4096

@@ -1,4 +1,4 @@
-/* int8 back to floats: mixft/cpu/quantize.py. */
+/* int8 back to floats: mixft/cpu/dequantize.py. */
 #include "blocks.h"
 #include "floats.h"
 

@@ -1,4 +1,4 @@
-/* The range, the scale and the rounding of a group of floats: kernels/quantize.py. */
+/* The range, the scale and the rounding of a group of floats: kernels/int8_rounding.py. */
 #ifndef MIXFT_INT8_ROUNDING_H
 #define MIXFT_INT8_ROUNDING_H
 

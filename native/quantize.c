@@ -1,4 +1,4 @@
-/* int8 quantization along one dimension: mixft/cpu/quantize.py; formulas in kernels/quantize.py.
+/* int8 quantization along one dimension: mixft/cpu/compiled_quantize.py; formulas in kernels/quantize.py.
  *
  * A unit of work is a row, or a panel of neighbouring columns. Its ranges are found, then it is rounded, from the cache
  * where it fits. Where there are fewer units than threads have use for, each is split along n, in two sweeps.

@@ -1,4 +1,4 @@
-/* The noise of stochastic rounding: the bits that rounding_noise of kernels/quantize.py draws, from Philox 4x32 of seven
+/* The noise of stochastic rounding: the bits that rounding_noise of kernels/int8_rounding.py draws, from Philox 4x32 of seven
  * rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011). One counter serves eight elements. */
 #ifndef MIXFT_ROUNDING_NOISE_H
 #define MIXFT_ROUNDING_NOISE_H

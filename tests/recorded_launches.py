@@ -13,6 +13,7 @@ import triton.language as tl
 
 from mixft.kernels import (
     activation_backward,
+    dequantize,
     int8_matmul,
     int8_split_k,
     matmul,
@@ -30,6 +31,7 @@ TYPES = TRITON_NAMES | {torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"
 OPTIONS = ("num_warps", "num_stages")
 LAUNCHERS = (
     activation_backward,
+    dequantize,
     int8_matmul,
     int8_split_k,
     matmul,
@@ -153,7 +155,7 @@ def quantized(outer: int, n: int, inner: int, dtype: torch.dtype, *, symmetric=T
     seed = torch.empty((), dtype=torch.int64) if stochastic else None
     x = torch.empty(outer, n, inner, dtype=dtype)
     values, scale, zero_point = quantize.quantize(x, symmetric, seed, torch.empty(n) if factor else None, factor)
-    quantize.dequantize(values, scale, None if symmetric else zero_point, dtype)
+    dequantize.dequantize(values, scale, None if symmetric else zero_point, dtype)
 
 
 PRODUCTS = {

@@ -37,7 +37,7 @@ def repository(tmp_path) -> Path:
     shutil.copytree(ROOT / "mixft", folder / "mixft", ignore=leave)
     for part in ("kernels", "benchmarks"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-    routine = folder / "mixft" / "cpu" / "quantize.py"
+    routine = folder / "mixft" / "cpu" / "dequantize.py"
     sound = routine.read_text()
     head = "def dequantize("
     assert head in sound

@@ -31,6 +31,7 @@ SHIPPED = {
     "accumulate",
     "activation_backward",
     "adamw",
+    "dequantize",
     "grad",
     "grad_scalars",
     "int8_matmul",

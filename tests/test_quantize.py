@@ -7,8 +7,9 @@ from conftest import SERVERS
 from mixft.cpu import native
 from mixft.cpu.quantize import quantize as cpu_quantize
 from mixft.cpu.quantize import rounding_noise
-from mixft.kernels.quantize import QuantizeConfig
-from mixft.ops.quantize import _dequantize, _quantize, dequantize, quantize
+from mixft.kernels.quantize_tiles import QuantizeConfig
+from mixft.ops.dequantize import _dequantize, dequantize
+from mixft.ops.quantize import _quantize, quantize
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32]
 SMALLEST_SCALE = 2.0**-126

@@ -9,7 +9,6 @@ and the low byte of that FP32 number is round(y) as int8.
 import functools
 import threading
 from collections.abc import Iterator
-from ctypes import c_int, c_int64, c_void_p
 from itertools import repeat
 from math import inf, isfinite
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .compiled_quantize import SMALL, quantize_into
 
 UNIT_ROUNDER = 12582912.0
 SMALLEST_SCALE = 2.0**-126
@@ -28,26 +28,8 @@ PIECE = 1 << 21
 WORKSPACE = 2 * PIECE
 local = threading.local()
 
-# Up to this many elements the calls cost more than the memory that they pass over.
-SMALL = 1 << 16
-
 # Lowest bit of each of the four 16-bit lanes of an int64.
 ODD_LANES = 0x0001000100010001
-
-# Bytes of a panel of columns that is read once: half of a core's second-level cache. native/rounding_noise.h has PANEL.
-CACHED = 1 << 19
-PANEL = 512
-
-# Elements that are worth a part of their own.
-PART = 1 << 14
-
-compiled_quantize = native.Routine(
-    "quantize", c_void_p, c_int, *[c_int64] * 5, *[c_void_p] * 2, *[c_int] * 3, *[c_void_p] * 3, *[c_int64] * 2,
-    *[c_void_p] * 2,
-)  # fmt: skip
-
-
-compiled_dequantize = native.Routine("dequantize", *[c_void_p] * 4, c_int, *[c_int64] * 3)
 
 
 def quantize(
@@ -112,46 +94,6 @@ def quantize(
             y.clamp_(UNIT_ROUNDER + lowest, UNIT_ROUNDER + 127)
         target.copy_(y.view(torch.int32))
     return values, scale, zero_point
-
-
-def quantize_into(
-    values: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    x: Tensor,
-    symmetric: bool,
-    seed: Tensor | None = None,
-    factor: Tensor | None = None,
-    propagate: bool = False,
-) -> None:
-    """``quantize`` by the compiled routine; where ``values`` is uint8, its bytes are those of int8 values plus 128."""
-    outer, n, inner = x.shape
-    if x.stride(1 if inner == 1 else 2) != 1:
-        x = x.contiguous()
-    width, splits = tiling(x)
-    highs = lows = None
-    if splits > 1:
-        highs, lows = torch.empty((2, splits, outer, inner), dtype=torch.int32, device="cpu")
-    compiled_quantize(
-        *(*native.typed(x), outer, n, inner, x.stride(0), x.stride(1), native.address(factor), native.address(seed)),
-        *(symmetric, propagate, values.dtype == torch.uint8),
-        *(values.data_ptr(), scale.data_ptr(), zero_point.data_ptr()),
-        *(width, splits, native.address(highs), native.address(lows)),
-    )
-
-
-def tiling(x: Tensor) -> tuple[int, int]:
-    """Columns of a panel, and the parts that rows or panels are split into so that every thread has some."""
-    outer, n, inner = x.shape
-    width = inner
-    if inner > 1:
-        fitting = CACHED // (n * x.itemsize) // 64 * 64
-        width = min(inner, fitting or PANEL, PANEL)
-    if x.numel() <= SMALL:
-        return width, 1
-    units = outer * -(-inner // width)
-    wanted = 4 * torch.get_num_threads()
-    return width, 1 if units >= wanted else max(1, min(-(-wanted // units), n * width // PART))
 
 
 def quantize_in_parts(x: Tensor, factor: Tensor, propagate: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,18 +189,3 @@ def rounding_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     count = shape.numel()
     bits = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
     return bits.bitwise_or_(ODD_LANES).view(torch.int16)[:count].view(shape).float()
-
-
-def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(values - zero_point) scale as ``dtype``, contiguous; see ``mixft.kernels.quantize.dequantize``."""
-    if native.available() and values.numel():
-        values = values.contiguous()
-        out = torch.empty(values.shape, dtype=dtype, device="cpu")
-        compiled_dequantize(
-            values.data_ptr(), scale.data_ptr(), native.address(zero_point), *native.typed(out), *values.shape
-        )
-        return out
-    y = values.to(torch.float32, memory_format=torch.contiguous_format)
-    if zero_point is not None:
-        y.sub_(zero_point)
-    return y.mul_(scale).to(dtype)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .quantize import SMALL, SMALLEST_SCALE, UNIT_ROUNDER, no_zero_point, number, quantize_into, workspace
+from .compiled_quantize import SMALL, quantize_into
+from .quantize import SMALLEST_SCALE, UNIT_ROUNDER, no_zero_point, number, workspace
 
 # The low byte of 1.5 * 2^23 + 128 + y is round(y) + 128, ties to even.
 ROUNDER = UNIT_ROUNDER + 128

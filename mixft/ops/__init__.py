@@ -2,6 +2,7 @@
 
 from .accumulate import accumulate_
 from .adamw import adamw_
+from .dequantize import dequantize
 from .dynamic_int8_linear import dynamic_int8_linear
 from .grad import grad_stats, unscale_
 from .grad_scalars import grad_scalars
@@ -11,7 +12,7 @@ from .lion import lion_
 from .matmul import matmul
 from .mlp import mlp
 from .outlier_int8_linear import outlier_int8_linear
-from .quantize import dequantize, quantize
+from .quantize import quantize
 from .sgd import sgd_
 from .static_int8_linear import static_int8_linear
 

@@ -111,7 +111,7 @@ def _gradients(
         values, scale = quantize_rows(serve, grad_out, weight_scale.view(-1), seed)
         grad_x = matmul(values, weight_values.t(), scale, one, None, "none", grad_out.dtype)
     if needs_weight and backward != "int8":
-        x = serve("quantize", "dequantize")(x_values.unsqueeze(-1), x_scale.unsqueeze(-1), None, dtype).squeeze(-1)
+        x = serve("dequantize", "dequantize")(x_values.unsqueeze(-1), x_scale.unsqueeze(-1), None, dtype).squeeze(-1)
         grad_weight = torch.mm(grad_out.to(dtype).t(), x).to(weight_dtype)
     elif needs_weight:
         whole = len(grad_out) <= MOST_ROWS

@@ -1,8 +1,7 @@
-"""int8 quantization along a dimension, by groups along it, or of a whole tensor; and its inverse.
+"""``mixft.ops.quantize``: int8 quantization along a dimension, by groups along it, or of a whole tensor.
 
     symmetric   S = max|x| / 127                   Z = 0                       Q = round(x / S)      in [-127, 127]
     affine      S = (max(x, 0) - min(x, 0)) / 255  Z = round(-128 - min(x) / S)  Q = round(x / S + Z)  in [-128, 127]
-    inverse     x = (Q - Z) S
 
 (Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference, 2018.)
 """
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .registration import define_op, without_dispatch
-from .validation import FLOATS, check_dtype, check_out_dtype, check_same_device
+from .validation import FLOATS, check_dtype
 
 LARGEST_SEED = 2**63 - 1
 
@@ -30,25 +29,6 @@ def _quantize(
         torch.empty(shape, dtype=torch.float32, device=x.device),
         torch.empty(0 if symmetric else shape, dtype=torch.int32, device=x.device),
     )
-
-
-@define_op("quantize", name="dequantize")
-def _dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty(values.shape, dtype=dtype, device=values.device)
-
-
-def _save_values(ctx, inputs, output):
-    values, _, zero_point, _ = inputs
-    ctx.save_for_backward(values, zero_point)
-
-
-def _scale_gradient(ctx, grad):
-    values, zero_point = ctx.saved_tensors
-    steps = values.float() if zero_point is None else values.float() - zero_point
-    return None, (grad * steps).sum(1, keepdim=True), None, None
-
-
-_dequantize.register_autograd(_scale_gradient, setup_context=_save_values)
 
 
 def quantize(
@@ -90,7 +70,7 @@ def quantize(
     check_dtype("x", x, FLOATS)
     if nonfinite not in ("saturate", "error"):
         raise ValueError(f"nonfinite must be 'saturate' or 'error'; it is {nonfinite!r}")
-    grouped, scale_shape = _shapes(x, dim, group_size)
+    grouped, scale_shape = grouped_shapes(x, dim, group_size)
     if nonfinite == "error" and x.numel():
         extremes = torch.stack(torch.aminmax(x.detach()))
         if not extremes.isfinite().all():
@@ -105,51 +85,9 @@ def quantize(
     )
 
 
-def dequantize(
-    values: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    *,
-    dim: int | None = -1,
-    group_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """``(values - zero_point) scale``, computed in FP32; the inverse of ``quantize`` with the same ``dim`` and groups.
-
-    Differentiable in ``scale``.
-
-    Args:
-        values: int8, any shape and strides.
-        scale: FP32, of the shape that ``quantize`` gives.
-        zero_point: int32 of scale's shape, or None for zero.
-        dim: as in ``quantize``.
-        group_size: as in ``quantize``.
-        dtype: of the result: torch.float16, torch.bfloat16 or torch.float32.
-
-    Returns:
-        A contiguous tensor of values' shape.
-
-    Raises:
-        TypeError: an argument of another dtype.
-        IndexError: ``values`` has no dimension ``dim``.
-        ValueError: ``group_size`` does not divide the dimension or comes with ``dim=None``; scale or zero point of
-            another shape; tensors on several devices.
-    """
-    check_dtype("values", values, (torch.int8,))
-    check_dtype("scale", scale, (torch.float32,))
-    check_out_dtype(dtype)
-    grouped, scale_shape = _shapes(values, dim, group_size)
-    _check_shape("scale", scale, scale_shape)
-    if zero_point is not None:
-        check_dtype("zero_point", zero_point, (torch.int32,))
-        _check_shape("zero_point", zero_point, scale_shape)
-        zero_point = zero_point.reshape(grouped[0], 1, grouped[2]).contiguous()
-    check_same_device(values=values, scale=scale, zero_point=zero_point)
-    scale = scale.reshape(grouped[0], 1, grouped[2]).contiguous()
-    return _dequantize(values.reshape(grouped), scale, zero_point, dtype).view(values.shape)
-
-
-def _shapes(tensor: Tensor, dim: int | None, group_size: int | None) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+def grouped_shapes(
+    tensor: Tensor, dim: int | None, group_size: int | None
+) -> tuple[tuple[int, int, int], tuple[int, ...]]:
     """The 3-D shape (outer, group, inner) that the ops see, and the scale's shape, for ``tensor``."""
     for name, value in (("dim", dim), ("group_size", group_size)):
         if value is not None and not isinstance(value, (int, torch.SymInt)):
@@ -175,6 +113,6 @@ def _shapes(tensor: Tensor, dim: int | None, group_size: int | None) -> tuple[tu
     return (prod(before) * groups, size, prod(after)), scale_shape
 
 
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}; it has shape {tuple(tensor.shape)}")
