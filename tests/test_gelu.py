@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import assert_within_budget
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mixft.cpu import native
 from mixft.nn import GELU
@@ -43,6 +44,31 @@ def test_layouts_and_what_is_torchs():
     assert torch.equal(GELU()(double), torch.nn.functional.gelu(double))
     compiled = torch.compile(GELU(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), torch.nn.functional.gelu(x))
+
+
+def test_transforms_and_modes_see_torchs_own():
+    x = torch.randn(3, 10)
+    torch.testing.assert_close(torch.func.vmap(GELU())(x), torch.nn.functional.gelu(x))
+    slopes = torch.func.grad(lambda x: GELU()(x).sum())(x)
+    torch.testing.assert_close(slopes, torch.func.grad(lambda x: torch.nn.functional.gelu(x).sum())(x))
+    traced = make_fx(GELU())(x)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [torch.ops.aten.gelu.default]
+
+    class Own(torch.Tensor):
+        pass
+
+    assert type(GELU()(x.as_subclass(Own))) is Own
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_second_derivatives_are_torchs(approximate):
+    x = torch.randn(6, 10, dtype=torch.float32, requires_grad=True)
+    results = []
+    for module, leaf in ((GELU, x), (torch.nn.GELU, x), (torch.nn.GELU, x.detach().double().requires_grad_())):
+        y = module(approximate)(leaf.t()).square().sum()
+        (slope,) = torch.autograd.grad(y, leaf, create_graph=True)
+        results.append(torch.autograd.grad(y + slope.square().sum(), leaf)[0])
+    assert_within_budget(results[0], results[2], results[1], 2**-18)
 
 
 def test_bad_input_is_refused():

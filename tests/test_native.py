@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,15 @@ def test_an_installation_without_a_compiler_goes_on(tmp_path):
     built = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert not list(tmp_path.glob("built/**/*.so"))
+
+
+def test_scratch_memory_is_a_threads_own_and_large_enough():
+    with ThreadPoolExecutor(1) as other:
+        theirs = other.submit(native.scratch, 10).result()
+        assert other.submit(native.scratch, 20).result() is theirs
+    assert native.scratch(10) is native.scratch(native.SCRATCH)
+    assert native.scratch(10) is not theirs
+    assert native.scratch(native.SCRATCH + 1).nbytes > native.SCRATCH
 
 
 @pytest.mark.usefixtures("without_interpreter")

@@ -6,7 +6,7 @@ from mixft.ops.activation import activate
 
 
 class GELU(nn.GELU):
-    """``torch.nn.GELU``, on a CPU by a compiled routine; differentiable once.
+    """``torch.nn.GELU``, on a CPU by a compiled routine, each way; second derivatives are torch's.
 
     Args:
         approximate: "none" for the error function, "tanh" for the approximation by it.

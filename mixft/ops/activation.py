@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mixft.cpu import native
 from mixft.cpu.activation import ACTIVATIONS, finish_product
@@ -23,26 +22,27 @@ def check_activation(activation: str | None) -> str:
 
 
 class _Compiled(torch.autograd.Function):
-    """By the CPU's compiled routines, a pass each way."""
+    """By the CPU's compiled routines, a pass each way; a second derivative by torch's."""
 
     @staticmethod
     def forward(ctx, x: Tensor, activation: str) -> Tensor:
-        x = x.contiguous()
         ctx.activation = activation
         ctx.save_for_backward(x)
+        x = x.contiguous()
         return finish_product(x, activation, x.dtype, preactivation_dtype=x.dtype)[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out: Tensor):
         (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # with create_graph=True
+            return *torch.autograd.grad(ACTIVATIONS[ctx.activation](x), x, grad_out, create_graph=True), None
         columns = x.shape[-1] if x.dim() else 1
-        grad, kept = grad_out.reshape(-1, columns), x.view(-1, columns)
+        grad, kept = grad_out.reshape(-1, columns), x.reshape(-1, columns)
         return activation_backward(grad, kept, ctx.activation, x.dtype, False)[0].view(x.shape), None
 
 
 def activate(x: Tensor, activation: str | None) -> Tensor:
-    """``activation`` of ``x``, differentiable once; ``x`` itself for None.
+    """``activation`` of ``x``, differentiable as often as torch's; ``x`` itself for None.
 
     Compiled where ``x`` is a plain CPU tensor of FP16, BF16 or FP32 that no compiler or transform sees; elsewhere
     torch's.
