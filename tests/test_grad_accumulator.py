@@ -296,3 +296,14 @@ def test_refusals():
     param.grad = torch.eye(3)[0].to_sparse()
     with pytest.raises(TypeError, match="gradient of parameter 0 is a "):
         accumulator.accumulate()
+
+
+def test_a_parameter_that_was_given_another_shape_is_refused():
+    params = [torch.nn.Parameter(torch.ones(size)) for size in (3, 40)]
+    accumulator = GradAccumulator(params)
+    params[1].data = torch.ones(10)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"gradient of parameter 1 has shape \(10,\) and its buffer \(40,\)"):
+        accumulator.accumulate()
+    assert not any(buffer.any() for buffer in accumulator.buffers)

@@ -11,7 +11,7 @@ from conftest import assert_within_budget
 from torch.utils.checkpoint import checkpoint
 
 from mixft.nn import Linear, QuantLinear
-from mixft.ops import dynamic_int8_linear, int8_linear
+from mixft.ops import dynamic_int8_linear, int8_linear, quantize
 
 # 16-bit operands make exact ties, where x / scale and x * (1 / scale) may round apart: one step of 1/127 in a sum.
 FLIP = {torch.float32: 2**-12, torch.bfloat16: 2**-7, torch.float16: 2**-7}
@@ -247,6 +247,13 @@ def test_opcheck(device):
             ValueError,
             r"weight_scale must have shape \(3, 1\)",
         ),
+        (
+            lambda: dynamic_int8_linear(
+                torch.ones(2, 4), torch.ones(3, 4).to(torch.int8), torch.ones(3, 1, device="meta")
+            ),
+            ValueError,
+            "all tensors must be on one device; got weight on cpu, weight_scale on meta",
+        ),
     ],
 )
 def test_bad_input_is_named(make, error, message):
@@ -318,3 +325,33 @@ def test_weight_gradients_over_many_rows_are_summed_in_parts(device, monkeypatch
     exact = grad.double().t() @ x.double()
     assert (parts - exact).norm() < 0.02 * exact.norm()
     assert not torch.equal(parts, whole)
+
+
+@pytest.mark.parametrize("name", ["quantized_x", "quantized_weight"])
+def test_quantized_operands_that_do_not_fit_are_refused(name):
+    x, weight = torch.randn(3, 48), torch.randn(40, 48)
+    values, scale, _ = quantize({"quantized_x": x, "quantized_weight": weight}[name])
+    for wrong in ((values, scale[:1]), (values[1:], scale), (values, scale.view(-1))):
+        with pytest.raises(ValueError, match=f"{name} must be values of shape"):
+            int8_linear(x, weight, **{name: wrong})
+    with pytest.raises(TypeError, match=f"the scale of {name} must be torch.float32"):
+        int8_linear(x, weight, **{name: (values, scale.half())})
+    with pytest.raises(TypeError, match=f"the values of {name} must be torch.int8"):
+        int8_linear(x, weight, **{name: (values.float(), scale)})
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        int8_linear(x, weight, **{name: (values, scale.to("meta"))})
+
+
+def test_one_scale_for_all_rows_is_read_once_a_row(device):
+    x, weight = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((70, 48), (40, 48)))
+    grad = torch.randn(70, 40, device=device)
+    quantized = []
+    for tensor in (x, weight):
+        values, scale, _ = quantize(tensor, dim=None)
+        quantized.append((values, scale.expand(len(tensor), 1)))
+    found = int8_linear(x, weight, quantized_x=quantized[0], quantized_weight=quantized[1])
+    repeated = [(values, scale.clone(memory_format=torch.contiguous_format)) for values, scale in quantized]
+    expected = int8_linear(x, weight, quantized_x=repeated[0], quantized_weight=repeated[1])
+    for left, right in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (found, expected)), strict=True):
+        assert torch.equal(left, right)
+    assert torch.equal(found, expected)

@@ -18,6 +18,7 @@ from mixft.cpu import native
 from mixft.cpu.accumulate import accumulate_gradients_
 from mixft.cpu.compiled_step import StepTensors
 from mixft.cpu.grad import gradient_statistics
+from mixft.ops import dynamic_int8_linear, weight_only_matmul
 
 built_here = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the C code is for x86-64 Linux"
@@ -158,3 +159,62 @@ def test_the_number_of_threads_changes_no_bit(dtype, one_thread):
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
             assert torch.equal(first, second)
+
+
+def without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def test_a_tensor_without_memory_is_refused_and_an_empty_one_taken():
+    freed, empty = without_memory(torch.ones(3)), torch.ones(0)
+    for get in (native.address, native.typed, lambda tensor: native.addresses([torch.ones(1), tensor])):
+        with pytest.raises(ValueError, match=r"a Tensor of shape \(3,\) on cpu has no memory of its own"):
+            get(freed)
+        get(empty)
+
+
+@pytest.mark.usefixtures("without_interpreter")
+def test_a_tensor_that_stands_for_another_reaches_the_dispatcher():
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        def __init__(self, inner):
+            self.inner = inner
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+            inner = [value.inner if isinstance(value, cls) else value for value in arguments]
+            return function(*inner, **options or {})
+
+    x, weight, scale, bias = torch.randn(2, 8), torch.ones(5, 8).to(torch.int8), torch.rand(5, 1), torch.rand(5)
+    for op in (dynamic_int8_linear, weight_only_matmul):
+        expected = op(x, weight, scale, bias)
+        for position in range(1, 4):
+            arguments = [x, weight, scale, bias]
+            arguments[position] = Wrapper(arguments[position])
+            assert torch.equal(op(*arguments), expected)
+    with pytest.raises(ValueError, match="a Wrapper of shape"):
+        gradient_statistics([bias, Wrapper(bias)])
+
+
+@pytest.mark.parametrize("compiled", ["0", "1"])
+def test_what_is_kept_from_inference_serves_in_training(compiled):
+    # In a process of its own, whose caches are empty.
+    script = """
+import torch
+from mixft.ops import int8_linear, quantize
+x, weight = torch.randn(70, 1000), torch.randn(30, 1000)
+with torch.inference_mode():
+    int8_linear(x, weight)
+for tensor in (x, weight):
+    tensor.requires_grad_()
+int8_linear(x, weight, stochastic=True).sum().backward()
+quantize(x, symmetric=False, dim=0)
+print(bool(weight.grad.any()))
+"""
+    environment = {**os.environ, "MIXFT_NATIVE": compiled, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", script]
+    assert subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout == "True\n"

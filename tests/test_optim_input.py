@@ -1,5 +1,7 @@
 """What ``mixft.optim`` refuses, by name, with nothing changed."""
 
+import copy
+
 import pytest
 import torch
 from optimizer_cases import CASES, every_optimizer
@@ -108,3 +110,48 @@ def test_unknown_options_and_sparse_gradients_are_refused(case):
         optimizer.step()
     assert torch.equal(table.weight, before)
     assert not optimizer.state
+
+
+def stepped(case, **options):
+    param = torch.nn.Parameter(torch.ones(40))
+    optimizer = case.ours([param], **case.options | options)
+    param.grad = torch.ones(40)
+    optimizer.step()
+    return param, optimizer
+
+
+@pytest.mark.parametrize("shape", [(10,), (8, 5)])
+@every_optimizer
+def test_a_parameter_that_was_given_another_shape_is_refused(case, shape):
+    param, optimizer = stepped(case)
+    before = copy.deepcopy(optimizer.state[param])
+    param.grad = None
+    param.data = torch.ones(shape)
+    param.grad = torch.ones(shape)
+    with pytest.raises(ValueError, match=r"has shape \(40,\) and its parameter \(.*\) by now; delete"):
+        optimizer.step()
+    assert (param == 1).all()
+    torch.testing.assert_close(optimizer.state[param], before, rtol=0, atol=0)
+    del optimizer.state[param]
+    optimizer.step()
+    assert (param < 1).all()
+
+
+@every_optimizer
+def test_a_gradient_of_another_shape_is_refused(case):
+    param, optimizer = stepped(case)
+    param.data = torch.ones(10)
+    with pytest.raises(ValueError, match=r"a gradient has shape \(40,\) and its parameter, .* \(10,\)"):
+        optimizer.step()
+    assert (param == 1).all()
+
+
+@pytest.mark.usefixtures("without_interpreter")
+@every_optimizer
+def test_a_parameter_without_memory_is_refused(case):
+    param, optimizer = stepped(case)
+    before = copy.deepcopy(optimizer.state[param])
+    param.untyped_storage().resize_(0)
+    with pytest.raises((ValueError, RuntimeError), match=r"has no memory of its own|data is not allocated"):
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[param], before, rtol=0, atol=0)

@@ -113,7 +113,8 @@ class GradAccumulator:
 
         Raises:
             TypeError: a gradient is sparse, or of a dtype that is not served; no buffer is changed.
-            ValueError: a parameter has moved to another device since the accumulator was made; no buffer is changed.
+            ValueError: a parameter has another device or shape than when the accumulator was made; no buffer is
+                changed.
             RuntimeError: a ``main_grad`` was set or replaced since the accumulator was made; no buffer is changed. Or a
                 backward has added to one since its sum was read.
             AssertionError: the scaler has scaled no loss.
@@ -136,6 +137,11 @@ class GradAccumulator:
                 raise ValueError(
                     f"the gradient of parameter {position} is on {grad.device} and its buffer on {buffer.device}; make "
                     f"the GradAccumulator after moving the model"
+                )
+            if grad.shape != buffer.shape:
+                raise ValueError(
+                    f"the gradient of parameter {position} has shape {tuple(grad.shape)} and its buffer "
+                    f"{tuple(buffer.shape)}; make the GradAccumulator after changing the model"
                 )
             if position not in self._main_grads:
                 work[grad.device, position not in self._summed].append(position)

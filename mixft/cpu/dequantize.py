@@ -15,7 +15,7 @@ def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: 
     if native.available() and values.numel():
         values = values.contiguous()
         out = torch.empty(values.shape, dtype=dtype, device="cpu")
-        compiled(values.data_ptr(), scale.data_ptr(), native.address(zero_point), *native.typed(out), *values.shape)
+        compiled(*map(native.address, (values, scale, zero_point)), *native.typed(out), *values.shape)
         return out
     y = values.to(torch.float32, memory_format=torch.contiguous_format)
     if zero_point is not None:

@@ -24,7 +24,7 @@ def dropout(x: Tensor, dropped: int, seed: int) -> Tensor:
     scale = LANES / (LANES - dropped)
     if native.available():
         out = torch.empty_like(x)
-        compiled(x.data_ptr(), out.data_ptr(), x.numel(), native.DTYPES[x.dtype], dropped, scale, seed)
+        compiled(native.address(x), out.data_ptr(), x.numel(), native.DTYPES[x.dtype], dropped, scale, seed)
         return out
     # One 64-bit random number for four elements.
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -41,7 +41,7 @@ def packed_strips(weight: Tensor) -> Tensor:
     """The packed copy of int8 ``weight`` [N, K], contiguous and not empty."""
     N, K = weight.shape
     strips = torch.empty(-(-N // STRIP) * STRIP * -(-K // QUAD) * QUAD, dtype=torch.uint8, device="cpu")
-    pack(strips.data_ptr(), weight.data_ptr(), N, K)
+    pack(strips.data_ptr(), native.address(weight), N, K)
     return strips
 
 
@@ -66,7 +66,7 @@ def int8_layer(
     room = native.scratch(M * (K + ROW_BYTES))
     linear(
         *(*native.typed(x), M, K, N),
-        *(strips.data_ptr(), columns.data_ptr(), native.address(weight_sum), input_scale, input_zero_point),
+        *(strips.data_ptr(), native.address(columns), native.address(weight_sum), input_scale, input_zero_point),
         *(*native.typed(bias), CODES[activation], *native.typed(out), room.data_ptr()),
     )
     return out

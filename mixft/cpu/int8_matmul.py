@@ -78,7 +78,7 @@ def _few_rows(
     out = torch.empty((M, N), dtype=out_dtype, device="cpu")
     room = native.scratch(4 * M * (K + ROW_PADDING))
     few_rows_product(
-        *(*native.typed(a), M, K, N, b.data_ptr(), b_scale.data_ptr(), *native.typed(bias)),
+        *(*native.typed(a), M, K, N, native.address(b), native.address(b_scale), *native.typed(bias)),
         *(CODES[activation], *native.typed(out), room.data_ptr()),
     )
     return out

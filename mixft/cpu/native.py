@@ -90,16 +90,38 @@ def scratch(size: int) -> Tensor:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    """Where the elements of ``tensor`` begin, null for None; raises ValueError where they have no memory."""
+    if tensor is None:
+        return None
+    start = tensor.data_ptr()
+    if not start:
+        _refuse_missing_memory(tensor)
+    return start
 
 
 def typed(tensor: Tensor | None) -> tuple[int | None, int]:
     """The address of ``tensor`` and the code of its dtype; where there is none, a null and a code that is not read."""
-    return (None, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
+    return (None, 0) if tensor is None else (address(tensor), DTYPES[tensor.dtype])
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return _array(c_void_p, "q", list(map(Tensor.data_ptr, tensors)))
+    """Where the elements of each begin; raises ValueError where some have no memory."""
+    starts = list(map(Tensor.data_ptr, tensors))
+    if not all(starts):
+        for tensor in tensors:
+            if not tensor.data_ptr():
+                _refuse_missing_memory(tensor)
+    return _array(c_void_p, "q", starts)
+
+
+def _refuse_missing_memory(tensor: Tensor) -> None:
+    # Nothing is read of an empty tensor, and its address is a null too.
+    if tensor.numel():
+        raise ValueError(
+            f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} on {tensor.device} has no memory of its own: "
+            "its storage was freed, as sharding does between uses, or it stands for other tensors; pass it when and "
+            "as what it holds its elements"
+        )
 
 
 def sizes(tensors: Sequence[Tensor]) -> ctypes.Array:

@@ -65,7 +65,7 @@ def join_weights(param: Tensor, remainder: Tensor) -> Tensor:
 
 
 def _call(routine: native.Routine, narrow: Tensor, beside: Tensor, wide: Tensor, kind: int) -> None:
-    routine(narrow.data_ptr(), beside.data_ptr(), wide.data_ptr(), wide.numel(), kind)
+    routine(*map(native.address, (narrow, beside, wide)), wide.numel(), kind)
 
 
 def as_flat(tensor: Tensor) -> Tensor:

@@ -139,7 +139,9 @@ def workspace(size: int) -> Tensor:
     if size > WORKSPACE:
         return torch.empty(size, dtype=torch.float32, device="cpu")
     if not hasattr(local, "buffer"):
-        local.buffer = torch.empty(WORKSPACE, dtype=torch.float32, device="cpu")
+        # An inference tensor could not be written to in training.
+        with torch.inference_mode(False):
+            local.buffer = torch.empty(WORKSPACE, dtype=torch.float32, device="cpu")
     return local.buffer[:size]
 
 

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from mixft.cpu.instruction_set import has_bf16_dot
 
 from .int8_matmul import MOST_TERMS
-from .int8_operands import check_layer, quantize_columns, quantize_rows, quantized_rows
+from .int8_operands import check_layer, check_quantized, quantize_columns, quantize_rows, quantized_rows
 from .quantize import LARGEST_SEED
 from .registration import composition, server
 from .validation import FLOATS, check_dtype
@@ -229,13 +229,20 @@ def int8_linear(
 
     Raises:
         TypeError: an argument of another dtype.
-        ValueError: shapes that do not fit, tensors on several devices, an unknown ``backward``.
+        ValueError: shapes that do not fit, those of quantized operands included, tensors on several devices, an unknown
+            ``backward``.
     """
     check_dtype("weight", weight, FLOATS)
     check_backward(backward)
     rows = check_layer(x, weight, bias)
-    x_values, x_scale = quantized_rows(rows) if quantized_x is None else quantized_x
-    weight_values, weight_scale = quantized_rows(weight) if quantized_weight is None else quantized_weight
+    x_values, x_scale = (
+        quantized_rows(rows) if quantized_x is None else check_quantized("quantized_x", quantized_x, rows)
+    )
+    weight_values, weight_scale = (
+        quantized_rows(weight)
+        if quantized_weight is None
+        else check_quantized("quantized_weight", quantized_weight, weight)
+    )
     seed = None
     if stochastic and backward != "16bit" and torch.is_grad_enabled():
         seed = torch.randint(LARGEST_SEED, (), device=x.device)

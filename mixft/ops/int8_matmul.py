@@ -144,7 +144,7 @@ def weight_only_matmul(
     wants_gradient = torch.is_grad_enabled() and (a.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient:
         refuse_activation_gradient(activation)
-    serve = _weight_only_matmul if wants_gradient else without_dispatch(_weight_only_matmul, a)
+    serve = _weight_only_matmul if wants_gradient else without_dispatch(_weight_only_matmul, a, b, b_scale, bias)
     out = serve(
         a.reshape(rows, a.shape[-1]),
         b,
@@ -165,7 +165,7 @@ def call_frozen(op, x: Tensor, rows: Tensor, weight: Tensor, weight_scale: Tenso
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if wants_gradient:
         refuse_activation_gradient(activation)
-    serve = op if wants_gradient else without_dispatch(op, x)
+    serve = op if wants_gradient else without_dispatch(op, x, weight, weight_scale, bias)
     out = serve(rows, weight, weight_scale, bias, check_activation(activation), *more)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 

@@ -37,13 +37,28 @@ def quantize_columns(serve: Callable, x: Tensor, factor: Tensor, seed: Tensor | 
 
 
 def check_frozen_weight(weight: Tensor, weight_scale: Tensor) -> None:
-    """Raise unless ``weight`` is int8 and ``weight_scale`` FP32 with one element a row."""
+    """Raise unless ``weight`` is int8 and ``weight_scale`` FP32 with one element a row, on one device."""
     check_dtype("weight", weight, (torch.int8,))
     check_dtype("weight_scale", weight_scale, (torch.float32,))
+    check_same_device(weight=weight, weight_scale=weight_scale)
     if weight_scale.shape != (weight.shape[0], 1):
         raise ValueError(
             f"weight_scale must have shape ({weight.shape[0]}, 1); it has shape {tuple(weight_scale.shape)}"
         )
+
+
+def check_quantized(name: str, quantized: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``quantized``, its scale contiguous; raise unless it can be the int8 values and the scale of ``rows`` [M, K]."""
+    values, scale = quantized
+    check_dtype(f"the values of {name}", values, (torch.int8,))
+    check_dtype(f"the scale of {name}", scale, (torch.float32,))
+    if values.shape != rows.shape or scale.shape != (rows.shape[0], 1):
+        raise ValueError(
+            f"{name} must be values of shape {tuple(rows.shape)} and a scale of shape ({rows.shape[0]}, 1); they have "
+            f"{tuple(values.shape)} and {tuple(scale.shape)}"
+        )
+    check_same_device(rows=rows, values=values, scale=scale)
+    return values, scale.contiguous()
 
 
 def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -60,12 +60,20 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
 
 
 def check_gradients(params: Iterable[Tensor], gradient_of: GradientOf, optimizer: str) -> None:
-    """Raise TypeError for a gradient that no op takes."""
-    for grad in map(gradient_of, params):
-        if grad is not None and (grad.layout != torch.strided or grad.dtype not in FLOATS):
+    """Raise TypeError for a gradient that no op takes, ValueError for one of another shape than its parameter."""
+    for param in params:
+        grad = gradient_of(param)
+        if grad is None:
+            continue
+        if grad.layout != torch.strided or grad.dtype not in FLOATS:
             raise TypeError(
                 f"a gradient of shape {tuple(grad.shape)} is a {grad.layout} tensor of {grad.dtype}; "
                 f"{optimizer} takes dense float32, float16 and bfloat16 gradients"
+            )
+        if grad.shape != param.shape:
+            raise ValueError(
+                f"a gradient has shape {tuple(grad.shape)} and its parameter, which was changed after the backward, "
+                f"{tuple(param.shape)}; call zero_grad() and run the backward again"
             )
 
 
@@ -145,7 +153,9 @@ def signature(
         [(id(group), len(group["params"]), named) for group, named in zip(param_groups, names, strict=True)],
         list(map(id, params)),
         [
-            (param.dtype, None) if (grad := gradient_of(param)) is None else (param.dtype, grad.dtype, grad.layout)
+            (param.dtype, param.shape, None)
+            if (grad := gradient_of(param)) is None
+            else (param.dtype, param.shape, grad.dtype, grad.shape, grad.layout)
             for param in params
         ],
         [param.stride() for param in params] if with_strides else None,

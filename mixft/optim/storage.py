@@ -41,7 +41,18 @@ class Storage:
         return "remainder" if self.master_weights == "split" else "master"
 
     def complete(self, param: Tensor, state: dict[str, Any], names: Iterable[str]) -> bool:
-        """Make what ``state`` lacks of ``names`` and of the master; whether a state tensor was made."""
+        """Make what ``state`` lacks of ``names`` and of the master; whether a state tensor was made.
+
+        Raises:
+            ValueError: state has another shape than ``param``, which was given a tensor of another shape.
+        """
+        kept = self.master_name(param)
+        for name in (*names, kept):
+            if name in state and state[name].shape != param.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(state[name].shape)} and its parameter {tuple(param.shape)} by now; "
+                    "delete the parameter's entry in the optimizer's state to start anew, or make a new optimizer"
+                )
         is_new = False
         for name in names:
             if name not in state:
@@ -51,7 +62,6 @@ class Storage:
                 # The parameter's layout has changed: a scale belongs to neighbours in storage.
                 values = dequantize_state(state[name], state[name + SCALE])
                 state |= self._narrow(name, torch.empty_like(param, dtype=torch.float32).copy_(values))
-        kept = self.master_name(param)
         for name in {"master", "remainder"} - {kept}:
             # Left from when the parameter had another dtype: kept, it would come back out of date.
             state.pop(name, None)
