@@ -112,6 +112,12 @@ def test_the_reason_is_told_where_they_do_not_load(monkeypatch, tmp_path):
     assert "not loadable" in unavailable(monkeypatch, tmp_path)
 
 
+def test_the_library_of_another_python_is_left_alone(monkeypatch, tmp_path):
+    for name in native.LIBRARIES.values():
+        (tmp_path / f"{name}.cpython-30-x86_64-linux-gnu.so").write_bytes(b"out of date")
+    assert "not built" in unavailable(monkeypatch, tmp_path)
+
+
 def test_the_reason_is_told_on_another_processor(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert "DEFAULT" in unavailable(monkeypatch, tmp_path)

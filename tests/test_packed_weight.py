@@ -165,6 +165,34 @@ def test_a_change_after_the_first_call_is_seen(mode, change):
     assert (after - exact).abs().max() <= 0.02 * max(exact.abs().max().item(), 1.0)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+@pytest.mark.parametrize("name", ["weight", "weight_scale"])
+def test_another_tensor_at_the_same_address_is_seen(name, mode, rows):
+    layer, _, _ = layer_and_input(mode)
+    x, tensor = torch.randn(rows, 64), getattr(layer, name)
+    memory = bytearray(tensor.nbytes)
+
+    def placed(values):
+        """``values`` in a new storage at the address of the last one, as an allocator gives memory that was freed."""
+        return torch.frombuffer(memory, dtype=values.dtype).view(values.shape).copy_(values)
+
+    tensor.data = placed(tensor.clone())
+    before = layer(x)
+    tensor.data = placed(tensor.neg())
+    torch.testing.assert_close(layer(x) - layer.bias, layer.bias - before)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
+def test_a_weight_that_is_turned_over_is_seen(mode):
+    layer = QuantLinear.from_linear(torch.nn.Linear(64, 64), mode).requires_grad_(False)
+    x = torch.randn(5, 64)
+    layer(x)
+    layer.weight.data = layer.weight.data.t()
+    exact = reference(layer, x)
+    assert (layer(x) - exact).abs().max() <= 0.02 * exact.abs().max()
+
+
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
 def test_copies_of_a_layer_that_was_called(mode):
     layer, x, expected = layer_and_input(mode)

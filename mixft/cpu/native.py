@@ -11,6 +11,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ def load() -> ctypes.CDLL:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability not in LIBRARIES:
         raise Unavailable(f"not written for this processor ({capability})")
-    found = sorted(Path(__file__).parent.glob(f"{LIBRARIES[capability]}.*so"))
+    # That of this Python: in an editable installation, one of another that lies beside it may be out of date.
+    names = [LIBRARIES[capability] + suffix for suffix in EXTENSION_SUFFIXES]
+    found = [path for name in names if (path := Path(__file__).parent / name).is_file()]
     if not found:
         raise Unavailable("not built, which takes gcc at installation on x86-64 Linux")
     try:

@@ -3,8 +3,8 @@
     out[m, n] = scale[n] * sum_k (u[m, k] - 128) w[n, k]         u uint8 [M, K], w int8 [N, K], scale and out FP32
 
 is what oneDNN computes; :mod:`mixft.cpu.int8_layer` has the compiled product. The packed copy of a weight lives as
-long as the weight and is made anew after a change in place. A change that torch does not count, through ``.data`` or
-NumPy, is not seen.
+long as the weight and is made anew after a change in place, and where ``.data`` was given another tensor. A write that
+torch does not count, through ``.data`` or NumPy, is not seen.
 """
 
 import functools
@@ -12,6 +12,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .instruction_set import has_int8_dot
 from .int8_layer import packed_strips
@@ -28,6 +29,8 @@ class PackedWeight:
     def __init__(self, weight: Tensor):
         self.owner = weakref.ref(weight, functools.partial(_forget, id(weight)))
         self.state = _state(weight)
+        # While it is held, no other storage can take this one's identity; its memory is free to go.
+        self.storage = StorageWeakRef(weight.untyped_storage())
         self.scale = self.terms = None
 
     @functools.cached_property
@@ -50,11 +53,11 @@ class PackedWeight:
 
     def column_terms(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``scale`` [N, 1] as a contiguous [N], and what it makes of the offset of unsigned operands."""
-        if self.scale is None or scale.is_inference() or self.scale_state != (*_state(scale), scale.stride()):
+        if self.scale is None or scale.is_inference() or self.scale_state != _state(scale):
             columns = scale.detach().reshape(-1).contiguous()
             self.terms = columns, (self.column_sums * columns * -ZERO).float()
-            # Held, so that no other scale can come to lie at its address.
-            self.scale, self.scale_state = scale, (*_state(scale), scale.stride())
+            # Its memory is held, so that no other scale can come to lie there.
+            self.scale, self.scale_state = scale.detach(), _state(scale)
         return self.terms
 
 
@@ -66,8 +69,9 @@ def _forget(key: int, owner: weakref.ref) -> None:
         del _packed[key]
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+def _state(tensor: Tensor) -> tuple:
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version, tensor.untyped_storage()._cdata, tensor.shape, tensor.stride()
 
 
 def kept(weight: Tensor) -> PackedWeight | None:

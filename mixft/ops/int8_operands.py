@@ -40,7 +40,8 @@ def check_frozen_weight(weight: Tensor, weight_scale: Tensor) -> None:
     """Raise unless ``weight`` is int8 and ``weight_scale`` FP32 with one element a row, on one device."""
     check_dtype("weight", weight, (torch.int8,))
     check_dtype("weight_scale", weight_scale, (torch.float32,))
-    check_same_device(weight=weight, weight_scale=weight_scale)
+    if weight_scale.device != weight.device:
+        check_same_device(weight=weight, weight_scale=weight_scale)
     if weight_scale.shape != (weight.shape[0], 1):
         raise ValueError(
             f"weight_scale must have shape ({weight.shape[0]}, 1); it has shape {tuple(weight_scale.shape)}"

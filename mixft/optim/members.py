@@ -155,7 +155,7 @@ def signature(
         [
             (param.dtype, param.shape, None)
             if (grad := gradient_of(param)) is None
-            else (param.dtype, param.shape, grad.dtype, grad.shape, grad.layout)
+            else (param.dtype, param.shape, grad.dtype, grad.numel(), grad.layout)
             for param in params
         ],
         [param.stride() for param in params] if with_strides else None,
