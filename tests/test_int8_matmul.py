@@ -54,6 +54,17 @@ def test_epilogues(device, activation, with_bias):
     assert_within_budget(out, exact, exact.float(), 2**-20)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
+def test_an_activation_is_of_the_unrounded_product(device, out_dtype):
+    """Also of more elements than torch's operators convert in a buffer of their own."""
+    a, b = int8(257, 9, device=device), int8(300, 9, device=device)
+    a_scale, b_scale = torch.rand(257, device=device) / 100, torch.rand(300, device=device) / 10
+    exact = exact_product(a, b, a_scale, b_scale, None, "gelu")
+    wide = int8_matmul(a, b, a_scale, b_scale, None, "gelu", torch.float32)
+    assert_within_budget(wide, exact, exact.float(), 2**-21)
+    assert torch.equal(int8_matmul(a, b, a_scale, b_scale, None, "gelu", out_dtype), wide.to(out_dtype))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("per_row", [True, False])
 def test_zero_points(device, shape, per_row):
