@@ -8,6 +8,7 @@ import sys
 from glob import glob
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 # Called through ctypes, so they need neither Python's nor torch's headers. OpenMP's functions stay undefined: they
 # are those of the library that torch has loaded, whose threads are shared.
@@ -34,7 +35,16 @@ def native_libraries() -> list[Extension]:
     ]
 
 
+class OneAfterTheOther(build_ext):
+    """The libraries have the same sources, so their object files share names: they must not be compiled at once."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = None
+
+
 setup(
+    cmdclass={"build_ext": OneAfterTheOther},
     packages=[
         *find_packages(include=["mixft", "mixft.*"]),
         "mixft.kernels",

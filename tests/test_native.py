@@ -128,14 +128,43 @@ def test_they_can_be_switched_off(monkeypatch, tmp_path):
     assert "MIXFT_NATIVE" in unavailable(monkeypatch, tmp_path)
 
 
-def test_an_installation_without_a_compiler_goes_on(tmp_path):
+def build(tmp_path: Path, compiler: str, *options: str) -> list[Path]:
+    """The libraries that an installation with ``compiler`` gives."""
     for name in ("setup.py", "pyproject.toml", "README.md", "native"):
         (tmp_path / name).symlink_to(ROOT / name)
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "temporary"]
-    environment = {**os.environ, "CC": "no-such-compiler"}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", "built", "--build-temp", "temporary", *options]
+    environment = {**os.environ, "CC": compiler, "LDSHARED": f"{compiler} -shared"}
     built = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    assert not list(tmp_path.glob("built/**/*.so"))
+    return sorted(tmp_path.glob("built/**/*.so"))
+
+
+def test_an_installation_without_a_compiler_goes_on(tmp_path):
+    assert not build(tmp_path, "no-such-compiler")
+
+
+# Its object files hold the command that made them, its libraries their object files.
+NOTING_COMPILER = """#!/bin/sh
+for word; do
+    [ "$previous" = -o ] && out=$word
+    case $word in *.o) objects="$objects $word" ;; esac
+    previous=$word
+done
+case " $* " in *" -c "*) echo "$@" > "$out" ;; *) cat $objects > "$out" ;; esac
+"""
+
+
+@built_here
+def test_a_parallel_build_mixes_no_instruction_sets(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(NOTING_COMPILER)
+    compiler.chmod(0o755)
+    libraries = build(tmp_path, str(compiler), "--parallel", "2")
+    assert [path.name.partition(".")[0] for path in libraries] == sorted(native.LIBRARIES.values())
+    for library in libraries:
+        made = library.read_text().splitlines()
+        assert len(made) == len(list((ROOT / "native").glob("*.c")))
+        assert all(("-mavx512f" in command) == ("avx512" in library.name) for command in made)
 
 
 def test_scratch_memory_is_a_threads_own_and_large_enough():
