@@ -54,6 +54,16 @@ def test_epilogues(device, activation, with_bias):
     assert_within_budget(out, exact, exact.float(), 2**-20)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_one_scale_for_all_columns(device, shape):
+    M, K, N = shape
+    a, b, bias = int8(M, K, device=device), int8(N, K, device=device), torch.randn(N, device=device)
+    a_scale, b_scale = torch.rand(M, device=device), torch.full((1,), 0.03, device=device)
+    exact = exact_product(a, b, a_scale, b_scale, bias, None)
+    out = int8_matmul(a, b, a_scale, b_scale, bias, out_dtype=torch.float32)
+    assert_within_budget(out, exact, exact.float(), 2**-21)
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16])
 def test_an_activation_is_of_the_unrounded_product(device, out_dtype):
     """Also of more elements than torch's operators convert in a buffer of their own."""
