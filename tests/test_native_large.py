@@ -75,12 +75,21 @@ def test_every_row_is_in_the_column_sums(grads):
 
 def test_every_element_is_dropped_by_bits_of_its_own(grads):
     ones = torch.ones_like(grads[2])
-    dropped = (dropout(ones, 2**15, 7) == 0).float()
+    kept = dropout(ones, 2**15, 7) / 2
+    assert torch.equal(dropout(grads[2], 2**15, 7), grads[2] * 2 * kept)
+    dropped = 1 - kept.float()
     parts = dropped[: 2**20].view(1024, 1024)
     # Of fair coins, neighbouring blocks and halves of the tensor agree in half of the elements.
     assert (parts.mean(1) - 0.5).abs().max() < 6 * 0.5 / 32
     assert ((parts[1:] == parts[:-1]).float().mean(1) - 0.5).abs().max() < 6 * 0.5 / 32
     assert ((dropped[: 2**20 - 3] == dropped[2**20 :]).float().mean() - 0.5).abs() < 6 * 0.5 / 1024
+
+
+def test_the_least_probabilities_of_dropping_and_of_keeping(grads):
+    """A 65,536th of either: of a million elements 16, or 4 more or less."""
+    ones = torch.ones(2**20, dtype=grads[0].dtype)
+    assert 0 < (dropout(ones, 1, 3) == 0).sum() < 28
+    assert 0 < (dropout(ones, 2**16 - 1, 3) != 0).sum() < 28
 
 
 @pytest.mark.parametrize("shape", [(1, SIZES[0], 1), (1025, 1, 2049), (3, 341, 1027)])
