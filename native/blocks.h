@@ -11,7 +11,7 @@
 /* Up to this many elements a second thread costs more than it does. */
 #define SMALL 32768
 
-/* Does `length` elements of tensor `tensor` from `start` on; `block` counts the blocks of all tensors. */
+/* Does `length` elements of tensor `tensor` from `start` on; `block` counts the blocks of all tensors before. */
 typedef void block_function(void *arguments, int64_t tensor, int64_t start, int64_t length, int64_t block);
 
 static inline int64_t blocks_of(int64_t size)
@@ -30,33 +30,40 @@ static inline int64_t blocks_of_all(const int64_t *sizes, int64_t count)
 /* Inlined, with their body, into each caller. */
 #define INLINE static inline __attribute__((always_inline))
 
-/* Blocks `first` up to `last`, of those of all tensors. */
-INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_t last, block_function body,
-                      void *arguments)
+/* Blocks `first` up to `last`, of those of all tensors, at most `together` elements of a tensor a call. */
+INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_t last, int64_t together,
+                      block_function body, void *arguments)
 {
     int64_t passed = 0;
     for (int64_t tensor = 0; tensor < count && passed < last; tensor++) {
         int64_t size = sizes[tensor], of_tensor = blocks_of(size);
         int64_t begin = first > passed ? first - passed : 0;
         int64_t end = last - passed < of_tensor ? last - passed : of_tensor;
-        for (int64_t index = begin; index < end; index++) {
-            int64_t start = index * BLOCK, rest = size - start;
-            body(arguments, tensor, start, rest < BLOCK ? rest : BLOCK, passed + index);
+        for (int64_t index = begin; index < end; index += together / BLOCK) {
+            int64_t start = index * BLOCK, rest = size - start, room = (end - index) * BLOCK;
+            int64_t length = together < room ? together : room;
+            body(arguments, tensor, start, rest < length ? rest : length, passed + index);
         }
         passed += of_tensor;
     }
 }
 
-/* Every block of every tensor once, each thread a run of neighbours. */
-INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function body, void *arguments)
+/* Every block of every tensor once, each thread a run of neighbours; calls have up to `together` elements, whole blocks
+ * but for a tensor's last. */
+INLINE void for_each_blocks(const int64_t *sizes, int64_t count, int64_t together, block_function body, void *arguments)
 {
     int64_t blocks = blocks_of_all(sizes, count);
 #pragma omp parallel if (blocks * BLOCK > SMALL)
     {
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
-        do_blocks(sizes, count, first, last, body, arguments);
+        do_blocks(sizes, count, first, last, together, body, arguments);
     }
+}
+
+INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function body, void *arguments)
+{
+    for_each_blocks(sizes, count, BLOCK, body, arguments);
 }
 
 #endif

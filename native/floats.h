@@ -45,23 +45,30 @@ static inline void *element(const void *array, int64_t offset, int dtype)
     return (char *)array + offset * bytes_of(dtype);
 }
 
+/* Elements up to which vectors of sixteen, and of eight, reach: of a length that the compiler knows it sees what is left. */
+#ifdef __AVX512F__
+#define BY_SIXTEEN(length) ((length) / 16 * 16)
+#else
+#define BY_SIXTEEN(length) ((int64_t)0)
+#endif
+#define BY_EIGHT(length) ((length) / 8 * 8)
+
 static inline void load_floats(float *restrict out, const void *restrict in, int64_t length, int dtype)
 {
     const uint16_t *half = in;
-    int64_t i = 0;
     if (dtype == FLOAT32) {
         memcpy(out, in, 4 * length);
     } else if (dtype == BFLOAT16) {
-        for (; i < length; i++)
+        for (int64_t i = 0; i < length; i++)
             out[i] = float_of((uint32_t)half[i] << 16);
     } else {
 #ifdef __AVX512F__
-        for (; i + 16 <= length; i += 16)
+        for (int64_t i = 0; i < BY_SIXTEEN(length); i += 16)
             _mm512_storeu_ps(out + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(half + i))));
 #endif
-        for (; i + 8 <= length; i += 8)
+        for (int64_t i = BY_SIXTEEN(length); i < BY_EIGHT(length); i += 8)
             _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(half + i))));
-        for (; i < length; i++)
+        for (int64_t i = BY_EIGHT(length); i < length; i++)
             out[i] = _cvtsh_ss(half[i]);
     }
 }
@@ -70,25 +77,24 @@ static inline void load_floats(float *restrict out, const void *restrict in, int
 static inline void store_floats(void *restrict out, const float *restrict in, int64_t length, int dtype)
 {
     uint16_t *half = out;
-    int64_t i = 0;
     if (dtype == FLOAT32) {
         memcpy(out, in, 4 * length);
     } else if (dtype == BFLOAT16) {
-        for (; i < length; i++) {
+        for (int64_t i = 0; i < length; i++) {
             uint32_t bits = bits_of(in[i]);
             uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
             half[i] = (bits & 0x7FFFFFFFu) > INFINITY_BITS ? 0x7FC0 : rounded;
         }
     } else {
 #ifdef __AVX512F__
-        for (; i + 16 <= length; i += 16)
+        for (int64_t i = 0; i < BY_SIXTEEN(length); i += 16)
             _mm256_storeu_si256((__m256i *)(half + i),
                                 _mm512_cvtps_ph(_mm512_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
-        for (; i + 8 <= length; i += 8)
+        for (int64_t i = BY_SIXTEEN(length); i < BY_EIGHT(length); i += 8)
             _mm_storeu_si128((__m128i *)(half + i),
                              _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
-        for (; i < length; i++)
+        for (int64_t i = BY_EIGHT(length); i < length; i++)
             half[i] = _cvtss_sh(in[i], _MM_FROUND_TO_NEAREST_INT);
     }
 }

@@ -6,6 +6,9 @@
 
 #define STATES 3
 
+/* Elements worked on at a time: few enough for the processor to look beyond them, and to read the next ones meanwhile. */
+#define PART 256
+
 enum { NO_MASTERS, FULL_MASTERS, REMAINDERS };
 enum { FULL_STATE, BFLOAT16_STATE, CODES };
 
@@ -84,17 +87,44 @@ INLINE void store_state(float *values, const struct step *to, int number, int64_
         store_stochastically((uint16_t *)state + start, values, length, BFLOAT16, phases, turn);
 }
 
-INLINE void step_block(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
-                       int64_t length)
+INLINE void fetch(const void *elements, int64_t bytes)
 {
-    float weight_buffer[BLOCK], grad_buffer[BLOCK], buffers[STATES][BLOCK], *states[STATES] = {0};
-    uint32_t phases[BLOCK], count = *to->steps[tensor];
+    for (int64_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch((const char *)elements + line);
+}
+
+/* Asks for narrow elements ahead of their turn: the processor itself, which sees only short runs of them, looks no
+ * further than a page. Not beside FP32 state, whose longer runs it follows well. */
+INLINE void fetch_part(const struct step *to, int64_t tensor, int64_t start)
+{
+    if (to->state_format == FULL_STATE || start + PART > to->sizes[tensor])
+        return;
+    int64_t state_bytes = to->state_format == CODES ? 1 : 2;
+    for (int number = 0; number < STATES; number++)
+        if (to->states[number])
+            fetch((char *)to->states[number][tensor] + start * state_bytes, PART * state_bytes);
+    if (to->param_dtypes[tensor] != FLOAT32)
+        fetch((uint16_t *)to->params[tensor] + start, 2 * PART);
+    if (to->grad_dtypes[tensor] != FLOAT32)
+        fetch((uint16_t *)to->grads[tensor] + start, 2 * PART);
+    if (to->masters_format == REMAINDERS)
+        fetch((int16_t *)to->masters[tensor] + start, 2 * PART);
+}
+
+INLINE void step_part(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
+                      int64_t length)
+{
+    float weight_buffer[PART], grad_buffer[PART], buffers[STATES][PART];
+    uint32_t phases[PART];
+    float *states[STATES] = {0};
+    uint32_t count = *to->steps[tensor];
     int grad_dtype = to->grad_dtypes[tensor];
     float *weights = load_weights(weight_buffer, to, tensor, start, length);
     float *grads = as_floats(grad_buffer, element(to->grads[tensor], start, grad_dtype), length, grad_dtype);
     for (int number = 0; number < STATES; number++)
         if (to->states[number])
             states[number] = load_state(buffers[number], to, number, tensor, start, length);
+    fetch_part(to, tensor, start + 2 * PART);
     update(rule, tensor, weights, grads, to->factor, states, length);
     if (to->state_format != FULL_STATE || to->stochastic_rounding)
         fill_phases(phases, start, groups_of(length) * GROUP);
@@ -102,6 +132,16 @@ INLINE void step_block(const struct step *to, update_function update, const void
         if (to->states[number])
             store_state(states[number], to, number, tensor, start, length, phases, count);
     store_weights(weights, to, tensor, start, length, phases, count);
+}
+
+INLINE void step_block(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
+                       int64_t length)
+{
+    /* A length that the compiler knows leaves no loop to be counted. */
+    for (; length >= PART; start += PART, length -= PART)
+        step_part(to, update, rule, tensor, start, PART);
+    if (length)
+        step_part(to, update, rule, tensor, start, length);
 }
 
 /* Counts this step in every tensor's. */

@@ -200,6 +200,31 @@ def test_repeated_calls_on_moving_gradients(device):
         after["grads"] = [torch.randn(grad.shape, device=device) for grad in after["grads"]]
 
 
+def placed(memory, tensor):
+    """A copy of ``tensor`` at the start of ``memory``."""
+    return memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def test_addresses_serve_other_tensors_later(device):
+    memory = {}
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    kinds = [(float32, float32), (float32, bfloat16), (float32, float16), (bfloat16, bfloat16), (bfloat16, float16)]
+    for size in (17, 66, 17):
+        for dtype, grad_dtype in kinds:
+            for masters in (False, True):
+                tensors = problem(
+                    device, [(size,), (5,)], dtype, grad_dtype=grad_dtype, masters=masters, amsgrad=masters, step=3.0
+                )
+                for name, listed in tensors.items():
+                    for position, tensor in enumerate(listed):
+                        key = name, position
+                        memory.setdefault(key, torch.zeros(4 * 66, dtype=torch.uint8, device=device))
+                        listed[position] = placed(memory[key], tensor)
+                before = clone(tensors)
+                adamw_(**tensors, lr=scalar(1e-3, device), **HYPERPARAMETERS)
+                assert_follows_formula(before, tensors, lr=1e-3, **HYPERPARAMETERS)
+
+
 def test_steps_side_by_side_and_apart(device):
     after = problem(device, [3, 4, 5], torch.float32, masters=False)
     buffer = torch.tensor([5.0, 7.0, 9.0, 11.0], device=device)

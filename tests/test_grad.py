@@ -144,6 +144,18 @@ def test_an_fp32_sum_that_overflows_counts_nothing(device):
     assert nonfinite.item() == 0
 
 
+def test_statistics_of_addresses_that_serve_other_gradients_later(device):
+    memory = torch.randn(64, device=device)
+    for size in (64, 17, 64):
+        for dtype in DTYPES:
+            grads = [memory.view(torch.uint8)[: size * dtype.itemsize].view(dtype), memory[:5]]
+            grads[0].copy_(torch.randn(size, device=device))
+            exact = torch.stack([grad.double().square().sum() for grad in grads])
+            sum_of_squares, nonfinite = grad_stats(grads)
+            torch.testing.assert_close(sum_of_squares.double(), exact, rtol=1e-5, atol=0)
+            assert nonfinite.tolist() == [0, 0]
+
+
 def test_statistics_repeat_bit_for_bit(device):
     grads = gradients(torch.float32, device)
     first = grad_stats(grads)[0]

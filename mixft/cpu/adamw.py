@@ -1,6 +1,6 @@
 """AdamW and Adam on the CPU: compiled, or torch's fused kernels on FP32 weights."""
 
-from ctypes import c_double, c_float, c_int, c_void_p
+from ctypes import c_double, c_int, c_void_p
 
 import torch
 from torch import Tensor
@@ -39,9 +39,10 @@ def adamw_step_(
     scales = [exp_avg_scales, exp_avg_sq_scales, max_exp_avg_sq_scales]
     step = Step(params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf, stochastic_rounding)
     if native.available():
-        corrections = (c_float * (2 * len(params)))()
+        # Two FP32 numbers a tensor.
+        corrections = native.scratch(8 * len(params))
         hyperparameters = lr.item(), beta1, beta2, eps, weight_decay, decoupled
-        compiled_step(compiled, step, maximize, corrections, *hyperparameters)
+        compiled_step(compiled, step, maximize, corrections.data_ptr(), *hyperparameters)
         return
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
     options = {

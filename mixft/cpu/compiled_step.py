@@ -1,7 +1,10 @@
 """The optimizer steps in one pass over memory, by the compiled routines of native/optimizer_step.h."""
 
 import ctypes
+import functools
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from itertools import chain, islice
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -12,6 +15,11 @@ from .optimizer_step import Step
 # The codes of native/optimizer_step.h.
 MASTERS = {torch.float32: 1, torch.int16: 2}
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
+
+# Descriptions that are kept; one of a thousand tensors takes half a megabyte.
+KEPT = 64
+
+DTYPE = attrgetter("dtype")
 
 
 class StepTensors(ctypes.Structure):
@@ -39,26 +47,62 @@ def compiled_step(routine: native.Routine, step: Step, maximize: bool, *rule) ->
     """Call ``routine`` on the tensors and on what the rule needs besides, unless the step is skipped."""
     if step.is_skipped():
         return
-    # Kept in variables until the routine has returned: a structure holds addresses only.
-    lists = [step.params, step.grads, step.masters, step.steps, *_three(step.states), *_three(step.scales)]
-    addresses = [native.addresses(listed) if listed else None for listed in lists]
-    described = native.sizes(step.params), native.dtypes(step.params), native.dtypes(step.grads)
-    tensors = StepTensors(
-        len(step.params),
-        *map(_address, described),
-        *map(_address, addresses[:4]),
-        (c_void_p * 3)(*map(_address, addresses[4:7])),
-        (c_void_p * 3)(*map(_address, addresses[7:])),
-        MASTERS[step.masters[0].dtype] if step.masters else 0,
-        STATES[step.states[0][0].dtype] if step.states[0] else 0,
-        step.stochastic_rounding,
-        -step.gradient_factor() if maximize else step.gradient_factor(),
+    lists = (step.params, step.masters, step.steps, *step.states, *step.scales)
+    kept = _described(
+        tuple(native.starts(list(chain.from_iterable(lists)))),
+        tuple(map(len, lists)),
+        tuple(map(Tensor.numel, step.params)),
+        tuple(map(DTYPE, step.params)),
+        tuple(map(DTYPE, step.grads)),
+        step.masters[0].dtype if step.masters else None,
+        step.states[0][0].dtype if step.states[0] else torch.float32,
     )
+    # Gradients are often new at every step. Each variable lives until the routine has returned: these hold addresses.
+    grads = native.addresses(step.grads)
+    tensors = StepTensors.from_buffer_copy(kept)
+    tensors.grads = ctypes.addressof(grads)
+    tensors.stochastic_rounding = step.stochastic_rounding
+    factor = step.gradient_factor()
+    tensors.factor = -factor if maximize else factor
     routine(ctypes.byref(tensors), *rule)
 
 
-def _three(lists: list[list[Tensor]]) -> list[list[Tensor]]:
-    return [*lists, *[[]] * (3 - len(lists))]
+@functools.lru_cache(KEPT)
+def _described(
+    addresses: tuple[int, ...],
+    lengths: tuple[int, ...],
+    sizes: tuple[int, ...],
+    param_dtypes: tuple[torch.dtype, ...],
+    grad_dtypes: tuple[torch.dtype, ...],
+    masters_dtype: torch.dtype | None,
+    state_dtype: torch.dtype,
+) -> StepTensors:
+    """All but the gradients and the step's numbers; kept under the very numbers that it holds, so never out of date.
+
+    Args:
+        addresses: of the parameters, masters, step counts, each state and the scales of each, one after the other.
+        lengths: how many these are; 0 for none.
+    """
+    rest = iter(addresses)
+    arrays = [native.pointers(list(islice(rest, length))) if length else None for length in lengths]
+    params, masters, steps, *beside = map(_address, arrays)
+    number = len(beside) // 2
+    described = native.integers(c_int64, sizes), native.dtype_codes(param_dtypes), native.dtype_codes(grad_dtypes)
+    tensors = StepTensors(
+        len(sizes),
+        *map(_address, described),
+        params,
+        None,
+        masters,
+        steps,
+        (c_void_p * 3)(*beside[:number]),
+        (c_void_p * 3)(*beside[number:]),
+        MASTERS.get(masters_dtype, 0),
+        STATES[state_dtype],
+    )
+    # The structure holds addresses only.
+    tensors.arrays = arrays, described
+    return tensors
 
 
 def _address(array: ctypes.Array | None) -> int | None:

@@ -1,8 +1,11 @@
 """Unscaling and gradient statistics on the CPU."""
 
+import ctypes
+import functools
 import math
 from collections import defaultdict
 from ctypes import c_float, c_int64, c_void_p
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,6 +19,11 @@ PIECE = 1 << 20
 
 # native/blocks.h
 BLOCK = 1024
+
+# Descriptions of lists of gradients that are kept.
+KEPT = 64
+
+DTYPE = attrgetter("dtype")
 
 compiled_unscale = native.Routine("unscale_gradients", *[c_void_p] * 3, c_int64, c_float, c_void_p)
 compiled_statistics = native.Routine("gradient_statistics", *[c_void_p] * 3, c_int64, *[c_void_p] * 3)
@@ -51,21 +59,19 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     if native.available():
         squares = torch.empty(len(grads), dtype=torch.float32, device="cpu")
         nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
-        sizes = native.sizes(grads)
-        # Room for every block, and for one not full of each.
-        partial = torch.empty(sum(sizes) // BLOCK + len(grads), dtype=torch.float64, device="cpu")
-        compiled_statistics(
-            native.addresses(grads),
-            sizes,
-            native.dtypes(grads),
-            len(grads),
-            partial.data_ptr(),
-            squares.data_ptr(),
-            nonfinite.data_ptr(),
-        )
+        sizes, dtypes, blocks = _described(tuple(map(Tensor.numel, grads)), tuple(map(DTYPE, grads)))
+        partial = native.scratch(8 * blocks)
+        results = partial.data_ptr(), squares.data_ptr(), nonfinite.data_ptr()
+        compiled_statistics(native.addresses(grads), sizes, dtypes, len(grads), *results)
         return squares, nonfinite
     squares = sums_of_squares(grads)
     return squares, nonfinite_counts(grads, squares)
+
+
+@functools.lru_cache(KEPT)
+def _described(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[ctypes.Array, ctypes.Array, int]:
+    """The sizes, the codes of the dtypes, and how many blocks these are at most: one of each tensor is not full."""
+    return native.integers(c_int64, sizes), native.dtype_codes(dtypes), sum(sizes) // BLOCK + len(sizes)
 
 
 def sums_of_squares(grads: list[Tensor]) -> Tensor:

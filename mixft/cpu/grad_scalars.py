@@ -16,9 +16,10 @@ def gradient_scalars(
     squares, nonfinite = gradient_statistics(grads)
     # From here on Python's own numbers, which cost less than tensors of one element.
     norm = math.sqrt(squares.sum().item())
+    # A NaN or Inf cannot leave a finite sum of squares.
+    found = (found_inf is not None and found_inf.item() != 0) or (not math.isfinite(norm) and bool(nonfinite.any()))
     if inv_scale is not None:
         norm *= inv_scale.item()
-    found = (found_inf is not None and found_inf.item() != 0) or bool(nonfinite.any())
     clip_coef = 1.0
     if max_norm is not None:
         # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.

@@ -108,13 +108,18 @@ def typed(tensor: Tensor | None) -> tuple[int | None, int]:
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """As ``starts``, for a compiled routine."""
+    return pointers(starts(tensors))
+
+
+def starts(tensors: Sequence[Tensor]) -> list[int]:
     """Where the elements of each begin; raises ValueError where some have no memory."""
-    starts = list(map(Tensor.data_ptr, tensors))
-    if not all(starts):
+    begin = list(map(Tensor.data_ptr, tensors))
+    if not all(begin):
         for tensor in tensors:
             if not tensor.data_ptr():
                 _refuse_missing_memory(tensor)
-    return _array(c_void_p, "q", starts)
+    return begin
 
 
 def _refuse_missing_memory(tensor: Tensor) -> None:
@@ -128,13 +133,21 @@ def _refuse_missing_memory(tensor: Tensor) -> None:
 
 
 def sizes(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return _array(c_int64, "q", list(map(Tensor.numel, tensors)))
+    return integers(c_int64, list(map(Tensor.numel, tensors)))
 
 
 def dtypes(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return _array(c_int32, "i", [DTYPES[tensor.dtype] for tensor in tensors])
+    return dtype_codes([tensor.dtype for tensor in tensors])
 
 
-def _array(kind: type, code: str, values: list[int]) -> ctypes.Array:
+def pointers(values: Sequence[int]) -> ctypes.Array:
+    return integers(c_void_p, values)
+
+
+def dtype_codes(dtypes: Sequence[torch.dtype]) -> ctypes.Array:
+    return integers(c_int32, [DTYPES[dtype] for dtype in dtypes])
+
+
+def integers(kind: type, values: Sequence[int]) -> ctypes.Array:
     # array takes a list in half the time that ctypes takes; models have thousands of tensors.
-    return (kind * len(values)).from_buffer(array(code, values))
+    return (kind * len(values)).from_buffer(array("i" if kind is c_int32 else "q", values))

@@ -6,7 +6,7 @@ For where the compiled routines of ``compiled_step`` are not to be had: torch's 
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,7 @@ Piece = tuple[int, int, int]
 Update = Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor]], None]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One step of some tensors, whatever the rule; empty lists mean "none".
 
     Attributes:
@@ -57,7 +56,7 @@ class Step:
 
     def gradient_factor(self) -> float:
         """What the gradients are multiplied by."""
-        return math.prod(scalar.item() for scalar in (self.inv_scale, self.clip_coef) if scalar is not None)
+        return math.prod([scalar.item() for scalar in (self.inv_scale, self.clip_coef) if scalar is not None])
 
 
 def optimizer_step_(step: Step, update: Update) -> None:

@@ -1,6 +1,7 @@
 """Layouts of tensors for kernels that walk storage element by element."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -35,4 +36,4 @@ def in_layout_of(reference: Tensor, tensor: Tensor) -> Tensor:
 
 
 def all_contiguous(*lists: Sequence[Tensor]) -> bool:
-    return all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists)
+    return all(map(Tensor.is_contiguous, chain.from_iterable(lists)))

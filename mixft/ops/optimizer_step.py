@@ -1,5 +1,6 @@
 """What the fused optimizer steps share: the checks of their tensors, and one layout for all tensors of a parameter."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +23,8 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
     """
     params = tensors["params"]
     advance = without_dispatch(op, params[0])
-    shaped = [name for name in tensors if not (name == "steps" or name.endswith("_scales"))]
-    if all_contiguous(*(tensors[name] for name in shaped)):
+    shaped = _shaped(tuple(tensors))
+    if all_contiguous(*[tensors[name] for name in shaped]):
         advance(*tensors.values(), *scalars)
         _tell_autograd(params, advance is op)
         return
@@ -40,6 +41,12 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
             for tensor, worked_on in zip(tensors[name], arranged[name], strict=True):
                 if worked_on is not tensor:
                     tensor.copy_(worked_on)
+
+
+@functools.cache
+def _shaped(names: tuple[str, ...]) -> list[str]:
+    """Those of the op's lists whose tensors have their parameter's shape."""
+    return [name for name in names if not (name == "steps" or name.endswith("_scales"))]
 
 
 def _tell_autograd(params: list[Tensor], dispatched: bool) -> None:

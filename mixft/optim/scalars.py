@@ -78,5 +78,7 @@ def step_scalars(
 
 def at(scalar: Tensor, device: torch.device) -> Tensor:
     """``scalar`` as FP32 on ``device``."""
+    if scalar.dtype == torch.float32 and scalar.device == device:
+        return scalar
     # A copy to the host is read at once, so that one has to wait.
     return scalar.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")
