@@ -94,16 +94,26 @@ static inline void multiply_tile(int32_t *sums, const int8_t *values, int64_t st
     }
 }
 
-/* Does the tile of `rows` rows from `row` on with strip number `strip`. */
-typedef void tile_function(const void *arguments, int64_t row, int64_t rows, int64_t strip);
+/* Does the tile of `rows` rows from `row` on with strip number `strip`, which is number `place` of its group. */
+typedef void tile_function(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place);
+
+/* Makes the strips from `begin` up to `end`, a group, ready for the tiles of the calling thread. */
+typedef void group_function(const void *arguments, int64_t begin, int64_t end);
+
+/* Strips that a thread passes all its rows by before it goes on: as many as stay in the cache, or one. */
+static inline int64_t strips_of_group(int64_t inner)
+{
+    return 1 + GROUP_BYTES / strip_bytes(inner);
+}
 
 /* Every tile of [rows, columns] once. A thread takes neighbouring strips, and a band of the rows where there are more
- * threads than strips; it passes all its rows by as many strips as stay in the cache before it goes on. */
+ * threads than strips. `prepare` is NULL where the strips are ready. */
 static inline __attribute__((always_inline)) void for_each_tile(int64_t rows, int64_t inner, int64_t columns,
-                                                                tile_function body, const void *arguments)
+                                                                group_function prepare, tile_function body,
+                                                                const void *arguments)
 {
     int64_t strips = parts_of(columns, STRIP), tiles = parts_of(rows, TILE_ROWS);
-    int64_t group = 1 + GROUP_BYTES / strip_bytes(inner);
+    int64_t group = strips_of_group(inner);
 #pragma omp parallel if (rows * inner * columns > SMALL_PRODUCT)
     {
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -112,10 +122,12 @@ static inline __attribute__((always_inline)) void for_each_tile(int64_t rows, in
         int64_t last = band < bands ? strips * (part + 1) / across : 0;
         for (int64_t begin = strips * part / across; begin < last; begin += group) {
             int64_t end = begin + group < last ? begin + group : last;
+            if (prepare)
+                prepare(arguments, begin, end);
             for (int64_t tile = tiles * band / bands; tile < tiles * (band + 1) / bands; tile++) {
                 int64_t row = rows * tile / tiles, next = rows * (tile + 1) / tiles;
                 for (int64_t strip = begin; strip < end; strip++)
-                    body(arguments, row, next - row, strip);
+                    body(arguments, row, next - row, strip, strip - begin);
             }
         }
     }

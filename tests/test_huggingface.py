@@ -287,8 +287,10 @@ def test_arguments_are_refused_by_name(saved):
         mixft.Int8Config("int4")
     with pytest.raises(TypeError, match="exclude must be a glob or several; it is 3"):
         mixft.Int8Config(exclude=3)
-    with pytest.raises(ValueError, match="backward is for mode 'train'"):
-        mixft.Int8Config("dynamic", backward="16bit")
+    with pytest.raises(ValueError, match="stochastic is for mode 'train'"):
+        mixft.Int8Config("dynamic", stochastic=True)
+    with pytest.raises(ValueError, match="backward must be one of int8, 16bit, exact"):
+        mixft.Int8Config("dynamic", backward="weight_grad_16bit")
     with pytest.raises(ValueError, match="calibrate"):
         mixft.Int8Config("static")
     with pytest.raises(ValueError, match="needs mode 'dynamic'"):

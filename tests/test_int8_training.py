@@ -148,8 +148,8 @@ def test_options_reach_the_layers_and_errors_name_them():
         mixft.quantize_(model, "train", include="0", backward="16bit", stochastic=True)
     with pytest.raises(ValueError, match="backward must be one of int8, weight_grad_16bit, 16bit; it is 'fp8'"):
         mixft.quantize_(model, "train", backward="fp8")
-    with pytest.raises(ValueError, match="backward is for mode 'train'; the mode is 'dynamic'"):
-        mixft.quantize_(model, "dynamic", backward="int8")
+    with pytest.raises(ValueError, match="shape_gating, stochastic is for mode 'train'; the mode is 'dynamic'"):
+        mixft.quantize_(model, "dynamic", stochastic=True, shape_gating=False)
     with pytest.raises(TypeError, match="backwards"):
         QuantLinear(4, 4, mode="train", backwards="int8")
 

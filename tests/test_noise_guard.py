@@ -111,7 +111,7 @@ def test_report_of_other_layers_and_input():
     model = torch.nn.Sequential(torch.nn.Linear(128, 128), torch.nn.Linear(128, 8))
     mixft.quantize_(model)
     report = mixft.model_report(model)
-    assert [(layer.mode, layer.backward) for layer in report.layers] == [("dynamic", "float"), ("float", "float")]
+    assert [(layer.mode, layer.backward) for layer in report.layers] == [("dynamic", "int8"), ("float", "float")]
     with pytest.raises(TypeError, match="it is a int"):
         mixft.model_report(3)
 

@@ -8,6 +8,7 @@ import torch
 from conftest import assert_within_budget
 
 from mixft.nn import QuantLinear
+from mixft.nn.frozen_training import FrozenOptions, FrozenTraining
 from mixft.ops import dynamic_int8_linear, outlier_int8_linear, static_int8_linear
 from mixft.ops.activation import activate
 
@@ -80,6 +81,7 @@ def static_layer(device, activation=None):
 def test_a_static_layer_with_and_without_gradients(device, activation):
     layer, plain = static_layer(device, activation), static_layer(device)
     plain.load_state_dict(layer.state_dict())
+    layer.frozen_training = FrozenTraining(FrozenOptions("exact"))
     x = torch.randn(3, 5, 48, device=device, requires_grad=True)
     out = layer(x)
     with torch.no_grad():

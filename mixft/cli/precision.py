@@ -115,8 +115,8 @@ class Setup:
     def _guards(self):
         """The guards of layers that train in int8, by the layers' names."""
         for name, module in self.model.named_modules():
-            if isinstance(module, mixft.nn.QuantLinear) and module.mode == "train":
-                yield name, module.int8_training.guard
+            if isinstance(module, mixft.nn.QuantLinear):
+                yield name, module.guard
 
     def optimizer_bytes(self) -> int:
         """Bytes of all tensors in the optimizer's state."""

@@ -18,11 +18,21 @@ SMALL_WEIGHT = 1 << 20
 
 
 def dynamic_int8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
     """``mixft.kernels.dynamic_int8_linear.dynamic_int8_linear`` on the CPU."""
     if x.numel() and weight.numel() and serves(x.shape[0]):
-        return int8_layer(x, strips_of(weight), weight_scale, bias, activation)
+        added = {} if left is None else {"left": left.float().contiguous(), "right": right.float().contiguous()}
+        return int8_layer(x, strips_of(weight), weight_scale, bias, activation, **added)
+    if left is not None:
+        out = dynamic_int8_linear(x.float(), weight, weight_scale, bias, "none")
+        return out.addmm_(left.float(), right.float()).to(x.dtype)
     packed = None
     if x.shape[0] > 1 or weight.numel() > SMALL_WEIGHT:
         packed = packed_weight(weight) if x.numel() else None

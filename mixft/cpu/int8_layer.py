@@ -18,12 +18,13 @@ linear = native.Routine(
     "int8_linear",
     *(c_void_p, c_int, c_int64, c_int64, c_int64),
     *(c_void_p, c_void_p, c_void_p, c_float, c_int),
-    *(c_void_p, c_int, c_int, c_void_p, c_int, c_void_p),
+    *(c_void_p, c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p),
 )
 pack = native.Routine("pack_int8_weight", c_void_p, c_void_p, c_int64, c_int64)
 
-# Rows of the weight in a strip, and bytes of a row that lie together in it: native/int8_tile.h.
-STRIP, QUAD = 32, 4
+# Rows of the weight in a strip, bytes of a row that lie together in it, and bytes of strips that stay in the cache:
+# native/int8_tile.h.
+STRIP, QUAD, GROUP_BYTES = 32, 4, 1 << 18
 
 # Bytes beside its quantized values that a row of the input needs.
 ROW_BYTES = 144
@@ -37,10 +38,15 @@ def serves(rows: int) -> bool:
     return is_exact() and not (rows >= AMX_ROWS and has_amx())
 
 
+def strip_bytes(K: int) -> int:
+    """Bytes of a strip of rows of ``K`` elements."""
+    return STRIP * QUAD * -(-K // QUAD)
+
+
 def packed_strips(weight: Tensor) -> Tensor:
     """The packed copy of int8 ``weight`` [N, K], contiguous and not empty."""
     N, K = weight.shape
-    strips = torch.empty(-(-N // STRIP) * STRIP * -(-K // QUAD) * QUAD, dtype=torch.uint8, device="cpu")
+    strips = torch.empty(-(-N // STRIP) * strip_bytes(K), dtype=torch.uint8, device="cpu")
     pack(strips.data_ptr(), native.address(weight), N, K)
     return strips
 
@@ -54,10 +60,12 @@ def int8_layer(
     input_scale: float = 0.0,
     input_zero_point: int = 0,
     weight_sum: Tensor | None = None,
+    left: Tensor | None = None,
+    right: Tensor | None = None,
 ) -> Tensor:
     """``mixft.kernels.static_int8_linear.static_int8_linear``, or without a ``weight_sum`` the dynamic layer.
 
-    ``strips`` is the packed weight.
+    ``strips`` is the packed weight, ``left`` and ``right`` are as in the dynamic layer.
     """
     x, columns = x.contiguous(), weight_scale.contiguous()
     (M, K), N = x.shape, columns.shape[0]
@@ -67,9 +75,14 @@ def int8_layer(
     linear(
         *(*native.typed(x), M, K, N),
         *(strips.data_ptr(), native.address(columns), native.address(weight_sum), input_scale, input_zero_point),
-        *(*native.typed(bias), CODES[activation], *native.typed(out), room.data_ptr()),
+        *(*native.typed(bias), CODES[activation], *low_rank(left, right), *native.typed(out), room.data_ptr()),
     )
     return out
+
+
+def low_rank(left: Tensor | None, right: Tensor | None) -> tuple[int | None, int | None, int]:
+    """The addresses of ``left`` [M, rank] and ``right`` [rank, N], contiguous FP32, and their rank; 0 without them."""
+    return (None, None, 0) if left is None else (native.address(left), native.address(right), left.shape[1])
 
 
 @functools.cache

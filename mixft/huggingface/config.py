@@ -7,7 +7,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixft.nn.int8_training import TrainingOptions
-from mixft.nn.quant_linear import Mode, check_mode, check_outlier_threshold, check_training
+from mixft.nn.quant_linear import Mode, check_mode, check_outlier_threshold, training_options
 
 QUANT_METHOD = "mixft"
 SETTINGS = ("mode", "include", "exclude", "layers", "outlier_threshold")
@@ -33,7 +33,8 @@ class Int8Config(QuantizationConfigMixin):
         outlier_threshold: in mode ``"dynamic"``, the magnitude above which a column of the input is multiplied in
             floating point; see :class:`mixft.nn.QuantLinear`.
         training: for mode ``"train"`` the fields of :class:`mixft.nn.int8_training.TrainingOptions`: ``backward``,
-            ``stochastic``, ``shape_gating``, ``min_sqnr``.
+            ``stochastic``, ``shape_gating``, ``min_sqnr``; for the others those of
+            :class:`mixft.nn.frozen_training.FrozenOptions`: ``backward``, ``min_sqnr``.
 
     Raises:
         TypeError: ``include``, ``exclude`` or ``layers`` is of another type, or an option that there is not.
@@ -53,8 +54,7 @@ class Int8Config(QuantizationConfigMixin):
         if mode != "static" or layers is None:
             check_mode(mode)
         check_outlier_threshold(outlier_threshold, mode)
-        check_training(mode, training)
-        TrainingOptions(**training)
+        training_options(mode, training)
         self.quant_method = QUANT_METHOD
         self.mode = mode
         self.include = _names("include", include)

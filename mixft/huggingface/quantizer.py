@@ -1,7 +1,6 @@
 """The quantizer that transformers calls: it swaps layers on the meta device and quantizes each weight as it is read."""
 
 import copy
-from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +85,7 @@ class Int8Quantizer(HfQuantizer):
             dtype=linear.weight.dtype,
             outlier_threshold=self.quantization_config.outlier_threshold,
             transposed=is_conv1d(linear),
+            **self.quantization_config.training,
         )
         if not self.pre_quantized:
             # transformers before 5.23 casts what it reads to the dtype found here, and only then has it quantized.
@@ -166,9 +166,8 @@ def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:
 
 def _options(layer: QuantLinear) -> tuple[tuple[str, object], ...]:
     """The options of :class:`Int8Config` that ``layer`` was made with."""
-    if layer.mode == "train":
-        return tuple(asdict(layer.int8_training.options).items())
-    return (("outlier_threshold", layer.outlier_threshold),)
+    training = tuple(layer.training_options().items())
+    return training if layer.mode == "train" else (("outlier_threshold", layer.outlier_threshold), *training)
 
 
 class QuantizeWeight(ConversionOps):

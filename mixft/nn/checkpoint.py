@@ -8,7 +8,6 @@ of every tensor and of this description.
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -150,7 +149,8 @@ def _description(saved: TensorSet) -> tuple[dict[str, dict], dict[str, str]]:
 
 def _described(layer: QuantLinear) -> dict:
     fields = {field: getattr(layer, field) for field in FIELDS} | {"bias": layer.bias is not None}
-    return fields | {"training": asdict(layer.int8_training.options)} if layer.mode == "train" else fields
+    training = layer.training_options()
+    return fields | {"training": training} if training else fields
 
 
 def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -> QuantLinear:

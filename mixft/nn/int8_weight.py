@@ -37,19 +37,23 @@ def register_input_range(layer: nn.Module, scale: Tensor, zero_point: Tensor, we
 def forward(layer: nn.Module, input: Tensor) -> Tensor:
     """The layer's output; an activation is fused unless a gradient may have to go through it."""
     operands = input, layer.weight, layer.weight_scale, layer.bias
-    if layer.outlier_threshold is not None:
-        return activate(outlier_int8_linear(*operands, threshold=layer.outlier_threshold), layer.activation)
+    backward = layer.backward
     fused = layer.activation is None or not torch.is_grad_enabled()
     activation = layer.activation if fused else None
-    if layer.mode == "static":
+    if layer.outlier_threshold is not None:
+        out, fused = outlier_int8_linear(*operands, threshold=layer.outlier_threshold, backward=backward), False
+    elif layer.mode == "static":
         out = static_int8_linear(
             *operands,
             activation,
+            backward=backward,
             input_scale=layer.input_scale,
             input_zero_point=layer.input_zero_point,
             weight_sum=layer.weight_sum,
         )
     else:
         serve = dynamic_int8_linear if layer.mode == "dynamic" else weight_only_matmul
-        out = serve(*operands, activation)
+        out = serve(*operands, activation, backward=backward)
+    if out.requires_grad and backward == "int8":
+        layer.frozen_training.watch(out, layer.weight_scale)
     return out if fused else activate(out, layer.activation)

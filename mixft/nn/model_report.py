@@ -17,7 +17,7 @@ class LayerPrecision:
     Attributes:
         name: the module's qualified name.
         mode: of its :class:`mixft.nn.QuantLinear`, or "float".
-        backward: what the gradients run in: "int8", "weight_grad_16bit" or "16bit" of a layer in mode "train", where
+        backward: what the gradients run in: "int8", "weight_grad_16bit", "16bit" or "exact" of a QuantLinear, where
             "16bit" may be the guard's doing; "float" of any other.
         sqnr: last signal-to-quantization-noise ratios in dB by "input", "weight" and "gradient", as far as measured.
         fallback: "" while all runs as asked, "gradients" or "layer" where those run in floats for their noise.
@@ -61,7 +61,7 @@ class ModelReport:
 def model_report(model: nn.Module) -> ModelReport:
     """Every linear layer of ``model``: its mode, bytes, and for int8 training its noise and what fell back to floats.
 
-    Ratios are those that layers in mode "train" measured last, every hundredth training pass outside of
+    Ratios are those that layers with int8 gradients measured last, every hundredth training pass outside of
     ``torch.compile``; asking reads no device.
 
     Raises:
@@ -74,8 +74,7 @@ def model_report(model: nn.Module) -> ModelReport:
 
 def _describe(name: str, module: nn.Module) -> LayerPrecision:
     size = sum(tensor.nbytes for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-    if not isinstance(module, QuantLinear) or module.mode != "train":
-        return LayerPrecision(name, getattr(module, "mode", "float"), "float", {}, "", None, size)
-    training = module.int8_training
-    guard = training.guard
-    return LayerPrecision(name, "train", training.backward, dict(guard.sqnr), guard.fallback, guard.since, size)
+    if not isinstance(module, QuantLinear):
+        return LayerPrecision(name, "float", "float", {}, "", None, size)
+    guard = module.guard
+    return LayerPrecision(name, module.mode, module.backward, dict(guard.sqnr), guard.fallback, guard.since, size)

@@ -84,8 +84,12 @@ class NoiseGuard:
             sample = slice(None, None, max(1, len(tensor) // SAMPLED_ROWS))
             self.measured[kind] = feature_sqnr(tensor[sample], values[sample], scale[sample])
         if backward != "16bit":
-            x_scale = quantized_x[1] if backward == "int8" else None
-            output.register_hook(lambda gradient: self._measure_gradient(gradient, x_scale, quantized_weight[1]))
+            self.measure_gradient(output, quantized_weight[1], quantized_x[1] if backward == "int8" else None)
+
+    def measure_gradient(self, output: Tensor, weight_scale: Tensor, x_scale: Tensor | None = None) -> None:
+        """Measure the gradient of ``output`` [..., N] when it comes, with ``x_scale`` [M, 1] also for the weight's."""
+        self.read_at = self.passes + (GPU_LAG if output.is_cuda else 1)
+        output.register_hook(lambda gradient: self._measure_gradient(gradient, x_scale, weight_scale))
 
     @torch.no_grad()
     def _measure_gradient(self, gradient: Tensor, x_scale: Tensor | None, weight_scale: Tensor) -> None:

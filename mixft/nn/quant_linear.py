@@ -1,5 +1,6 @@
 """A linear layer with int8 weights, or one that trains with int8 products."""
 
+from dataclasses import asdict, fields
 from typing import Literal
 
 import torch
@@ -10,11 +11,14 @@ from mixft.ops.outlier_int8_linear import check_threshold
 
 from . import int8_weight
 from .conv1d import features, is_conv1d, make_conv1d
+from .frozen_training import FrozenOptions, FrozenTraining
 from .int8_training import Int8Training, TrainingOptions
 from .linear import Linear
+from .noise_guard import NoiseGuard
 
 Mode = Literal["weight_only", "dynamic", "train"]
 MODES = ("weight_only", "dynamic", "train")
+FROZEN = {field.name for field in fields(FrozenOptions)}
 
 
 def check_mode(mode: str) -> None:
@@ -33,10 +37,14 @@ def check_outlier_threshold(threshold: float | None, mode: str) -> None:
         raise ValueError(f"outlier_threshold={threshold!r} needs mode 'dynamic'; mode is {mode!r}")
 
 
-def check_training(mode: str, training: dict) -> None:
-    """Raise unless the options for training fit the mode."""
-    if training and mode != "train":
-        raise ValueError(f"{', '.join(training)} is for mode 'train'; the mode is {mode!r}")
+def training_options(mode: str, training: dict) -> TrainingOptions | FrozenOptions:
+    """The options for training of a layer of ``mode``; raises unless they fit it."""
+    if mode == "train":
+        return TrainingOptions(**training)
+    others = training.keys() & ({field.name for field in fields(TrainingOptions)} - FROZEN)
+    if others:
+        raise ValueError(f"{', '.join(sorted(others))} is for mode 'train'; the mode is {mode!r}")
+    return FrozenOptions(**training)
 
 
 class QuantLinear(nn.Module):
@@ -52,12 +60,12 @@ class QuantLinear(nn.Module):
     ===============  =======================  ============================  =========================================
 
     In all modes but ``train``, ``weight`` is an int8 buffer [out_features, in_features] and ``weight_scale`` an FP32
-    buffer [out_features, 1]; the gradient reaches the input and the bias. A ``static`` layer, which
-    :func:`mixft.calibrate` makes of a ``dynamic`` one, also has ``input_scale``, ``input_zero_point`` and
-    ``weight_sum``, the sums of the weight's rows. In ``train`` mode ``weight`` is a parameter and ``weight_scale`` is
-    None. Inputs are [..., in_features] of FP16, BF16 or FP32, under autocast of its dtype, and the output has the
-    input's dtype. On a CPU with VNNI an int8 weight is packed at its first call and again after a change in place; a
-    change through ``.data`` goes unnoticed.
+    buffer [out_features, 1]; the gradient reaches the input, by default in an int8 product where the forward has one,
+    and the bias. A ``static`` layer, which :func:`mixft.calibrate` makes of a ``dynamic`` one, also has
+    ``input_scale``, ``input_zero_point`` and ``weight_sum``, the sums of the weight's rows. In ``train`` mode
+    ``weight`` is a parameter and ``weight_scale`` is None. Inputs are [..., in_features] of FP16, BF16 or FP32, under
+    autocast of its dtype, and the output has the input's dtype. On a CPU with VNNI an int8 weight is packed at its
+    first call and again after a change in place; a change through ``.data`` goes unnoticed.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -72,11 +80,12 @@ class QuantLinear(nn.Module):
             takes all columns in int8.
         transposed: stand in for transformers' ``Conv1D``: in ``train`` mode ``weight`` is [in_features, out_features],
             and ``to_linear`` gives a ``Conv1D``.
-        training: the fields of :class:`mixft.nn.int8_training.TrainingOptions`, for mode "train" alone.
+        training: the fields of :class:`mixft.nn.int8_training.TrainingOptions` in mode "train", else those of
+            :class:`mixft.nn.frozen_training.FrozenOptions`.
 
     Raises:
         ValueError: an unknown mode or activation, a threshold that is not positive or in another mode, training options
-            in another mode, or an input whose last dimension is not ``in_features``.
+            of another mode, or an input whose last dimension is not ``in_features``.
         TypeError: an input that is no FP16, BF16 or FP32 tensor, or an option that there is not.
     """
 
@@ -105,13 +114,14 @@ class QuantLinear(nn.Module):
         self.outlier_threshold = outlier_threshold
         self.transposed = transposed
         self.float_dtype = dtype or torch.get_default_dtype()
-        check_training(mode, training)
+        options = training_options(mode, training)
         if mode == "train":
-            self.int8_training = Int8Training(TrainingOptions(**training))
+            self.int8_training = Int8Training(options)
             shape = (in_features, out_features) if transposed else (out_features, in_features)
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.weight_scale = None
         else:
+            self.frozen_training = FrozenTraining(options)
             self.register_buffer("weight", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
             self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
         if mode == "static":
@@ -189,6 +199,25 @@ class QuantLinear(nn.Module):
         linear.train(self.training)
         return linear if self.activation is None else Linear.from_linear(linear, self.activation)
 
+    @property
+    def backward(self) -> str:
+        """What the gradients run in, the guard's fallback included: see the options for training."""
+        if self.mode == "train":
+            return self.int8_training.backward
+        return self.frozen_training.backward(self.mode == "weight_only" or self.outlier_threshold is not None)
+
+    @property
+    def guard(self) -> NoiseGuard:
+        """What measures how well int8 does in training."""
+        return (self.int8_training if self.mode == "train" else self.frozen_training).guard
+
+    def training_options(self) -> dict:
+        """The options for training: in mode "train" all of them, in the others those that are not the defaults."""
+        if self.mode == "train":
+            return asdict(self.int8_training.options)
+        default = asdict(FrozenOptions())
+        return {name: value for name, value in asdict(self.frozen_training.options).items() if value != default[name]}
+
     def dequantized_weight(self) -> Tensor:
         """The weight [out_features, in_features] that an int8 one was made from, as nearly, in ``float_dtype``."""
         if self.mode == "train":
@@ -242,8 +271,7 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         text += f", mode={self.mode!r}"
-        if self.mode == "train":
-            text += f", backward={self.int8_training.backward!r}"
+        text += f", backward={self.backward!r}"
         text += ", transposed=True" if self.transposed else ""
         text += "" if self.activation is None else f", activation={self.activation!r}"
         return text if self.outlier_threshold is None else f"{text}, outlier_threshold={self.outlier_threshold}"

@@ -10,9 +10,10 @@ from torch import nn
 from mixft.ops.validation import FLOATS
 
 from .conv1d import is_conv1d
+from .frozen_training import FrozenOptions
 from .int8_training import TrainingOptions
 from .linear import Linear
-from .quant_linear import Mode, QuantLinear, check_mode, check_outlier_threshold, check_training
+from .quant_linear import Mode, QuantLinear, check_mode, check_outlier_threshold, training_options
 
 # A product below this size costs less than quantizing its input.
 SMALLEST_WEIGHT = 128 * 128
@@ -100,7 +101,8 @@ def quantize_(
         exclude: a glob of module names, or several; those layers are left.
         outlier_threshold: for mode "dynamic", see :class:`mixft.nn.QuantLinear`.
         training: for mode "train" the fields of :class:`mixft.nn.int8_training.TrainingOptions`: ``backward``,
-            ``stochastic``, ``shape_gating``, ``min_sqnr``.
+            ``stochastic``, ``shape_gating``, ``min_sqnr``; for the others those of
+            :class:`mixft.nn.frozen_training.FrozenOptions`: ``backward``, ``min_sqnr``.
 
     Raises:
         TypeError: ``model`` is no module, or an option that there is not.
@@ -144,8 +146,7 @@ def choose_layers(
             is itself a linear layer.
     """
     check_mode(mode)
-    check_training(mode, training)
-    options = TrainingOptions(**training)
+    options = training_options(mode, training)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
     if is_linear(model):
@@ -208,7 +209,7 @@ def _matching(argument: str, patterns: str | Iterable[str] | None, names: Iterab
 
 
 def _reason_to_leave(
-    name: str, module: nn.Module, mode: Mode, options: TrainingOptions, model: nn.Module, explicit: bool
+    name: str, module: nn.Module, mode: Mode, options: TrainingOptions | FrozenOptions, model: nn.Module, explicit: bool
 ) -> str:
     if isinstance(module, QuantLinear):
         if module.mode == mode and (mode != "train" or module.int8_training.options == options):
@@ -239,8 +240,7 @@ def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode, options: 
         raise ValueError(f"the weight of layer {name!r} holds NaN or Inf; repair or exclude it")
     linear = module.to_linear() if isinstance(module, QuantLinear) else module
     layer = QuantLinear.from_linear(linear, mode, **options)
-    if mode == "train":
-        layer.int8_training.guard.name = name
+    layer.guard.name = name
     return layer
 
 

@@ -7,7 +7,7 @@ from .dynamic_int8_linear import dynamic_int8_linear
 from .grad import grad_stats, unscale_
 from .grad_scalars import grad_scalars
 from .int8_linear import int8_linear
-from .int8_matmul import int8_matmul, weight_only_matmul
+from .int8_matmul import int8_matmul
 from .lion import lion_
 from .matmul import matmul
 from .mlp import mlp
@@ -15,6 +15,7 @@ from .outlier_int8_linear import outlier_int8_linear
 from .quantize import quantize
 from .sgd import sgd_
 from .static_int8_linear import static_int8_linear
+from .weight_only_matmul import weight_only_matmul
 
 __all__ = [
     "accumulate_",

@@ -8,7 +8,8 @@ multiplication for transformers at scale, 2022).
 import torch
 from torch import Tensor
 
-from .int8_matmul import differentiate_frozen, save_frozen
+from .frozen_weight import FrozenWeight, register_gradient
+from .int8_input_gradient import FrozenBackward, check_frozen_backward
 from .int8_operands import check_frozen_weight, check_layer
 from .registration import composition, server
 
@@ -30,11 +31,17 @@ def _(x, weight, weight_scale, bias, threshold):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_outlier_linear.register_autograd(differentiate_frozen, setup_context=save_frozen)
+register_gradient(_outlier_linear, "exact")
 
 
 def outlier_int8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, *, threshold: float
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    threshold: float,
+    backward: FrozenBackward = "exact",
 ) -> Tensor:
     """:func:`mixft.ops.dynamic_int8_linear` with columns of ``x`` that hold outliers kept in floating point.
 
@@ -46,17 +53,22 @@ def outlier_int8_linear(
         weight_scale: FP32 [N, 1].
         bias: FP16, BF16 or FP32 [N].
         threshold: a column of ``x`` with a magnitude above this is an outlier, an infinity too; LLM.int8() takes 6.
+        backward: what the gradient of ``x``, that of the layer without rounding, is computed in; see
+            :func:`mixft.ops.dynamic_int8_linear`.
 
     Returns:
-        [..., N] of the dtype of ``x``. The gradient of ``x`` is that of the layer without rounding (straight-through).
+        [..., N] of the dtype of ``x``, differentiable once in ``x`` and ``bias``.
 
     Raises:
         TypeError: an argument of another dtype.
-        ValueError: shapes that do not fit, tensors on several devices, or a threshold that is not positive.
+        ValueError: shapes that do not fit, tensors on several devices, a threshold that is not positive, or an unknown
+            ``backward``.
     """
     check_threshold(threshold)
     check_frozen_weight(weight, weight_scale)
-    out = _outlier_linear(check_layer(x, weight, bias), weight, weight_scale, bias, float(threshold))
+    check_frozen_backward(backward)
+    rows = check_layer(x, weight, bias)
+    out = FrozenWeight.apply(_outlier_linear, backward, rows, weight, weight_scale, bias, float(threshold))
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -3,13 +3,9 @@
 import torch
 from torch import Tensor
 
-from .int8_matmul import (
-    MOST_AFFINE_TERMS,
-    call_frozen,
-    check_row_sums,
-    differentiate_frozen,
-    save_frozen,
-)
+from .frozen_weight import call_frozen, register_gradient
+from .int8_input_gradient import FrozenBackward
+from .int8_matmul import MOST_AFFINE_TERMS, check_row_sums
 from .int8_operands import check_frozen_weight, check_layer
 from .registration import define_op
 from .validation import check_dtype, check_same_device
@@ -29,7 +25,7 @@ def _static_linear(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-_static_linear.register_autograd(differentiate_frozen, setup_context=save_frozen)
+register_gradient(_static_linear, "int8")
 
 
 def static_int8_linear(
@@ -42,6 +38,7 @@ def static_int8_linear(
     input_scale: Tensor,
     input_zero_point: Tensor,
     weight_sum: Tensor | None = None,
+    backward: FrozenBackward = "int8",
 ) -> Tensor:
     """``act(F.linear(Q(x), weight * weight_scale, bias))`` with one affine int8 quantization Q for the whole input.
 
@@ -57,14 +54,16 @@ def static_int8_linear(
         input_scale: FP32, one positive element, s.
         input_zero_point: int32 in [-128, 127], one element, z.
         weight_sum: int32 [N], ``weight.sum(1)``; computed here when not given, which reads the weight once more.
+        backward: what the gradient of ``x``, that of the layer without Q, is computed in; see
+            :func:`mixft.ops.dynamic_int8_linear`.
 
     Returns:
-        [..., N] of the dtype of ``x``. The gradient of ``x`` is that of the layer without Q (straight-through).
+        [..., N] of the dtype of ``x``, differentiable once in ``x`` and ``bias``.
 
     Raises:
         TypeError: an argument of another dtype.
-        ValueError: shapes that do not fit, K above 65,793, an unknown activation, tensors on several devices, or an
-            activation while a gradient is wanted.
+        ValueError: shapes that do not fit, K above 65,793, an unknown activation or ``backward``, tensors on several
+            devices, or an activation while a gradient is wanted.
     """
     check_frozen_weight(weight, weight_scale)
     rows = check_layer(x, weight, bias)
@@ -80,4 +79,4 @@ def static_int8_linear(
     weight_sum = weight.sum(1, dtype=torch.int32) if weight_sum is None else check_row_sums(weight_sum, weight)
     check_same_device(x=x, input_scale=input_scale, input_zero_point=input_zero_point, weight_sum=weight_sum)
     more = (input_scale, input_zero_point, weight_sum)
-    return call_frozen(_static_linear, x, rows, weight, weight_scale, bias, activation, *more)
+    return call_frozen(_static_linear, x, rows, weight, weight_scale, bias, activation, *more, backward=backward)

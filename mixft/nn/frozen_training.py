@@ -1,0 +1,53 @@
+"""Training through a frozen int8 weight: what the gradient of the input is computed in, and when floats take over."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixft.ops.int8_input_gradient import FrozenBackward, check_frozen_backward
+
+from .noise_guard import NoiseGuard
+
+
+@dataclass(frozen=True)
+class FrozenOptions:
+    """How a gradient passes a layer whose weight is kept in int8.
+
+    Attributes:
+        backward: "int8", "16bit" or "exact", see :func:`mixft.ops.dynamic_int8_linear`. None is "int8" where the
+            forward multiplies in int8 alone, and "exact" where it takes floats: in mode "weight_only", and under an
+            ``outlier_threshold``.
+        min_sqnr: the median signal-to-quantization-noise ratio of the gradient's features in dB below which "int8"
+            goes on as "16bit"; see ``mixft.nn.noise_guard``. None measures nothing.
+
+    Raises:
+        ValueError: an unknown ``backward``.
+    """
+
+    backward: FrozenBackward | None = None
+    min_sqnr: float | None = 10.0
+
+    def __post_init__(self):
+        if self.backward is not None:
+            check_frozen_backward(self.backward)
+
+
+class FrozenTraining:
+    """What one layer was asked to do in its backward, and how well int8 does."""
+
+    def __init__(self, options: FrozenOptions):
+        self.options = options
+        self.guard = NoiseGuard(options.min_sqnr)
+
+    def backward(self, floats: bool) -> FrozenBackward:
+        """What the gradient is computed in, the guard's fallback included; ``floats`` where the forward takes them."""
+        asked = self.options.backward or ("exact" if floats else "int8")
+        return "16bit" if asked == "int8" and self.guard.fallback else asked
+
+    def watch(self, output: Tensor, weight_scale: Tensor) -> None:
+        """Count a training pass, and measure the gradient of ``output`` [..., N] now and then."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return
+        if self.guard.starts_pass():
+            self.guard.measure_gradient(output, weight_scale)
