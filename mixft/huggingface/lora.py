@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from mixft.nn import QuantLinear
 from mixft.nn.int8_weight import int8_weight_of
+from mixft.nn.quantization import HOOKS
+from mixft.ops.lora_int8_linear import lora_int8_linear, serves_lora
 
 OLDEST_PEFT = (0, 20)
 
@@ -55,6 +57,34 @@ class LoraQuantLinear(Linear):
 
     def _get_in_out_features(self, module: QuantLinear) -> tuple[int, int]:
         return module.in_features, module.out_features
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The layer's output with that of its adapters; a single plain adapter is computed inside the int8 products."""
+        adapter = None if args or kwargs else self._single_adapter()
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        layer, a, b = self.get_base_layer(), self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
+        if not (x.dtype == a.dtype == b.dtype and serves_lora(x, layer.weight, layer.weight_scale, layer.bias, a, b)):
+            return super().forward(x)
+        operands = x, layer.weight, layer.weight_scale, layer.bias
+        out = lora_int8_linear(*operands, a, b, self.scaling[adapter], backward=layer.backward)
+        layer.watch_gradient(out)
+        return out
+
+    def _single_adapter(self) -> str | None:
+        """The adapter, if there is one active and nothing but it, dropout included, is to change the layer's output."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        layer = self.base_layer
+        if self.disable_adapters or self.merged_adapters or len(names) != 1 or type(layer) is not QuantLinear:
+            return None
+        a, b, dropout = (parts[names[0]] for parts in (self.lora_A, self.lora_B, self.lora_dropout))
+        plain = layer.mode == "dynamic" and layer.outlier_threshold is None and type(a) is type(b) is nn.Linear
+        dropped = self.training and not isinstance(dropout, nn.Identity)
+        hooked = any(getattr(part, hooks) for part in (layer, a, b) for hooks in HOOKS)
+        return None if dropped or hooked or not plain or names[0] in self.lora_variant else names[0]
 
     @property
     def lora_variants(self) -> dict:

@@ -54,6 +54,5 @@ def forward(layer: nn.Module, input: Tensor) -> Tensor:
     else:
         serve = dynamic_int8_linear if layer.mode == "dynamic" else weight_only_matmul
         out = serve(*operands, activation, backward=backward)
-    if out.requires_grad and backward == "int8":
-        layer.frozen_training.watch(out, layer.weight_scale)
+    layer.watch_gradient(out)
     return out if fused else activate(out, layer.activation)

@@ -211,6 +211,11 @@ class QuantLinear(nn.Module):
         """What measures how well int8 does in training."""
         return (self.int8_training if self.mode == "train" else self.frozen_training).guard
 
+    def watch_gradient(self, output: Tensor) -> None:
+        """Measure the gradient of a frozen layer's ``output`` now and then, where it runs in int8."""
+        if output.requires_grad and self.backward == "int8":
+            self.frozen_training.watch(output, self.weight_scale)
+
     def training_options(self) -> dict:
         """The options for training: in mode "train" all of them, in the others those that are not the defaults."""
         if self.mode == "train":

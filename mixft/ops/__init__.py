@@ -9,6 +9,7 @@ from .grad_scalars import grad_scalars
 from .int8_linear import int8_linear
 from .int8_matmul import int8_matmul
 from .lion import lion_
+from .lora_int8_linear import lora_int8_linear
 from .matmul import matmul
 from .mlp import mlp
 from .outlier_int8_linear import outlier_int8_linear
@@ -27,6 +28,7 @@ __all__ = [
     "int8_linear",
     "int8_matmul",
     "lion_",
+    "lora_int8_linear",
     "matmul",
     "mlp",
     "outlier_int8_linear",
