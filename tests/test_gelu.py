@@ -40,8 +40,10 @@ def test_layouts_and_what_is_torchs():
     torch.testing.assert_close(y, torch.nn.functional.gelu(x.t()[1:]))
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad[:, 0], torch.zeros(6))
-    across = torch.randn(10, 6).t()
-    found, expected = (torch.autograd.grad(function(x), x, across)[0] for function in (GELU(), torch.nn.GELU()))
+    leaf, across = torch.randn(3, 4, 10, requires_grad=True), torch.randn(10, 3, 4).permute(2, 1, 0)
+    found, expected = (
+        torch.autograd.grad(function(leaf.transpose(0, 1)), leaf, across)[0] for function in (GELU(), torch.nn.GELU())
+    )
     torch.testing.assert_close(found, expected)
     double = torch.randn(5, dtype=torch.float64)
     assert torch.equal(GELU()(double), torch.nn.functional.gelu(double))
