@@ -7,6 +7,7 @@ import pytest
 from tiny_bert import rows, save_tiny_bert, write_csv
 
 from mixft.cli import main
+from mixft.cli.output_folder import claim
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +123,31 @@ def test_interrupted_overwrite_brings_the_old_runs_back(folder, tmp_path, monkey
     before = contents(tmp_path)
     assert main(command(folder, "--precision", "fp32", "--output", str(tmp_path), "--overwrite")) == 130
     assert contents(tmp_path) == before
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """What is left of an --overwrite whose process was killed: the old runs set aside, and a new one begun."""
+    old_run(tmp_path / ".replaced-1", "fp32-seed1")
+    (tmp_path / "fp32-seed1").mkdir()
+    (tmp_path / "fp32-seed1" / "train.log").write_text("begun")
+    return contents(tmp_path)
+
+
+def test_runs_that_a_killed_overwrite_set_aside_are_named(folder, tmp_path, killed, capsys):
+    assert main(command(folder, "--output", str(tmp_path))) == 2
+    assert "has old runs in .replaced-1" in capsys.readouterr().err
+    assert contents(tmp_path) == killed
+
+
+def test_an_overwrite_after_a_killed_one_replaces_what_that_set_aside(tmp_path, killed):
+    with claim(tmp_path, ["fp32-seed1"], [], overwrite=True) as old_runs:
+        assert contents(tmp_path).keys() == {tmp_path / ".replaced-2" / path.relative_to(tmp_path) for path in killed}
+        old_runs.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_overwrite_that_fails_after_a_killed_one_brings_all_back(tmp_path, killed):
+    with claim(tmp_path, ["fp32-seed1"], [], overwrite=True):
+        pass
+    assert contents(tmp_path) == killed

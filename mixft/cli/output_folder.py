@@ -1,7 +1,7 @@
 """The output folder of ``mixft finetune``: which old runs are in it, and what becomes of them.
 
 ``--overwrite`` sets old runs aside under a hidden name. They go once a new run has finished, and come back where none
-does.
+does. A command that is killed leaves them there; the next one names them, or with ``--overwrite`` replaces them too.
 """
 
 import os
@@ -17,6 +17,8 @@ from mixft.cli.job import LOG
 REPORT = "report.json"
 CURVES = "loss.png"
 RUN_FOLDER = re.compile(r"[a-z0-9]+-seed\d+")
+ASIDE = ".replaced"
+SET_ASIDE = re.compile(rf"{re.escape(ASIDE)}-\d+")
 
 
 class OldRuns:
@@ -35,7 +37,7 @@ class OldRuns:
         self.aside = None
         if not paths:
             return
-        self.aside = _unused(folder, ".replaced")
+        self.aside = _unused(folder, ASIDE)
         self.aside.mkdir()
         try:
             for path in paths:
@@ -93,6 +95,12 @@ def claim(folder: Path, names: list[str], inputs: list[Path], overwrite: bool) -
         found = sorted(folder.iterdir()) if folder.is_dir() else []
         old = [path for path in found if _of_a_run(path)]
         if old and not overwrite:
+            killed = next((path.name for path in old if SET_ASIDE.fullmatch(path.name)), None)
+            if killed is not None:
+                raise InputError(
+                    f"--output {folder} has old runs in {killed}, set aside by an --overwrite that was killed; move "
+                    "them back, or --overwrite replaces them too"
+                )
             raise InputError(f"--output {folder} has a run in it ({old[0].name}); --overwrite replaces it")
         for path in old:
             for given in inputs:
@@ -112,7 +120,8 @@ def claim(folder: Path, names: list[str], inputs: list[Path], overwrite: bool) -
 
 def _of_a_run(path: Path) -> bool:
     if path.is_dir():
-        return RUN_FOLDER.fullmatch(path.name) is not None and (path / LOG).is_file()
+        of_one = RUN_FOLDER.fullmatch(path.name) is not None and (path / LOG).is_file()
+        return of_one or SET_ASIDE.fullmatch(path.name) is not None
     return path.name in (REPORT, CURVES)
 
 
