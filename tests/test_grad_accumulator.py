@@ -274,6 +274,10 @@ def test_refusals():
     scaler = LossScaler(device="cpu")
     with pytest.raises(TypeError, match="scaler is a GradScaler"):
         GradAccumulator(optimizer, torch.amp.GradScaler("cpu"))
+    with pytest.raises(TypeError, match=r"is a Linear; give its optimizer or its parameters\(\)"):
+        GradAccumulator(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"parameter 0 is a tuple; give tensors"):
+        GradAccumulator(torch.nn.Linear(2, 2).named_parameters())
     with pytest.raises(ValueError, match="holds no parameters"):
         GradAccumulator([])
     with pytest.raises(TypeError, match=r"parameter 1 is a torch\.strided tensor of torch\.float64"):

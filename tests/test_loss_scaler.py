@@ -330,6 +330,12 @@ def test_bad_options(options, message):
         LossScaler(**options, device="cpu")
 
 
+@pytest.mark.parametrize("name", ["init_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis"])
+def test_what_is_no_number_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"{name} is '2'; it must be a number"):
+        LossScaler(**{name: "2"}, device="cpu")
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, AdamW])
 def test_fp16_training_that_overflows_skips_exactly_and_recovers(make):
     torch.manual_seed(1)

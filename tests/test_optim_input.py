@@ -60,6 +60,12 @@ def test_what_is_no_number_is_refused_by_name(case, options):
         case.ours([one_parameter()], **options)
 
 
+@every_optimizer
+def test_a_model_in_place_of_its_parameters_is_refused(case):
+    with pytest.raises(TypeError, match=r"params is a Linear; give its parameters\(\)"):
+        case.ours(torch.nn.Linear(2, 2))
+
+
 @pytest.mark.parametrize("betas", [0.9, None, ("0.9", 0.9), (None, 0.9)])
 def test_betas_that_are_no_numbers_are_refused_by_name(betas):
     with pytest.raises(TypeError, match=r"betas is .*; it must be two numbers"):

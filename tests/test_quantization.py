@@ -116,6 +116,15 @@ def test_bad_input_is_named_and_changes_nothing(arguments, error, message):
     assert not isinstance(model, nn.Module) or list(model.modules()) == before
 
 
+def test_a_model_of_many_layers_is_refused_in_one_line():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)), nn.Linear(8, 4))
+    small = r"0 and 99 more: too small to gain, \(8, 8\); 100: too small to gain, \(4, 8\)"
+    with pytest.raises(ValueError, match=rf"no layer to quantize \({small}\)$"):
+        mixft.quantize_(model)
+    with pytest.raises(ValueError, match=r"matches none of the linear layers: \*$"):
+        mixft.quantize_(model, exclude="typo")
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("mode", ["dynamic", "train"])
 def test_a_layer_with_non_finite_weights_is_named_and_nothing_changes(bad, mode):

@@ -51,8 +51,8 @@ class GradAccumulator:
         scaler: as given.
 
     Raises:
-        TypeError: ``scaler`` is no LossScaler, a parameter is not a dense FP16, BF16 or FP32 tensor, or its
-            ``main_grad`` not FP32.
+        TypeError: ``scaler`` is no LossScaler, ``optimizer_or_params`` is a module, a parameter is not a dense FP16,
+            BF16 or FP32 tensor, or its ``main_grad`` not FP32.
         ValueError: there are no parameters, the optimizer has an accumulator already, or a ``main_grad`` has gaps or
             another shape or device than its parameter.
     """
@@ -70,6 +70,10 @@ class GradAccumulator:
         self._main_grads = MainGrads()
         self._params: list[Tensor] = []
         self._optimizer = optimizer_or_params if isinstance(optimizer_or_params, torch.optim.Optimizer) else None
+        if isinstance(optimizer_or_params, torch.nn.Module):
+            raise TypeError(
+                f"optimizer_or_params is a {type(optimizer_or_params).__name__}; give its optimizer or its parameters()"
+            )
         if self._optimizer is None:
             self._extend(list(optimizer_or_params))
         elif getattr(self._optimizer, "grad_accumulator", None) is not None:
@@ -211,6 +215,8 @@ class GradAccumulator:
 
     def _extend(self, params: list[Tensor]) -> None:
         for position, param in enumerate(params, start=len(self._params)):
+            if not isinstance(param, Tensor):
+                raise TypeError(f"parameter {position} is a {type(param).__name__}; give tensors: model.parameters()")
             if param.layout != torch.strided or param.dtype not in FLOATS:
                 raise TypeError(
                     f"parameter {position} is a {param.layout} tensor of {param.dtype}; GradAccumulator takes dense "

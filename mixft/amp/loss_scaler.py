@@ -1,6 +1,7 @@
 """``LossScaler``: ``torch.amp.GradScaler`` for pure-FP16 training, which says where gradients overflowed."""
 
 from dataclasses import asdict
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -61,6 +62,7 @@ class LossScaler(torch.amp.GradScaler):
         device: device type of the losses, "cuda" or "cpu"; None is "cuda" where there is one.
 
     Raises:
+        TypeError: a factor, interval, scale or count is no number.
         ValueError: a factor, interval or bound outside of the above, or ``init_scale`` outside of the bounds.
     """
 
@@ -84,6 +86,8 @@ class LossScaler(torch.amp.GradScaler):
         _check_backoff_factor(backoff_factor)
         for name, count in (("growth_interval", growth_interval), ("hysteresis", hysteresis), ("patience", patience)):
             _check_count(name, count)
+        for name, scale in (("init_scale", init_scale), ("min_scale", min_scale), ("max_scale", max_scale)):
+            _check_number(name, scale)
         if not 0 < min_scale <= init_scale <= max_scale < float("inf"):
             raise ValueError(
                 "0 < min_scale <= init_scale <= max_scale must hold with a finite max_scale; they are "
@@ -222,17 +226,17 @@ class LossScaler(torch.amp.GradScaler):
         return scale.double().reciprocal().float()
 
     def set_growth_factor(self, new_factor: float) -> None:
-        """Set the growth factor; ValueError unless it is above 1."""
+        """Set the growth factor; TypeError unless it is a number, ValueError unless it is above 1."""
         _check_growth_factor(new_factor)
         super().set_growth_factor(new_factor)
 
     def set_backoff_factor(self, new_factor: float) -> None:
-        """Set the backoff factor; ValueError unless it is between 0 and 1."""
+        """Set the backoff factor; TypeError unless it is a number, ValueError unless it is between 0 and 1."""
         _check_backoff_factor(new_factor)
         super().set_backoff_factor(new_factor)
 
     def set_growth_interval(self, new_interval: int) -> None:
-        """Set the growth interval; ValueError unless it is at least 1."""
+        """Set the growth interval; TypeError unless it is a number, ValueError unless it is at least 1."""
         _check_count("growth_interval", new_interval)
         super().set_growth_interval(new_interval)
 
@@ -341,16 +345,24 @@ def _any(found: list[Tensor]) -> Tensor:
     return found[0] if len(found) == 1 else torch.stack(found).amax(0)
 
 
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")
+
+
 def _check_growth_factor(factor: float) -> None:
+    _check_number("growth_factor", factor)
     if not factor > 1:
         raise ValueError(f"growth_factor must be above 1; it is {factor}")
 
 
 def _check_backoff_factor(factor: float) -> None:
+    _check_number("backoff_factor", factor)
     if not 0 < factor < 1:
         raise ValueError(f"backoff_factor must be between 0 and 1; it is {factor}")
 
 
 def _check_count(name: str, count: int) -> None:
+    _check_number(name, count)
     if count < 1:
         raise ValueError(f"{name} must be at least 1; it is {count}")

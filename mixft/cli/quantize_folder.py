@@ -20,7 +20,7 @@ from mixft.cli.progress import ByteProgress
 from mixft.huggingface import Int8Config
 from mixft.nn.conv1d import features, is_conv1d
 from mixft.nn.int8_weight import int8_weight_of
-from mixft.nn.quantization import LayerReport, QuantizationReport, choose_layers
+from mixft.nn.quantization import LayerReport, QuantizationReport, choose_layers, why_none
 from mixft.nn.shards import TensorSet, split, write_shards
 from mixft.nn.tensor_file import Entry
 from mixft.ops.validation import FLOATS
@@ -94,8 +94,7 @@ def plan(folder: Path, mode: str, include: list[str] | None, exclude: list[str] 
         raise InputError(f"--{error}") from error
     chosen = [name for name, reason in reasons.items() if not reason]
     if not chosen:
-        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
-        raise InputError(f"the model in {folder} has no layer to quantize ({listing})")
+        raise InputError(f"the model in {folder} has no layer to quantize ({why_none(reasons)})")
     prefix = f"{outline.base_model_prefix}."
     layers = {name: _weight_of(name, outline.get_submodule(name), prefix, saved) for name in chosen}
     relative = [name.removeprefix(prefix) for name in chosen]

@@ -117,8 +117,7 @@ def quantize_(
         if not reasons[name] and module.weight.is_meta:
             reasons[name] = "its weight is on the meta device, without values"
     if all(reasons.values()):
-        listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
-        raise ValueError(f"model has no layer to quantize ({listing})")
+        raise ValueError(f"model has no layer to quantize ({why_none(reasons)})")
     options = {**training, "outlier_threshold": outlier_threshold}
     layers = {name: _converted(name, candidates[name], mode, options) for name, reason in reasons.items() if not reason}
     report = QuantizationReport(
@@ -167,6 +166,23 @@ def choose_layers(
     return reasons
 
 
+def why_none(reasons: dict[str, str]) -> str:
+    """The ``reasons`` of :func:`choose_layers` in a sentence: how many layers have each, and the first of them."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name)
+    shown = [
+        f"{first} and {len(others)} more: {reason}" if others else f"{first}: {reason}"
+        for reason, (first, *others) in layers.items()
+    ]
+    return "; ".join(shown) or "it has no linear layers"
+
+
+def _as_globs(names: Iterable[str]) -> list[str]:
+    """``names`` with a * for each number, once each: a hundred blocks in the few patterns that they are made of."""
+    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names))
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer, of torch, of transformers or int8."""
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
@@ -203,7 +219,8 @@ def _matching(argument: str, patterns: str | Iterable[str] | None, names: Iterab
     for pattern in patterns:
         found = {name for name in names if fnmatchcase(name, pattern)}
         if not found:
-            raise ValueError(f"{argument} pattern {pattern!r} matches none of the linear layers: {', '.join(names)}")
+            listing = ", ".join(_as_globs(names))
+            raise ValueError(f"{argument} pattern {pattern!r} matches none of the linear layers: {listing}")
         matched |= found
     return matched
 

@@ -70,6 +70,8 @@ class MixedPrecisionOptimizer(Optimizer):
         stochastic_rounding: bool,
         skip_nonfinite: bool,
     ) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(f"params is a {type(params).__name__}; give its parameters() or named_parameters()")
         check_precision(max_grad_norm, master_weights, state_dtype, stochastic_rounding, skip_nonfinite)
         self.max_grad_norm = max_grad_norm
         self.storage = Storage(master_weights, state_dtype, self.signed_state)

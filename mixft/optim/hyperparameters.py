@@ -87,7 +87,7 @@ def check_precision(
     if master_weights not in MASTER_WEIGHTS:
         raise ValueError(f"master_weights is {master_weights!r}; it must be one of {', '.join(MASTER_WEIGHTS)}")
     if state_dtype not in STATE_DTYPES:
-        raise ValueError(f"state_dtype is {state_dtype}; it must be one of {', '.join(map(str, STATE_DTYPES))}")
+        raise ValueError(f"state_dtype is {state_dtype!r}; it must be one of {', '.join(map(str, STATE_DTYPES))}")
     if stochastic_rounding and master_weights != "none":
         raise ValueError(
             f"stochastic_rounding is True and master_weights {master_weights!r}; masters leave nothing to round "
