@@ -225,8 +225,12 @@ def test_predict_refuses_weights_of_another_shape(finished, tmp_path, capsys):
         assert "do not load" in output.err
 
 
-def test_interrupt_stops_the_run(folder, tmp_path):
-    arguments = command(folder, "--precision", "fp32", "--epochs", "200000", "--output", str(tmp_path / "out"))
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run(folder, tmp_path, sent):
+    (old := tmp_path / "fp32-seed1" / "train.log").parent.mkdir()
+    old.write_text("old")
+    options = ("--precision", "fp32", "--epochs", "200000", "--output", str(tmp_path), "--overwrite")
+    arguments = command(folder, *options)
     # A job in a shell's background ignores Ctrl-C, and so would what it starts.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -241,6 +245,7 @@ def test_interrupt_stops_the_run(folder, tmp_path):
     shown = ""
     while "tokens/s" not in shown and process.poll() is None:
         shown += process.stderr.read(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     assert "stopped during fp32 seed 1" in process.stderr.read()  # ends once the run's process has let go of it
     assert process.wait() == 130
+    assert old.read_text() == "old"

@@ -1,7 +1,11 @@
 """The command line. A command's module loads when that command is asked for, and no other."""
 
+import contextlib
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 from mixft.cli.errors import InputError
 
@@ -13,11 +17,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run ``mixft <arguments>``; ``sys.argv`` where none are given.
 
     Returns:
-        The exit code: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C.
+        The exit code: 0 done, 1 failed while running, 2 bad input, 130 stopped by Ctrl-C or SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _run(arguments or ["--help"])
+        with _ended_as_by_ctrl_c():
+            return _run(arguments or ["--help"])
     except InputError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -29,6 +34,19 @@ def main(arguments: list[str] | None = None) -> int:
         if error.name not in EXTRA:
             raise
         return _refuse(str(error))  # there, but too old
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, by which schedulers and containers end a process, lets a command tidy up as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str]) -> int:

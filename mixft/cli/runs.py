@@ -20,7 +20,7 @@ def run_all(jobs: list[Job], task: Task, folder: Path, old_runs: OldRuns) -> int
     """Run every job, write the report after each, and print the comparison. The old runs go with the first report.
 
     Returns:
-        The exit code: 0, 1 where a run failed, 130 where Ctrl-C stopped one.
+        The exit code: 0, 1 where a run failed, 130 where Ctrl-C or SIGTERM stopped one.
     """
     recipe = jobs[0].recipe
     machine = environment(torch.device(recipe.device))
