@@ -35,7 +35,9 @@ def report(capsys) -> tuple[int, dict]:
 
 def test_every_op_is_tested_in_every_dtype():
     tested = {(case.op, case.dtype) for case in CASES}
-    assert tested == {(op, dtype) for op in ops.__all__ for dtype in ROUNDING}
+    untested = {(op, dtype) for op in ops.__all__ for dtype in ROUNDING} - tested
+    assert not untested, "mixft/cli/self_test_cases.py has no case for these"
+    assert {op for op, _ in tested} <= set(ops.__all__)
 
 
 def test_a_sound_machine_is_green(capsys):
