@@ -1,11 +1,11 @@
-"""What the optimizer steps on the CPU share, and their frame: everything in FP32, in batches that stay in the cache.
+"""What the optimizer steps on the CPU share, and their frame: everything in FP32, a batch of elements at a time.
 
 For where the compiled routines of ``compiled_step`` are not to be had: torch's operators and rules serve.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .optimizer_state import (
     FIRST_MOMENT,
-    GROUP_SIZE,
     PARAMETER,
     SECOND_MOMENT,
     decode,
@@ -23,11 +22,8 @@ from .optimizer_state import (
     round_stochastically,
     split_,
 )
+from .step_batches import BATCH, Batch, batches
 
-# Elements cast at a time: large enough to hide the calls' cost, small enough for the FP32 copies to stay in the cache.
-BATCH = 1 << 17
-
-Piece = tuple[int, int, int]
 # What a rule does with FP32 weights, gradients, state lists and step counts, in place.
 Update = Callable[[list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor]], None]
 
@@ -75,15 +71,15 @@ def optimizer_step_(step: Step, update: Update) -> None:
         return
     scaled = torch.empty(BATCH, dtype=torch.float32, device="cpu")
     is_split = bool(masters) and masters[0].dtype == torch.int16
-    for batch in _batches(params):
-        counts = [steps[position] for position, _, _ in batch]
-        is_wide = not is_split and weights[batch[0][0]].dtype == torch.float32
+    for batch in batches(params):
+        counts = [steps[piece.position] for piece in batch.pieces]
+        is_wide = not is_split and batch.first(weights).dtype == torch.float32
         if is_wide:
-            wide = _pieces(weights, batch)
+            wide = batch.of(weights)
         else:
-            param, remainder = _gathered(params, batch), _gathered(masters, batch)
+            param, remainder = batch.gather(params), batch.gather(masters)
             weight = join(param, remainder) if is_split else param.float()
-            wide = _parts(weight, batch, params)
+            wide = batch.parts(weight, params)
         # FP32 values of BF16 and 8-bit state, by the list's number; other state is updated where it lies.
         decoded = {
             number: _decoded(tensors, scales[number], batch)
@@ -91,10 +87,10 @@ def optimizer_step_(step: Step, update: Update) -> None:
             if tensors and tensors[0].dtype != torch.float32
         }
         moments = [
-            _parts(decoded[number], batch, tensors) if number in decoded else _pieces(tensors, batch)
+            batch.parts(decoded[number], tensors) if number in decoded else batch.of(tensors)
             for number, tensors in enumerate(states)
         ]
-        update(wide, _scaled(_pieces(grads, batch), factor, scaled), moments, counts)
+        update(wide, _scaled(batch.of(grads), factor, scaled), moments, counts)
         rounds = step.stochastic_rounding and not is_wide
         dither = _Dither(batch, counts) if decoded or rounds else None
         for number, values in decoded.items():
@@ -103,20 +99,22 @@ def optimizer_step_(step: Step, update: Update) -> None:
         if not is_wide:
             if is_split:
                 split_(weight, param, remainder)
-                _scatter(remainder, masters, batch)
+                batch.scatter(remainder, masters)
             else:
                 param.copy_(round_stochastically(weight, param.dtype, dither.of(PARAMETER)) if rounds else weight)
-            _scatter(param, params, batch)
+            batch.scatter(param, params)
         elif masters:
-            torch._foreach_copy_(_pieces(params, batch), wide)
+            torch._foreach_copy_(batch.of(params), wide)
 
 
 class _Dither:
-    """The random bits of one batch, int32, laid out as :func:`_spans` says."""
+    """The random bits of one batch, int32, laid out as its flat buffer."""
 
-    def __init__(self, batch: list[Piece], steps: list[Tensor]) -> None:
-        self.spans = _spans(batch)
-        parts = [_phases(start, end - begin) for (begin, end), (_, start, _) in zip(self.spans, batch, strict=True)]
+    def __init__(self, batch: Batch, steps: list[Tensor]) -> None:
+        self.spans = batch.spans
+        parts = [
+            _phases(piece.start, end - begin) for (begin, end), piece in zip(self.spans, batch.pieces, strict=True)
+        ]
         self.phases = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.steps = [int(step) for step in steps]
 
@@ -146,52 +144,21 @@ def _wrapped(number: int) -> int:
     return (number + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
-def _spans(batch: list[Piece]) -> list[tuple[int, int]]:
-    """Where each piece lies in a flat buffer in which every piece has whole groups."""
-    spans, end = [], 0
-    for _, start, stop in batch:
-        begin, end = end, end + _whole_groups(stop - start)
-        spans.append((begin, end))
-    return spans
+def _decoded(tensors: list[Tensor], scales: list[Tensor], batch: Batch) -> Tensor:
+    """The flat buffer of one batch of BF16 or 8-bit state, in FP32."""
+    flat = batch.gather(tensors)
+    return decode(flat, torch.cat(batch.of_scales(scales))) if scales else flat.float()
 
 
-def _gathered(tensors: list[Tensor], batch: list[Piece]) -> Tensor | None:
-    """One batch in a flat tensor, laid out as :func:`_spans` says: a view where it can be; None of an empty list."""
-    if not tensors:
-        return None
-    if _is_view(batch):
-        return _piece(tensors, batch[0])
-    flat = torch.zeros(_spans(batch)[-1][1], dtype=tensors[batch[0][0]].dtype, device="cpu")
-    torch._foreach_copy_(_parts(flat, batch, tensors), _pieces(tensors, batch))
-    return flat
-
-
-def _scatter(flat: Tensor, tensors: list[Tensor], batch: list[Piece]) -> None:
-    """Write back what :func:`_gathered` gave."""
-    if not _is_view(batch):
-        torch._foreach_copy_(_pieces(tensors, batch), _parts(flat, batch, tensors))
-
-
-def _is_view(batch: list[Piece]) -> bool:
-    return len(batch) == 1 and (batch[0][2] - batch[0][1]) % GROUP_SIZE == 0
-
-
-def _decoded(tensors: list[Tensor], scales: list[Tensor], batch: list[Piece]) -> Tensor:
-    """One batch of BF16 or 8-bit state in FP32, laid out as :func:`_spans` says."""
-    flat = _gathered(tensors, batch)
-    return decode(flat, torch.cat(_scale_pieces(scales, batch))) if scales else flat.float()
-
-
-def _store(values: Tensor, tensors: list[Tensor], scales: list[Tensor], batch: list[Piece], dither: Tensor) -> None:
+def _store(values: Tensor, tensors: list[Tensor], scales: list[Tensor], batch: Batch, dither: Tensor) -> None:
     """Round one batch of FP32 state to the list's own dtype."""
-    pieces = _pieces(tensors, batch)
     if scales:
         narrow, exponents = encode(values, tensors[0].dtype == torch.int8, dither)
-        stored = _scale_pieces(scales, batch)
+        stored = batch.of_scales(scales)
         torch._foreach_copy_(stored, list(exponents.split([scale.numel() for scale in stored])))
     else:
         narrow = round_stochastically(values, torch.bfloat16, dither)
-    torch._foreach_copy_(pieces, _parts(narrow, batch, tensors))
+    torch._foreach_copy_(batch.of(tensors), batch.parts(narrow, tensors))
 
 
 def _scaled(grads: list[Tensor], factor: float, buffer: Tensor) -> list[Tensor]:
@@ -217,57 +184,3 @@ def _advance(steps: list[Tensor]) -> None:
         steps[0].as_strided((len(steps),), (1,)).add_(1)
     else:
         torch._foreach_add_(steps, 1)
-
-
-def _batches(params: list[Tensor]) -> Iterator[list[Piece]]:
-    """Lists of (position, start, stop) that cover every parameter: at most ``BATCH`` elements of one dtype a list."""
-    batch, room = [], BATCH
-    for position, param in enumerate(params):
-        size = param.numel()
-        if batch and param.dtype != params[batch[0][0]].dtype:
-            yield batch
-            batch, room = [], BATCH
-        # Equal pieces of whole groups: no batch has a small rest of a large tensor for itself.
-        length = _whole_groups(-(-size // -(-size // BATCH))) if size else 1
-        for start in range(0, size, length):
-            stop = min(start + length, size)
-            if stop - start > room:
-                yield batch
-                batch, room = [], BATCH
-            batch.append((position, start, stop))
-            room -= stop - start
-    if batch:
-        yield batch
-
-
-def _whole_groups(size: int) -> int:
-    return -(-size // GROUP_SIZE) * GROUP_SIZE
-
-
-def _piece(tensors: list[Tensor], piece: Piece) -> Tensor:
-    """Some elements of a tensor, flat: those of one parameter share a layout, so any order of them will do."""
-    position, start, stop = piece
-    tensor = tensors[position]
-    return tensor.as_strided((stop - start,), (1,), tensor.storage_offset() + start)
-
-
-def _pieces(tensors: list[Tensor], batch: list[Piece]) -> list[Tensor]:
-    """The pieces of one list, those that are whole tensors in their own shape; none of an empty list."""
-    if not tensors:
-        return []
-    return [
-        tensors[piece[0]] if piece[2] - piece[1] == tensors[piece[0]].numel() else _piece(tensors, piece)
-        for piece in batch
-    ]
-
-
-def _scale_pieces(scales: list[Tensor], batch: list[Piece]) -> list[Tensor]:
-    return [scales[position][start // GROUP_SIZE : -(-stop // GROUP_SIZE)] for position, start, stop in batch]
-
-
-def _parts(flat: Tensor, batch: list[Piece], like: list[Tensor]) -> list[Tensor]:
-    """Views of ``flat``, laid out as :func:`_spans` says, in the shape and strides of the pieces of ``like``."""
-    return [
-        flat.as_strided(piece.shape, piece.stride(), flat.storage_offset() + begin)
-        for piece, (begin, _) in zip(_pieces(like, batch), _spans(batch), strict=True)
-    ]
