@@ -1,5 +1,6 @@
 """`mixft quantize`: the values of quantize_, whatever the source's files; in little memory; whole or not at all."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from tiny_bert import rows, save_tiny_bert, write_csv
 import mixft
 from mixft.cli import main
 from mixft.cli.model_folder import quiet_transformers
+from mixft.cli.new_folder import new_folder
 
 WIDTH = 128  # the least at which quantize_ takes a layer unasked
 
@@ -289,6 +291,21 @@ def test_the_output_folder(llama, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["notes", "out"]
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "notes").stat().st_mode
     assert "10" in capsys.readouterr().err  # the lines of progress
+
+
+def test_what_a_killed_command_left_goes_and_what_a_running_one_writes_stays(llama, tmp_path):
+    for name in (".out.killed00.part", ".out.running0.part", ".outer.killed00.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    # Its lock is gone when it is; one in this process counts as another's.
+    running = os.open(tmp_path / ".out.running0.part", os.O_RDONLY)
+    fcntl.flock(running, fcntl.LOCK_EX)
+    with new_folder(tmp_path / "out", llama, False, 0) as draft:
+        with new_folder(tmp_path / "out", llama, False, 0):
+            assert draft.is_dir()
+        shutil.rmtree(tmp_path / "out")
+    os.close(running)
+    assert sorted(os.listdir(tmp_path)) == [".out.running0.part", ".outer.killed00.part", "out"]
 
 
 def test_from_pretrained_and_predict_take_the_folder_and_finetune_does_not(tmp_path, capsys):

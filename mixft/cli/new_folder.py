@@ -1,6 +1,8 @@
 """A folder that appears under its name when it is whole, or not at all."""
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -15,6 +17,8 @@ from mixft.cli.stored_weights import is_int8_folder
 def new_folder(out: Path, source: Path, overwrite: bool, size: int) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its name at the end; gone where the block fails.
 
+    One that a killed process left there goes first.
+
     Args:
         out: the folder to make.
         source: the model, which ``out`` must not touch.
@@ -28,15 +32,17 @@ def new_folder(out: Path, source: Path, overwrite: bool, size: int) -> Iterator[
     _check_free(out, source, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
         draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     except OSError as error:
         raise InputError(f"OUT {out} cannot be made: {error.strerror or error}; name another folder") from error
     try:
-        room = shutil.disk_usage(draft).free
-        if room < size:
-            raise InputError(f"OUT {out} takes {size:,} bytes, and its disk has {room:,} left; name another folder")
-        draft.chmod(0o777 & ~_umask())
-        yield draft
+        with _held(draft):
+            room = shutil.disk_usage(draft).free
+            if room < size:
+                raise InputError(f"OUT {out} takes {size:,} bytes, and its disk has {room:,} left; name another folder")
+            draft.chmod(0o777 & ~_umask())
+            yield draft
         aside = draft.with_suffix(".replaced")
         if out.exists():
             out.rename(aside)
@@ -49,6 +55,31 @@ def new_folder(out: Path, source: Path, overwrite: bool, size: int) -> Iterator[
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(draft: Path) -> Iterator[bool]:
+    """Lock ``draft``, as long as this process lives at most; False where another process has, or locks are not kept."""
+    handle = os.open(draft, os.O_RDONLY)
+    try:
+        yield _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_abandoned(out: Path) -> None:
+    for draft in out.parent.glob(f".{glob.escape(out.name)}.{'?' * 8}.part"):
+        with _held(draft) as abandoned:
+            if abandoned:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _check_free(out: Path, source: Path, overwrite: bool) -> None:
