@@ -32,7 +32,11 @@ def refused(capsys, arguments, *named):
 FILES = {
     "empty file": ("train.csv", "", ["holds no row"]),
     "header only": ("train.csv", "text,label\n", ["holds no row"]),
-    "missing text column": ("train.csv", "review,label\na,x\n", ["'text'", "'review'", "--text-column"]),
+    "missing text column": (
+        "train.csv",
+        "review,label\na,x\n",
+        ["'text'", "'review'", "in --eval too"],
+    ),
     "missing label column": ("train.csv", "text,verdict\na,x\n", ["'label'", "'verdict'", "--label-column"]),
     "one class": ("train.csv", "text,label\na,x\nb,x\n", ["'x'", "two labels"]),
     "single rows": ("train.csv", "text,label\na,x\nb,y\n", ["--eval"]),

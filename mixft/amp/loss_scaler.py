@@ -1,9 +1,8 @@
 """``LossScaler``: ``torch.amp.GradScaler`` for pure-FP16 training, which says where gradients overflowed."""
 
 from dataclasses import asdict
-from numbers import Real
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from torch.amp.grad_scaler import OptState
 from .floor_watch import FloorWatch
 from .gradients import find_overflows, has_gradient, unscale_gradients
 from .main_grads import MainGrads, rescaled_with
-from .overflow import OverflowRing, OverflowStep, merge
-from .scale_rule import Counters, ScaleRule
+from .overflow import OverflowStep
+from .overflow_log import OverflowLog
+from .scale_rule import Counters, ScaleRule, check_backoff_factor, check_count, check_growth_factor, check_scales
 
 if TYPE_CHECKING:
     from .grad_accumulator import GradAccumulator
@@ -82,17 +82,11 @@ class LossScaler(torch.amp.GradScaler):
         enabled: bool = True,
         device: str | None = None,
     ) -> None:
-        _check_growth_factor(growth_factor)
-        _check_backoff_factor(backoff_factor)
+        check_growth_factor(growth_factor)
+        check_backoff_factor(backoff_factor)
         for name, count in (("growth_interval", growth_interval), ("hysteresis", hysteresis), ("patience", patience)):
-            _check_count(name, count)
-        for name, scale in (("init_scale", init_scale), ("min_scale", min_scale), ("max_scale", max_scale)):
-            _check_number(name, scale)
-        if not 0 < min_scale <= init_scale <= max_scale < float("inf"):
-            raise ValueError(
-                "0 < min_scale <= init_scale <= max_scale must hold with a finite max_scale; they are "
-                f"{min_scale}, {init_scale} and {max_scale}"
-            )
+            check_count(name, count)
+        check_scales(min_scale, init_scale, max_scale)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         super().__init__(
@@ -108,9 +102,8 @@ class LossScaler(torch.amp.GradScaler):
         self._rule = ScaleRule(float(min_scale), float(max_scale), hysteresis, consecutive_hysteresis)
         self._floor_watch = FloorWatch(patience, self._rule.min_scale)
         self._counters = Counters.fresh(hysteresis)
-        self._rings: WeakKeyDictionary[torch.optim.Optimizer, OverflowRing] = WeakKeyDictionary()
+        self._overflows = OverflowLog()
         self.scaled_sums: WeakSet[MainGrads] = WeakSet()
-        self._loaded_history: list[OverflowStep] = []
 
     @property
     def overflow_steps(self) -> int:
@@ -135,9 +128,7 @@ class LossScaler(torch.amp.GradScaler):
             Of each (iteration, parameters): its number, the first being 1, and what :meth:`overflow_report` would
             have said after it. An optimizer that is gone takes its steps along.
         """
-        if not self._enabled:
-            return []
-        return merge([*self._loaded_history, *(step for ring in self._rings.values() for step in ring.read())])
+        return self._overflows.history()
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step ``optimizer`` unless one of its gradients is NaN or Inf; unscale them first where that was not done.
@@ -187,7 +178,7 @@ class LossScaler(torch.amp.GradScaler):
             self._update_scale(new_scale)
         self._counters["iteration"].add_(1)
         if self._dynamic:
-            self._floor_watch.look(self._counters["floor_steps"], list(self._rings.values()))
+            self._floor_watch.look(self._counters["floor_steps"], self._overflows.rings)
 
     def _update_scale(self, new_scale: float | Tensor | None) -> None:
         if new_scale is not None:
@@ -227,17 +218,17 @@ class LossScaler(torch.amp.GradScaler):
 
     def set_growth_factor(self, new_factor: float) -> None:
         """Set the growth factor; TypeError unless it is a number, ValueError unless it is above 1."""
-        _check_growth_factor(new_factor)
+        check_growth_factor(new_factor)
         super().set_growth_factor(new_factor)
 
     def set_backoff_factor(self, new_factor: float) -> None:
         """Set the backoff factor; TypeError unless it is a number, ValueError unless it is between 0 and 1."""
-        _check_backoff_factor(new_factor)
+        check_backoff_factor(new_factor)
         super().set_backoff_factor(new_factor)
 
     def set_growth_interval(self, new_interval: int) -> None:
         """Set the growth interval; TypeError unless it is a number, ValueError unless it is at least 1."""
-        _check_count("growth_interval", new_interval)
+        check_count("growth_interval", new_interval)
         super().set_growth_interval(new_interval)
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,19 +261,13 @@ class LossScaler(torch.amp.GradScaler):
         self._floor_watch = FloorWatch(self._patience, self._rule.min_scale)
         fresh = Counters.fresh(self._rule.hysteresis).initial
         self._counters.load({name: state_dict.get(name, value) for name, value in fresh.items()})
-        self._rings.clear()
-        self._loaded_history = [OverflowStep(*step) for step in state_dict.get("overflow_history", [])]
+        self._overflows = OverflowLog(OverflowStep(*step) for step in state_dict.get("overflow_history", []))
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {
-            "_counters": Counters(self._counters.values()),
-            "_loaded_history": self.overflow_history(),
-            "_rings": None,
-            "scaled_sums": None,
-        }
+        return super().__getstate__() | {"_counters": Counters(self._counters.values()), "scaled_sums": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state | {"_rings": WeakKeyDictionary(), "scaled_sums": WeakSet()})
+        super().__setstate__(state | {"scaled_sums": WeakSet()})
 
     def _options(self) -> dict[str, Any]:
         return {"dynamic": self._dynamic, "patience": self._patience} | asdict(self._rule)
@@ -302,10 +287,7 @@ class LossScaler(torch.amp.GradScaler):
             return
         overflowed = _any(found) > 0
         self._counters["overflow_steps"].add_(overflowed)
-        ring = self._rings.get(optimizer)
-        if ring is None:
-            ring = self._rings[optimizer] = OverflowRing(optimizer, self._scale.device)
-        ring.record(optimizer, state["nonfinite"], overflowed, self._counters["iteration"])
+        self._overflows.record(optimizer, state["nonfinite"], overflowed, self._counters["iteration"])
 
     def _accumulator_of(self, optimizer: torch.optim.Optimizer) -> "GradAccumulator | None":
         accumulator = getattr(optimizer, "grad_accumulator", None)
@@ -343,26 +325,3 @@ class LossScaler(torch.amp.GradScaler):
 
 def _any(found: list[Tensor]) -> Tensor:
     return found[0] if len(found) == 1 else torch.stack(found).amax(0)
-
-
-def _check_number(name: str, value: float) -> None:
-    if not isinstance(value, Real):
-        raise TypeError(f"{name} is {value!r}; it must be a number")
-
-
-def _check_growth_factor(factor: float) -> None:
-    _check_number("growth_factor", factor)
-    if not factor > 1:
-        raise ValueError(f"growth_factor must be above 1; it is {factor}")
-
-
-def _check_backoff_factor(factor: float) -> None:
-    _check_number("backoff_factor", factor)
-    if not 0 < factor < 1:
-        raise ValueError(f"backoff_factor must be between 0 and 1; it is {factor}")
-
-
-def _check_count(name: str, count: int) -> None:
-    _check_number(name, count)
-    if count < 1:
-        raise ValueError(f"{name} must be at least 1; it is {count}")

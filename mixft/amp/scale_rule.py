@@ -1,6 +1,7 @@
 """How the loss scale follows the overflows, on the device: growth, backoff, hysteresis, floor and ceiling."""
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -92,3 +93,37 @@ class ScaleRule:
     def confine(self, scale: Tensor) -> None:
         """Bring ``scale`` within the bounds, in place."""
         scale.clamp_(self.min_scale, self.max_scale)
+
+
+def check_scales(least: float, initial: float, greatest: float) -> None:
+    """Raise TypeError for a scale that is no number, ValueError for scales that are not in this order."""
+    for name, scale in (("min_scale", least), ("init_scale", initial), ("max_scale", greatest)):
+        _check_number(name, scale)
+    if not 0 < least <= initial <= greatest < float("inf"):
+        raise ValueError(
+            "0 < min_scale <= init_scale <= max_scale must hold with a finite max_scale; they are "
+            f"{least}, {initial} and {greatest}"
+        )
+
+
+def check_growth_factor(factor: float) -> None:
+    _check_number("growth_factor", factor)
+    if not factor > 1:
+        raise ValueError(f"growth_factor must be above 1; it is {factor}")
+
+
+def check_backoff_factor(factor: float) -> None:
+    _check_number("backoff_factor", factor)
+    if not 0 < factor < 1:
+        raise ValueError(f"backoff_factor must be between 0 and 1; it is {factor}")
+
+
+def check_count(name: str, count: int) -> None:
+    _check_number(name, count)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1; it is {count}")
+
+
+def _check_number(name: str, value: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r}; it must be a number")

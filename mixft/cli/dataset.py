@@ -88,7 +88,7 @@ def read_examples(source: str, text_column: str, label_column: str) -> Examples:
         texts.append(text)
         labels.append(_label(_field(row, label_column, path, line, "--label-column"), path, line))
     if empty:
-        raise InputError(f"{path}: rows with an empty text: {len(empty)}, the first on line {empty[0]}; remove them")
+        raise InputError(f"{path}: {len(empty)} rows have an empty text, the first on line {empty[0]}; remove them")
     if not texts:
         raise InputError(f"{path} holds no row; give at least two labels with some texts each")
     if source == MOVIE_REVIEWS:
