@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 
@@ -225,3 +226,19 @@ def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--precision" in done.stdout
+
+
+def test_a_signal_while_the_command_is_loaded_is_no_traceback(monkeypatch):
+    monkeypatch.setattr("mixft.cli._run", lambda arguments: signal.raise_signal(signal.SIGTERM))
+    assert main(["doctor"]) == 130
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    monkeypatch.setattr("mixft.cli._run", lambda arguments: signal.raise_signal(signal.SIGTERM) or 0)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert main(["doctor"]) == 0
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)

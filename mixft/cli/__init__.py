@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _ended_as_by_ctrl_c():
             return _run(arguments or ["--help"])
+    except KeyboardInterrupt:
+        return 130  # before a command was loaded, which reports it itself
     except InputError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -38,15 +40,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM, by which schedulers and containers end a process, lets a command tidy up as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM, by which schedulers and containers end a process, lets a command tidy up as Ctrl-C does.
+
+    Where it is not ignored or handled already; only the main thread may handle it.
+    """
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(arguments: list[str]) -> int:
