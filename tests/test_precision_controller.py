@@ -187,7 +187,7 @@ def by_hand(steps, gradients, losses=None, raised=(), **options):
     controller = mixft.PrecisionController(model, optimizer, **{**QUIET, "interval": 5, "warmup_steps": 20, **options})
     controller._watch.order = {"a": 0, "b": 1, "": 2}
     controller._layout.set_raised(raised)
-    controller._last_cause = dict.fromkeys(raised, 0)
+    controller._recovery.last_raised = dict.fromkeys(raised, 0)
     for step in range(1, steps + 1):
         for name, layer in model.items():
             layer.weight.grad = gradients(step, name).to(layer.weight.dtype)
@@ -294,7 +294,7 @@ class TestLowering:
 
     def test_short_memory_lowers_the_calmest_and_only_overflows_raise(self, monkeypatch):
         free = iter([0.5, 0.5, 0.04, 0.04, 0.04, *[0.5] * 20])  # a spike in the last of the short ones
-        monkeypatch.setattr("mixft.precision.controller.free_share", lambda device: next(free))
+        monkeypatch.setattr("mixft.precision.recovery.free_share", lambda device: next(free))
 
         def gradients(step, name):
             return torch.full((8, 64), math.inf if step == {"b": 3, "a": 8}[name] else 1.0)

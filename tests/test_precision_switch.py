@@ -17,6 +17,7 @@ from mixft.amp import LossScaler
 from mixft.optim import AdamW
 from mixft.precision import PrecisionEvent
 from mixft.precision.border import border_of
+from mixft.precision.diagnosis import Symptom
 
 
 class TestSwitch:
@@ -62,7 +63,7 @@ class TestSwitch:
             assert param.grad.dtype == param.dtype
             assert bits(param) == (wide if raised[place] else narrow)[place]
             assert (kept in optimizer.state[param]) == (kept is not None and not raised[place])
-        controller._lower("2", "calm", {})
+        controller._lower(Symptom("calm", "2", {}))
         assert [param.dtype for param in params] == [F16] * len(params)
         assert [bits(param) for param in params] == narrow
         assert moments() == before
@@ -78,7 +79,7 @@ class TestSwitch:
         for _ in range(3):
             iterate(model, optimizer, None, controller, self.inputs)
         learned = bits(model[2].weight)
-        controller._lower("2", "calm", {})
+        controller._lower(Symptom("calm", "2", {}))
         assert bits(optimizer.state[model[2].weight]["master"]) == learned
         assert optimizer.state[model[2].weight]["step"] == 6
 
@@ -126,7 +127,7 @@ class TestSwitch:
         with policy.evaluating(model, optimizer):
             assert model(self.inputs).dtype == F32
         assert model(self.inputs).dtype == F16
-        controller._lower("2", "calm", {})
+        controller._lower(Symptom("calm", "2", {}))
         assert (border_of(model[2]).dtype, border_of(model[2]).outputs) == (F16, None)
         policy.remove(model, optimizer)
         assert {param.dtype for param in model.parameters()} == {F32}

@@ -12,9 +12,9 @@ from .casting import check_optimizer, members
 from .diagnosis import Diagnosis, Symptom, Thresholds
 from .event import PrecisionEvent
 from .layout import Layout
-from .memory import free_share
 from .policy import DTYPES
 from .record import Rows, StepRecord
+from .recovery import Recovery
 from .trend import has_moments
 from .watch import OutputWatch
 
@@ -140,11 +140,8 @@ class PrecisionController:
         self._watch = OutputWatch(self._layout.modules)
         self._scaler = scaler
         self._sound_scale: float | None = None
-        self._calm_steps = calm_steps
-        self._memory_reserve = memory_reserve
+        self._recovery = Recovery(calm_steps, memory_reserve)
         self._step = 0
-        self._times_raised: dict[str, int] = {}
-        self._last_cause: dict[str, int] = {}
         self.events: list[PrecisionEvent] = []
 
     @property
@@ -182,10 +179,9 @@ class PrecisionController:
         return self.events[known:]
 
     def _decide(self, rows: Rows) -> None:
-        free = None if self._memory_reserve is None else free_share(self._record.params[0].device)
-        short = free is not None and free < self._memory_reserve
+        too_little_free = self._recovery.too_little_free(self._record.params[0].device)
         symptoms = self._diagnosis.read(rows, self._step, self._watch.order, self._layout.in_fp32)
-        if short:
+        if too_little_free is not None:
             symptoms = [symptom for symptom in symptoms if symptom.cause == "gradient overflow"]
         if not rows.losses.isfinite().all():
             symptoms += self._activation_overflow()
@@ -196,7 +192,8 @@ class PrecisionController:
         in_fp32 = {symptom.layer for symptom in symptoms if self._layout.in_fp32(symptom.layer)}
         for symptom in symptoms:
             self._raise(symptom, symptom.layer in in_fp32)
-        self._lower_what_may_be(free if short else None)
+        for reason in self._recovery.due(self.raised, self._step, too_little_free):
+            self._lower(reason)
 
     def _activation_overflow(self) -> list[Symptom]:
         lost = self._diagnosis.lost_steps(self._step)
@@ -220,34 +217,21 @@ class PrecisionController:
         if name is None:
             return
         self._layout.raise_(name)
-        self._times_raised[name] = self._times_raised.get(name, 0) + 1
-        self._last_cause[name] = self._step
+        self._recovery.note_raised(name, self._step)
         low = NAMES[self._layout.low_dtype(name)]
         self.events.append(PrecisionEvent(self._step, name, symptom.cause, low, "fp32", symptom.figures))
 
-    def _lower_what_may_be(self, too_little_free: float | None) -> None:
-        calm = {name: self._step - self._last_cause[name] for name in self.raised}
-        if too_little_free is not None:
-            calmest = max(calm, key=calm.get, default=None)
-            if calmest is not None and calm[calmest] > 0:
-                self._lower(calmest, "memory", {"free": too_little_free})
-        elif self._calm_steps is not None:
-            for name, steps in calm.items():
-                if steps >= self._calm_steps * 2 ** (self._times_raised[name] - 1):
-                    self._lower(name, "calm", {"steps": steps})
-
-    def _lower(self, name: str, cause: str, figures: dict[str, float]) -> None:
-        self._layout.lower(name)
-        low = NAMES[self._layout.low_dtype(name)]
-        self.events.append(PrecisionEvent(self._step, name, cause, "fp32", low, figures))
+    def _lower(self, reason: Symptom) -> None:
+        self._layout.lower(reason.layer)
+        low = NAMES[self._layout.low_dtype(reason.layer)]
+        self.events.append(PrecisionEvent(self._step, reason.layer, reason.cause, "fp32", low, reason.figures))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next decisions depend on, the events included; waits for the device."""
         return {
             "step": self._step,
             "raised": self.raised,
-            "times_raised": dict(self._times_raised),
-            "last_cause": dict(self._last_cause),
+            **self._recovery.state_dict(),
             "sound_scale": self._sound_scale,
             "order": list(self._watch.order),
             "counting": self._watch.counting,
@@ -272,8 +256,7 @@ class PrecisionController:
         self._record.load(rows)
         self._layout.set_raised(state_dict["raised"])
         self._step = state_dict["step"]
-        self._times_raised = dict(state_dict["times_raised"])
-        self._last_cause = dict(state_dict["last_cause"])
+        self._recovery.load_state_dict(state_dict)
         self._sound_scale = state_dict["sound_scale"]
         self._watch.order = {name: place for place, name in enumerate(state_dict["order"])}
         self._watch.stop()

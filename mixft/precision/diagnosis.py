@@ -19,7 +19,7 @@ LEAST_READS = 5
 
 @dataclass(frozen=True)
 class Symptom:
-    """A reason to raise a layer; the fields are those of :class:`mixft.precision.PrecisionEvent`."""
+    """A reason to raise a layer, or to lower it; the fields are those of :class:`mixft.precision.PrecisionEvent`."""
 
     cause: str
     layer: str
