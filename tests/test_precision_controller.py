@@ -11,7 +11,9 @@ import mixft
 from mixft.amp import LossScaler
 from mixft.optim import AdamW
 from mixft.precision.border import border_of
+from mixft.precision.diagnosis import Symptom
 from mixft.precision.memory import free_share
+from mixft.precision.recovery import Recovery
 from mixft.precision.trend import LossTrend, signal_to_noise
 from mixft.precision.watch import OutputWatch
 
@@ -346,3 +348,21 @@ def test_bad_losses(loss, error):
     controller = mixft.PrecisionController(*three_layers())
     with pytest.raises(error, match="loss"):
         controller.step(loss)
+
+
+class TestRecovery:
+    def test_what_was_raised_just_now_stays_where_memory_is_short(self):
+        recovery = Recovery(calm_steps=None, memory_reserve=0.05)
+        recovery.note_raised("first", 7)
+        assert recovery.due(["first"], 7, 0.01) == []
+        assert recovery.due(["first"], 8, 0.01) == [Symptom("memory", "first", {"free": 0.01})]
+        assert recovery.due([], 8, 0.01) == []
+
+    def test_a_loaded_one_decides_as_the_saved_one(self):
+        saved, loaded = Recovery(10, None), Recovery(10, None)
+        saved.note_raised("first", 3)
+        saved.note_raised("first", 5)
+        loaded.load_state_dict(saved.state_dict())
+        for recovery in (saved, loaded):
+            assert recovery.due(["first"], 24, None) == []
+            assert recovery.due(["first"], 25, None) == [Symptom("calm", "first", {"steps": 20})]
