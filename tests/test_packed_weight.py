@@ -183,6 +183,20 @@ def test_another_tensor_at_the_same_address_is_seen(name, mode, rows):
     torch.testing.assert_close(layer(x) - layer.bias, layer.bias - before)
 
 
+@needs_vnni
+def test_no_other_storage_takes_the_identity_of_one_that_was_packed():
+    weight, scale = int8(40, 64), torch.empty_strided((40, 1), (2, 1)).fill_(0.5)
+    packed = packed_weight(weight)
+    packed.column_terms(scale)
+    for tensor in (weight, scale):
+        identity = tensor.untyped_storage()._cdata
+        tensor.data = torch.empty(0, dtype=tensor.dtype)
+        others = [torch.empty(1) for _ in range(1000)]
+        assert identity not in {other.untyped_storage()._cdata for other in others}
+    # The weight's memory is free to go.
+    assert packed.storage.expired()
+
+
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
 def test_a_weight_that_is_turned_over_is_seen(mode):
     layer = QuantLinear.from_linear(torch.nn.Linear(64, 64), mode).requires_grad_(False)
