@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mixft.cpu import native
 from mixft.cpu.accumulate import accumulate_gradients_
 from mixft.cpu.compiled_step import StepTensors
 from mixft.cpu.grad import gradient_statistics
+from mixft.cpu.int8_layer import serves
 from mixft.ops import dynamic_int8_linear, weight_only_matmul
 
 built_here = pytest.mark.skipif(
@@ -253,3 +255,30 @@ print(bool(weight.grad.any()))
     environment = {**os.environ, "MIXFT_NATIVE": compiled, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", script]
     assert subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout == "True\n"
+
+
+@built_here
+@pytest.mark.usefixtures("without_interpreter")
+def test_scratch_memory_of_a_call_lives_until_the_routine_has_returned(monkeypatch):
+    made, alive = [], []
+
+    def scratch(size: int) -> torch.Tensor:
+        room = torch.empty(size, dtype=torch.uint8)
+        made.append(weakref.ref(room))
+        return room
+
+    call = native.Routine.__call__
+
+    def checked(routine: native.Routine, *arguments) -> None:
+        call(routine, *arguments)
+        alive.extend(room() is not None for room in made)
+        made.clear()
+
+    monkeypatch.setattr(native, "scratch", scratch)
+    monkeypatch.setattr(native.Routine, "__call__", checked)
+    x, weight, scale = torch.randn(3, 40), torch.ones(24, 40).to(torch.int8), torch.rand(24, 1)
+    weight_only_matmul(x, weight, scale)
+    gradient_statistics([x])
+    dynamic_int8_linear(x.requires_grad_(), weight, scale, backward="int8").sum().backward()
+    assert len(alive) >= (4 if serves(3) else 2)
+    assert all(alive)

@@ -33,7 +33,8 @@ def int8_input_gradient(
     out = torch.empty((M, K), dtype=grad.dtype, device="cpu")
     rows = -(-M * (N + ROW_BYTES) // 64) * 64
     groups = torch.get_num_threads() * (GROUP_BYTES + strip_bytes(N))
-    room = native.scratch(rows + groups).data_ptr()
+    scratch = native.scratch(rows + groups)
+    room = scratch.data_ptr()
     compiled(
         *(*native.typed(grad), M, N, K),
         *(native.address(weight), native.address(weight_scale), *low_rank(left, right)),
