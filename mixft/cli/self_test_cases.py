@@ -129,6 +129,21 @@ def _dynamic_linear_case(dtype: torch.dtype) -> Case:
     )
 
 
+def _lora_linear_case(dtype: torch.dtype) -> Case:
+    def inputs(dtype: torch.dtype) -> list[Tensor]:
+        a, b = torch.randn(4, DEPTH) / 8, torch.randn(COLUMNS, 4) / 2
+        return [*_weight_only_inputs(dtype), a.to(dtype), b.to(dtype)]
+
+    return Case(
+        "lora_int8_linear",
+        dtype,
+        inputs,
+        lambda x, weight, scale, bias, a, b: [ops.lora_int8_linear(x, weight, scale[:, None], bias, a, b, 0.5)],
+        lambda x, weight, scale, bias, a, b: [F.linear(x, weight * scale[:, None], bias) + 0.5 * (x @ a.t() @ b.t())],
+        3 * INT8_STEP + 2 * ROUNDING[dtype],
+    )
+
+
 def _outlier_linear_case(dtype: torch.dtype) -> Case:
     return Case(
         "outlier_int8_linear",
@@ -361,6 +376,7 @@ CASES = [
         _int8_matmul_case,
         _weight_only_case,
         _dynamic_linear_case,
+        _lora_linear_case,
         _outlier_linear_case,
         _static_linear_case,
         _int8_linear_case,

@@ -9,8 +9,15 @@ from mixft.cpu.int8_layer import serves
 from mixft.cpu.int8_matmul import int_mm_is_fast_and_exact
 from mixft.ops.registration import interpreting
 
-INT8_PRODUCTS = ("int8_matmul", "dynamic_int8_linear", "outlier_int8_linear", "static_int8_linear", "int8_linear")
-COMPILED_LAYERS = ("dynamic_int8_linear", "static_int8_linear")
+INT8_PRODUCTS = (
+    "int8_matmul",
+    "dynamic_int8_linear",
+    "lora_int8_linear",
+    "outlier_int8_linear",
+    "static_int8_linear",
+    "int8_linear",
+)
+COMPILED_LAYERS = ("dynamic_int8_linear", "lora_int8_linear", "static_int8_linear")
 FLOAT_PRODUCTS = ("matmul", "mlp", "weight_only_matmul")
 
 
