@@ -149,7 +149,7 @@ def finished(folder):
     save_tiny_bert(folder / "wide", hidden_size=128)
     assert main(["quantize", str(folder / "wide"), str(folder / "frozen")]) == 0
     arguments = ["--model", str(folder / "frozen"), "--train", str(folder / "train.csv"), "--precision", "int8"]
-    arguments += ["--epochs", "5", "--batch-size", "8", "--lr", "1e-2", "--lora", str(RANK), "--device", "cpu"]
+    arguments += ["--epochs", "5", "--batch-size", "8", "--lr", "5e-3", "--lora", str(RANK), "--device", "cpu"]
     done = subprocess.run(
         [sys.executable, "-c", start, "finetune", *arguments, "--output", str(folder / "out")],
         capture_output=True,
