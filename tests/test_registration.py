@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import mixft
 from mixft.ops.registration import cpu_routine, define_op, interpreting, launcher, without_dispatch
 
 unused = (f"probe_{number}" for number in itertools.count())
@@ -144,3 +145,12 @@ def test_another_missing_module_keeps_its_own_error():
 def test_code_that_lacks_the_op_is_an_error():
     with pytest.raises(AttributeError, match="no_such_routine"):
         cpu_routine("quantize", "no_such_routine")
+
+
+def test_a_view_of_negated_numbers_keeps_its_sign(device):
+    x = torch._neg_view(torch.randn(4, 6, device=device))
+    assert x.is_neg()
+    values, scale, _ = mixft.ops.quantize(x)
+    expected, expected_scale, _ = mixft.ops.quantize(x.resolve_neg())
+    assert torch.equal(values, expected)
+    assert torch.equal(scale, expected_scale)

@@ -151,4 +151,6 @@ def needs_dispatch(*tensors: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return True
     first = tensors[0]
+    if first.is_neg():  # numbers whose sign the dispatcher turns
+        return True
     return not (PLAIN.issuperset(map(type, tensors)) and (first.is_cuda or (first.is_cpu and not interpreting())))
