@@ -264,3 +264,35 @@ def test_refused(native_device):
         network.second.weight.main_grad = unfit.to(native_device)
         with pytest.raises(ValueError, match=r"it must be \(33, 20\) on .*, as the parameter is, and have no gaps"):
             GradAccumulator(optimizer)
+
+
+def test_every_micro_batch_may_reach_other_layers(native_device):
+    network = Network(native_device)
+    scaler = LossScaler(8.0, device=native_device.type)
+    accumulator = GradAccumulator(network.parameters(), scaler)
+    x = inputs(native_device)[0]
+    between = network.first(x).detach()
+    for loss in (network.first(x).sum(), network.second(between).sum()):
+        scaler.scale(loss).backward()
+        accumulator.accumulate()
+    gradients = accumulator.gradients()
+    slope = (between > 0).double()
+    assert error(gradients[network.first.weight], slope.t() @ x.double()) < 0.05
+    exact = torch.ones(33, 6, dtype=torch.float64, device=native_device) @ between.double()
+    assert error(gradients[network.second.weight], exact) < 0.05
+
+
+def test_what_is_read_before_the_last_micro_batch_is_not_counted_twice(native_device):
+    network = Network(native_device)
+    accumulator = GradAccumulator(network.parameters())
+    batches = inputs(native_device, count=2)
+    batches[0][0, 0] = float("nan")
+    for x in batches:
+        network(x).sum().backward()
+        accumulator.accumulate()
+        counts = dict.fromkeys(network.parameters(), 0)
+        for params, found in accumulator.counts():
+            for param, count in zip(params, found.tolist(), strict=True):
+                counts[param] += count
+        weight = network.first.weight
+        assert counts[weight] == (~weight.main_grad.isfinite()).sum() > 0

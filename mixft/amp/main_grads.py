@@ -111,9 +111,7 @@ class MainGrads:
 
     @torch.no_grad()
     def rescale_(self, factor: Tensor) -> None:
-        """Bring sums that hold a scale to another, ``factor`` times as large."""
-        if self.settled:
-            return
+        """Bring sums that hold a scale, not yet settled, to another, ``factor`` times as large."""
         for position in self.summed:
             buffer = self._buffers[position]
             buffer.mul_(factor.to(buffer.device, non_blocking=True))
