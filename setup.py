@@ -3,9 +3,11 @@
 All else is in pyproject.toml.
 """
 
+import hashlib
 import platform
 import sys
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -19,6 +21,10 @@ INSTRUCTION_SETS = {
 COMPILE = ["-std=gnu11", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
 
+# The libraries tell it, so that mixft/cpu/native.py knows one that the sources of a checkout have moved on from.
+CHECKSUM = hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(glob("native/*.[ch]")))).hexdigest()
+
+
 def native_libraries() -> list[Extension]:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return []
@@ -27,6 +33,7 @@ def native_libraries() -> list[Extension]:
             f"mixft.cpu._native_{name}",
             sources=sorted(glob("native/*.c")),
             depends=sorted(glob("native/*.h")),
+            define_macros=[("MIXFT_SOURCES", f'"{CHECKSUM}"')],
             extra_compile_args=[*COMPILE, *flags],
             libraries=["m"],
             optional=True,

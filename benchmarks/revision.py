@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import mixft
+from mixft.cpu import native
 
 from .case import OURS, Case
 from .machine import Machine
@@ -48,7 +49,8 @@ def worktree(reference: str) -> Iterator[Path]:
     """A checkout of ``reference`` in a temporary folder, to import mixft from, with this revision's benchmarks.
 
     Raises:
-        ValueError: mixft does not run from a git checkout, or the checkout has no such revision.
+        ValueError: mixft does not run from a git checkout, the checkout has no such revision, or the revision's CPU
+            routines do not compile here while this one's are there.
     """
     here = checkout()
     if here is None:
@@ -62,9 +64,20 @@ def worktree(reference: str) -> Iterator[Path]:
             # As an installation lays them out; and cases that both sides know.
             _link(there / "mixft" / "kernels", there / "kernels")
             _link(there / "mixft" / "benchmarks", Path(__file__).parent)
+            if native.available() and (there / "native").is_dir():
+                _compile(there, reference)
             yield there
         finally:
             _git(here, "worktree", "remove", "--force", str(there))
+
+
+def _compile(folder: Path, reference: str) -> None:
+    """Build the CPU routines of a checkout; without them torch's operators would be what this revision is held to."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    built = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if not any((folder / "mixft" / "cpu").glob("_native_*")):
+        last = (built.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ValueError(f"the CPU routines of {reference!r} do not compile, {last}; MIXFT_NATIVE=0 does without them")
 
 
 class Worker:

@@ -83,6 +83,28 @@ def test_a_base_that_there_is_not_is_refused(repository, monkeypatch, capsys):
     assert "--base 'nosuch' needs a git checkout, and mixft does not run from one" in capsys.readouterr().err
 
 
+def test_the_routines_of_a_base_are_compiled(repository, monkeypatch):
+    monkeypatch.setattr(revision, "checkout", lambda: repository)
+    monkeypatch.setattr(revision.native, "available", lambda: True)
+    for library in (repository / "mixft" / "cpu").glob("_native_*"):
+        library.unlink()
+    (repository / "native").mkdir()
+    (repository / "native" / "sources.c").touch()
+    setup = repository / "setup.py"
+    setup.write_text("import sys; open('mixft/cpu/_native_avx2.so', 'w').write(' '.join(sys.argv[1:]))")
+    git(repository, "add", "-A")
+    git(repository, "commit", "-qm", "compiled")
+    with revision.worktree("HEAD") as folder:
+        assert "build_ext" in (folder / "mixft" / "cpu" / "_native_avx2.so").read_text()
+    setup.write_text("raise SystemExit('no compiler')")
+    git(repository, "commit", "-qam", "broken")
+    with pytest.raises(ValueError, match="of 'HEAD' do not compile, no compiler"), revision.worktree("HEAD"):
+        pass
+    monkeypatch.setattr(revision.native, "available", lambda: False)
+    with revision.worktree("HEAD") as folder:
+        assert not list((folder / "mixft" / "cpu").glob("_native_*"))
+
+
 def test_the_commit_says_where_files_differ(repository, monkeypatch):
     monkeypatch.setattr(revision, "checkout", lambda: repository)
     clean = revision.commit()

@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,24 @@ def test_the_library_of_another_python_is_left_alone(monkeypatch, tmp_path):
     for name in native.LIBRARIES.values():
         (tmp_path / f"{name}.cpython-30-x86_64-linux-gnu.so").write_bytes(b"out of date")
     assert "not built" in unavailable(monkeypatch, tmp_path)
+
+
+@built_here
+def test_a_library_that_its_sources_have_moved_on_from_is_left_alone(monkeypatch, tmp_path):
+    package = tmp_path / "mixft" / "cpu"
+    package.mkdir(parents=True)
+    shutil.copytree(ROOT / "native", tmp_path / "native")
+    for name in native.LIBRARIES.values():
+        (path,) = INSTALLED.glob(f"{name}{EXTENSION_SUFFIXES[0]}")
+        shutil.copy(path, package)
+    monkeypatch.setattr(native, "__file__", str(package / "native.py"))
+    assert native.load.__wrapped__()
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    assert native.load.__wrapped__()
+    with open(tmp_path / "native" / "grad.c", "a") as file:
+        file.write("\n")
+    with pytest.raises(native.Unavailable, match="built from other sources"):
+        native.load.__wrapped__()
 
 
 def test_the_reason_is_told_on_another_processor(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ OpenMP threads of torch. Without them, torch's operators serve. ``MIXFT_NATIVE=0
 
 import ctypes
 import functools
+import hashlib
 import os
 import threading
 from array import array
@@ -48,9 +49,22 @@ def load() -> ctypes.CDLL:
         raise Unavailable("not built, which takes gcc at installation on x86-64 Linux")
     try:
         # Bound now, so that a missing symbol shows here: the OpenMP functions come from the library torch has loaded.
-        return ctypes.CDLL(str(found[0]), os.RTLD_NOW)
+        library = ctypes.CDLL(str(found[0]), os.RTLD_NOW)
     except OSError as error:
         raise Unavailable(f"not loadable: {error}") from None
+    if _is_outdated(library):
+        raise Unavailable("built from other sources than those of native/ now; pip install -e . builds them again")
+    return library
+
+
+def _is_outdated(library: ctypes.CDLL) -> bool:
+    """Whether this is a checkout whose native/ has changed since, as after a pull: signatures may have, too."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "setup.py").is_file():
+        return False
+    files = sorted((checkout / "native").glob("*.[ch]"))
+    checksum = hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
+    return (ctypes.c_char * len(checksum)).in_dll(library, "mixft_sources").value.decode() != checksum
 
 
 @functools.cache
