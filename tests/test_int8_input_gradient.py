@@ -13,6 +13,7 @@ from mixft.cpu.int8_input_gradient import int8_input_gradient
 from mixft.nn import QuantLinear
 from mixft.ops import dynamic_int8_linear, outlier_int8_linear, weight_only_matmul
 from mixft.ops.int8_input_gradient import input_gradient
+from mixft.ops.int8_linear import float_dtype
 
 SHAPES = [(1, 1, 1), (3, 66, 17), (17, 31, 66), (13, 130, 70), (0, 8, 4), (3, 0, 2), (3, 4, 0)]
 # Least signal to noise in dB of normal numbers; floats of 16 bits round the result too.
@@ -50,6 +51,12 @@ def test_signal_to_noise_against_fp64(device, shape, backward, dtype, added):
     exact = exact_gradient(*tensors, *factors)
     least = LEAST[backward] if backward != "exact" else LEAST[backward][dtype]
     assert not exact.any() or signal_to_noise(found, exact) > least
+
+
+def test_16_bit_products_are_taken_where_they_are_faster(device):
+    *tensors, _, _ = operands((13, 130, 70), device=device)
+    noise = signal_to_noise(input_gradient(*tensors, "16bit"), exact_gradient(*tensors))
+    assert (noise < 70) == (float_dtype(tensors[0]) == torch.bfloat16)
 
 
 @needs_compiled_layer
