@@ -44,9 +44,9 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
 
 
 @functools.cache
-def _shaped(names: tuple[str, ...]) -> list[str]:
+def _shaped(names: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the op's lists whose tensors have their parameter's shape."""
-    return [name for name in names if not (name == "steps" or name.endswith("_scales"))]
+    return tuple(name for name in names if not (name == "steps" or name.endswith("_scales")))
 
 
 def _tell_autograd(params: list[Tensor], dispatched: bool) -> None:
