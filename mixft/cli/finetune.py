@@ -145,7 +145,7 @@ def finetune(
 
 def _columns(task: str, text: str | None, label: str | None) -> tuple[str | None, str | None]:
     if task != "causal-lm":
-        return text or "text", label or "label"
+        return "text" if text is None else text, "label" if label is None else label
     for option, given in (("--text-column", text), ("--label-column", label)):
         if given is not None:
             raise InputError(f"{option} is for --task classification; a text file has no columns")

@@ -2,7 +2,7 @@
 
 The command starts ``mixft.cli.training.main`` in a new Python, writes one `Job` as JSON to its standard input and reads
 events from its standard output, one JSON object a line: ``start`` (steps), ``step`` (progress), ``phase`` (name)
-and at the end ``result`` (the run's entry in ``report.json``).
+and at the end ``result`` (the run's entry in ``report.json``) or ``refused`` (reason: something given does not load).
 """
 
 import json

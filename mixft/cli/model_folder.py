@@ -2,12 +2,12 @@
 
 import importlib.util
 import os
-import pickle
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from mixft.cli.errors import InputError
+from mixft.cli.loading import Loading
 
 MINILM = "minilm"
 QUANTIZED = "int8"  # subfolder with the int8 copy of a saved model
@@ -77,7 +77,7 @@ def require_configuration(folder: Path) -> None:
 
 def require_file(folder: Path, names: tuple[str, ...], what: str) -> None:
     """Raise InputError unless ``folder`` has one of ``names``."""
-    if not any((folder / name).is_file() for name in names):
+    if not any(os.path.isfile(folder / name) for name in names):
         raise InputError(f"the model folder {folder} has no {what}; save the model and its tokenizer into one folder")
 
 
@@ -99,10 +99,9 @@ def load_tokenizer(folder: Path):
         InputError: transformers cannot read it, or it has no token to pad with.
     """
     transformers = quiet_transformers()
-    try:
+    with Loading(f"the tokenizer in {folder}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"the tokenizer in {folder} does not load: {error}") from error
+        tokenizer("a word, which needs a vocabulary with an unknown token at least")
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer in {folder} has no padding token; set pad_token and save it again")
@@ -116,10 +115,9 @@ def load_any_config(folder: Path):
     Raises:
         InputError: it cannot be read.
     """
-    try:
-        return quiet_transformers().AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"config.json in {folder} does not load: {error}") from error
+    transformers = quiet_transformers()
+    with Loading(f"config.json in {folder}"):
+        return transformers.AutoConfig.from_pretrained(folder)
 
 
 def load_config(folder: Path, task: str = "classification"):
@@ -155,11 +153,16 @@ def longest_input(tokenizer, config) -> int:
 
 
 def outline(folder: Path, task: str):
-    """The layers and shapes of the folder's model for the task, with no memory behind its weights."""
+    """The layers and shapes of the folder's model for the task, with no memory behind its weights.
+
+    Raises:
+        InputError: as `load_config`, or transformers cannot build a model of these settings.
+    """
     import torch
 
-    with torch.device("meta"):
-        return _auto_class(task).from_config(load_config(folder, task))
+    config = load_config(folder, task)
+    with Loading(f"the model that config.json in {folder} describes"), torch.device("meta"):
+        return _auto_class(task).from_config(config)
 
 
 def load_classifier(folder: Path, labels: list[str] | None = None):
@@ -189,11 +192,29 @@ def load_causal_lm(folder: Path):
 
 
 def _load(task: str, folder: Path, options: dict):
-    try:
-        model = _auto_class(task).from_pretrained(folder, **options)
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise InputError(f"the weights in {folder} do not load: {error}") from error
+    auto_class = _auto_class(task)
+    with Loading(f"the model in {folder}"):
+        model, found = auto_class.from_pretrained(folder, output_loading_info=True, **options)
+    _require_weights(model, found, folder)
     return model if getattr(model, "is_quantized", False) else model.float()
+
+
+def _require_weights(model, found: dict, folder: Path) -> None:
+    """Raise InputError where the model below its head was made up, for want of weights or because they do not fit."""
+    prefix = f"{model.base_model_prefix}."
+    misfits = sorted(entry for entry in found["mismatched_keys"] if entry[0].startswith(prefix))
+    if misfits:
+        name, stored, expected = misfits[0]
+        raise InputError(
+            f"tensor {name!r} has shape {tuple(stored)} in {folder} and {tuple(expected)} by its config.json; save the "
+            "model again"
+        )
+    below = {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+    if below and below <= set(found["missing_keys"]):
+        raise InputError(
+            f"the weights in {folder} are of another model than its config.json, of type {model.config.model_type!r}: "
+            f"none of them is named as one of its {len(below)}; save the model again"
+        )
 
 
 def _auto_class(task: str):
@@ -223,11 +244,9 @@ def load_quantized_model(folder: Path, config, task: str):
     """
     import mixft
 
-    model = _auto_class(task).from_config(config).float()
-    try:
-        return mixft.load_quantized(model, folder / QUANTIZED_WEIGHTS)
-    except ValueError as error:
-        raise InputError(f"the weights in {folder} do not load: {error}") from error
+    auto_class = _auto_class(task)
+    with Loading(f"the model in {folder}"):
+        return mixft.load_quantized(auto_class.from_config(config).float(), folder / QUANTIZED_WEIGHTS)
 
 
 def named_folder(name: str) -> Path:
@@ -237,8 +256,10 @@ def named_folder(name: str) -> Path:
         InputError: there is none.
     """
     folder = _minilm_folder() if name == MINILM else Path(name)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises where a name is too long
         raise InputError(f"model {name!r} is no folder here; give a folder with config.json in it, or {MINILM}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"the model folder {folder} may not be read; chmod u+rx {folder}, or a copy, would do")
     return folder
 
 

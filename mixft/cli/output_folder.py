@@ -27,13 +27,15 @@ class OldRuns:
     Args:
         folder: the output folder.
         paths: what in it is to be replaced, set aside at once.
+        made: whether the folder was made for the new runs, so that it goes when they left nothing in it.
 
     Raises:
         OSError: something cannot be moved; all is then where it was.
     """
 
-    def __init__(self, folder: Path, paths: list[Path]):
+    def __init__(self, folder: Path, paths: list[Path], made: bool):
         self.folder = folder
+        self.made = made
         self.aside = None
         if not paths:
             return
@@ -51,6 +53,8 @@ class OldRuns:
 
     def __exit__(self, *exception) -> None:
         self.restore()
+        if self.made and not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def discard(self) -> None:
         """Delete them."""
@@ -111,9 +115,10 @@ def claim(folder: Path, names: list[str], inputs: list[Path], overwrite: bool) -
         for path in found:
             if path.name in (*names, REPORT, CURVES) and path not in old:
                 raise InputError(f"{path} is not of mixft finetune; move it away or name another --output")
+        made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return OldRuns(folder, old)
+            return OldRuns(folder, old, made)
     except OSError as error:
         raise InputError(f"--output {folder} cannot be used: {error.strerror or error}; name another folder") from error
 

@@ -67,7 +67,8 @@ def _on_one_line(text: str) -> str:
 
 def _model_in(folder: Path) -> Path:
     """``folder``, or the one model in it where it is the output of ``mixft finetune``."""
-    if folder.is_dir() and not (folder / "config.json").exists():
+    folder = model_folder.named_folder(str(folder))
+    if not (folder / "config.json").exists():
         models = sorted(path.parent for path in folder.glob("*/config.json"))
         if len(models) == 1:
             return models[0]

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mixft.cli.errors import InputError
 from mixft.cli.job import LOG, Job
 
 # Not -m, which would look for mixft in the current folder first, where a checkout of that name may lie.
@@ -29,10 +31,11 @@ def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
 
     Raises:
         RunFailed: the process ended before its result; the message has the last line of its log.
+        InputError: it found that what the user gave does not load; the job's output folder is gone then.
     """
     log = Path(job.output) / LOG
     log.parent.mkdir(parents=True)
-    result = None
+    result = refusal = None
     with log.open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD],
@@ -49,11 +52,16 @@ def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
                 event = json.loads(line)
                 if event["event"] == "result":
                     result = event["run"]
+                elif event["event"] == "refused":
+                    refusal = event["reason"]
                 else:
                     on_event(event)
             process.wait()
         finally:
             _end(process)
+    if refusal is not None:
+        shutil.rmtree(log.parent)
+        raise InputError(refusal)
     if result is None or process.returncode != 0:
         raise RunFailed(f"the run {job.name} failed: {_reason(process.returncode, log)}")
     return result

@@ -8,6 +8,7 @@ import torch
 
 from mixft.cli import model_folder
 from mixft.cli.errors import InputError
+from mixft.cli.loading import Loading
 from mixft.nn.shards import TensorSet, open_tensors
 
 QUANT_METHOD = "mixft"  # in config.json's quantization_config, as mixft.huggingface writes it
@@ -87,12 +88,10 @@ def outline(folder: Path) -> torch.nn.Module:
     if method is not None:
         raise InputError(f"the model in {folder} is quantized already ({method}); give the one that it was made from")
     transformers = model_folder.quiet_transformers()
-    try:
+    with Loading(f"config.json in {folder}"):
         config = transformers.AutoConfig.from_pretrained(folder)
         architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
         if architecture is None:
             raise ValueError(f"transformers {transformers.__version__} has no {config.architectures[0]}")
         with torch.device("meta"):
             return architecture(config) if config.architectures else architecture.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"config.json in {folder} does not load: {error}") from error

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 import mixft
 from mixft.cli import model_folder
 from mixft.cli.batching import Batches, Blocks
+from mixft.cli.errors import InputError
 from mixft.cli.job import Job
 from mixft.cli.measure import Emit, Meter, StepClock, finite, peak_memory
 from mixft.cli.precision import Setup, inner_linear_layers, quantize, set_up, trainable
@@ -188,4 +189,7 @@ def main() -> None:
     def emit(kind: str, **fields) -> None:
         events.write(json.dumps({"event": kind, **fields}) + "\n")
 
-    emit("result", run=run(Job.from_json(sys.stdin.read()), emit))
+    try:
+        emit("result", run=run(Job.from_json(sys.stdin.read()), emit))
+    except InputError as error:
+        emit("refused", reason=str(error))
