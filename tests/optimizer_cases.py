@@ -161,14 +161,42 @@ def through_a_file(state_dict):
     return torch.load(file)
 
 
+# What the host has to wait for: values, and results of a size that depends on values.
+READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim")
+
+
 class RefuseSync(TorchDispatchMode):
-    """Fails on the operators by which the host waits for a device."""
+    """Fails on the operators by which the host waits for a device.
+
+    A copy from one device to another waits too, but for one between GPUs, and one from or to pinned memory that is
+    ``non_blocking``.
+    """
+
+    def __init__(self, reads=READS):
+        super().__init__()
+        self._reads = reads
+        self._pinned = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name()
-        if name in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::equal"):
+        kwargs = kwargs or {}
+        name = function._schema.name.removeprefix("aten::")
+        by_mask = name == "index" and any(index.dtype == torch.bool for index in args[1] if index is not None)
+        if name in self._reads or by_mask:
             raise AssertionError(f"{name} waits for the device")
-        return function(*args, **(kwargs or {}))
+        found = function(*args, **kwargs)
+        if name == "_pin_memory" or kwargs.get("pin_memory"):
+            self._pinned.append(found)
+        if name in ("_to_copy", "copy_"):
+            self._check_copy(name, args[1] if name == "copy_" else args[0], found, args[2:], kwargs)
+        return found
+
+    def _check_copy(self, name, source, target, rest, kwargs):
+        if "cpu" not in (source.device.type, target.device.type) or source.device == target.device:
+            return
+        on_host = source if source.device.type == "cpu" else target
+        pinned = any(on_host.untyped_storage()._cdata == tensor.untyped_storage()._cdata for tensor in self._pinned)
+        if not (pinned and (kwargs.get("non_blocking") or any(rest))):
+            raise AssertionError(f"{name} from {source.device} to {target.device} waits for the device")
 
 
 def weight(optimizer, param):

@@ -41,7 +41,7 @@ class FloorWatch:
         self._iterations += 1
         if self._copy is None and self._iterations % self.patience == 0:
             self._names = [name for ring in rings for name in ring.names]
-            self._start(torch.cat([floor_steps[None], *(ring.last() for ring in rings)]))
+            self._start(torch.cat([floor_steps.unsqueeze(0), *(ring.last() for ring in rings)]))
         if self._copy is not None and (self._arrival is None or self._arrival.query()):
             steps, *counts = self._copy.tolist()
             self._copy = None

@@ -60,13 +60,13 @@ class OverflowRing:
         row = torch.cat(counts) if counts else self._counts.new_zeros(0)
         if params != self._params:
             row = self._counts.new_zeros(len(self.names)).index_add_(0, self._columns(params), row)
-        self._counts.index_copy_(0, self._row, row[None])
-        self._iterations.index_copy_(0, self._row, iteration[None])
+        self._counts.index_copy_(0, self._row, row.unsqueeze(0))
+        self._iterations.index_copy_(0, self._row, iteration.unsqueeze(0))
         self._row.add_(overflowed).remainder_(KEPT + 1)
 
     def last(self) -> Tensor:
         """Counts of the last overflow step, int64 [parameters] on the device."""
-        return self._counts.index_select(0, (self._row - 1).remainder_(KEPT + 1))[0]
+        return self._counts.index_select(0, (self._row - 1).remainder_(KEPT + 1)).squeeze(0)
 
     def read(self) -> list[OverflowStep]:
         """The steps in order; waits for the device."""
@@ -87,10 +87,10 @@ class OverflowRing:
         self.names = parameter_names(optimizer)
         self._params = [id(param) for group in optimizer.param_groups for param in group["params"]]
         self._positions = {param: position for position, param in enumerate(self._params)}
-        self._last_columns: tuple[list[int], Tensor] = ([], torch.empty(0, dtype=torch.int64))
+        self._last_columns: tuple[list[int], Tensor] | None = None
 
     def _columns(self, params: list[int]) -> Tensor:
-        if self._last_columns[0] != params:
+        if self._last_columns is None or self._last_columns[0] != params:
             positions = torch.tensor([self._positions[param] for param in params], dtype=torch.int64)
             device = self._counts.device
             on_device = positions.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else positions

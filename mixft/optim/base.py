@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from mixft.ops.optimizer_step import advance_
 
 from .hyperparameters import check_precision, loaded_group
-from .members import GradientOf, Members, arrange, check_gradients, check_parameters, signature
+from .members import GradientOf, Members, arrange, capturing, check_gradients, check_parameters, signature
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
@@ -243,8 +243,14 @@ class MixedPrecisionOptimizer(Optimizer):
 
     def _learning_rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
         rate = group["lr"]
-        if isinstance(rate, Tensor):
+        if isinstance(rate, Tensor) and (rate.device.type != "cpu" or device.type == "cpu"):
             return at(rate, device)
+        # A tensor on the host is a number too: copied at every step it would be pageable memory, which a driver may
+        # wait for and a graph cannot take.
+        rate = float(rate)
+        if capturing(device):
+            # The graph's own: what it writes at every replay is not for the steps that are taken outside of it.
+            return torch.full((), rate, dtype=torch.float32, device=device)
         key = (id(group), device)
         value, tensor = self._rates.get(key, (math.nan, None))
         if tensor is None:

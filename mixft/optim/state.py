@@ -90,8 +90,8 @@ def lay_steps_side_by_side(states: list[dict[str, Any]], device: torch.device) -
     steps = torch.zeros(len(states), dtype=torch.float32, device=device)
     if any("step" in state for state in states):
         steps = torch.stack([state.get("step", zero) for state, zero in zip(states, steps, strict=True)])
-    for position, state in enumerate(states):
-        state["step"] = steps[position]
+    for state, step in zip(states, steps.unbind(), strict=True):
+        state["step"] = step
 
 
 def _own(value: Any, device: torch.device) -> Any:
