@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 
 from mixft.kernels import compilation
 from mixft.kernels.architecture import ARCHITECTURES
@@ -30,6 +31,10 @@ EXCESS = {
 LAUNCHED_ON = ("sm_86", "sm_90", "gfx942")
 # A value put aside once in a kernel without a loop: eight bytes of its tile\'s thousands.
 SPILLS_ONCE = {("sm_90", "odd rows, 1: dequantize_tile")}
+# Bytes that ptxas 12, which Triton has for Blackwell before 3.7, puts aside to have one more program resident: a bound
+# on the registers, without which it does not, costs a quarter to half of the programs.
+BLACKWELL = ("sm_100", "sm_120")
+PUT_ASIDE = 8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
 
 
 def outcomes_of(modules: list[str]) -> list[Outcome]:
@@ -41,6 +46,13 @@ def complaints(outcome: Outcome) -> list[str]:
     if outcome.failure is not None:
         return [f"does not compile: {outcome.failure}"]
     return faults(outcome.compiled, ARCHITECTURES[outcome.job.architecture])
+
+
+def without_put_aside(outcome: Outcome) -> Outcome:
+    """The outcome, with no spill where its spill is no more than ``PUT_ASIDE``."""
+    if outcome.failure is not None or outcome.compiled.spilled_bytes > PUT_ASIDE:
+        return outcome
+    return replace(outcome, compiled=replace(outcome.compiled, spilled_bytes=0))
 
 
 def matrix_instructions(arch: str, dot: str) -> set[str]:
@@ -117,6 +129,8 @@ def test_shipped_variants(shipped, module, arch):
     names = [variant.name for variant in kernel_modules()[module].variants(ARCHITECTURES[arch])]
     assert sorted(outcome.job.variant for outcome in outcomes) == sorted(names)
     assert len(set(names)) == len(names), "variant names must be unique"
+    if arch in BLACKWELL:
+        outcomes = [without_put_aside(outcome) for outcome in outcomes]
     wrong = {outcome.job.variant: found for outcome in outcomes if (found := complaints(outcome))}
     assert not wrong
 
