@@ -85,6 +85,12 @@ def test_weights_of_another_model_are_not_made_up(model, tmp_path):
         model_folder.load_classifier(model, LABELS)
 
 
+def test_a_head_that_was_not_trained_labels_nothing(model):
+    set_config(model, architectures=["BertForSequenceClassification"], id2label={"0": "no", "1": "yes"})
+    with pytest.raises(InputError, match=r"no tensor 'classifier\.bias'"):
+        model_folder.load_classifier(model)
+
+
 def test_a_head_of_other_labels_is_replaced(model, tmp_path):
     model_folder.load_classifier(model, LABELS).save_pretrained(tmp_path / "trained")
     again = model_folder.load_classifier(tmp_path / "trained", ["a", "b", "c"])

@@ -177,7 +177,6 @@ def load_classifier(folder: Path, labels: list[str] | None = None):
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
-            "ignore_mismatched_sizes": True,
         }
     return _load("classification", folder, heads)
 
@@ -194,17 +193,23 @@ def load_causal_lm(folder: Path):
 def _load(task: str, folder: Path, options: dict):
     auto_class = _auto_class(task)
     with Loading(f"the model in {folder}"):
-        model, found = auto_class.from_pretrained(folder, output_loading_info=True, **options)
-    _require_weights(model, found, folder)
+        # Held to the configuration below: of a head alone may the shapes differ, and the message names the tensor.
+        model, found = auto_class.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _require_weights(model, found, folder, fresh_head=bool(options))
     return model if getattr(model, "is_quantized", False) else model.float()
 
 
-def _require_weights(model, found: dict, folder: Path) -> None:
-    """Raise InputError where the model below its head was made up, for want of weights or because they do not fit."""
+def _require_weights(model, found: dict, folder: Path, fresh_head: bool) -> None:
+    """Raise InputError where more than a fresh head was made up, for want of weights or because they do not fit."""
     prefix = f"{model.base_model_prefix}."
-    misfits = sorted(entry for entry in found["mismatched_keys"] if entry[0].startswith(prefix))
+    made_up = [name for name in sorted(found["missing_keys"]) if not fresh_head and not name.startswith(prefix)]
+    if made_up:
+        raise InputError(f"the model in {folder} has no tensor {made_up[0]!r}, which its config.json calls for")
+    misfits = [entry for entry in found["mismatched_keys"] if not fresh_head or entry[0].startswith(prefix)]
     if misfits:
-        name, stored, expected = misfits[0]
+        name, stored, expected = min(misfits)
         raise InputError(
             f"tensor {name!r} has shape {tuple(stored)} in {folder} and {tuple(expected)} by its config.json; save the "
             "model again"
