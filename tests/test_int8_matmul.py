@@ -186,6 +186,23 @@ def test_both_cpu_integer_products_are_exact(shape):
     assert torch.equal(integer_product(b.t(), a.t()), exact.t())
 
 
+@pytest.mark.parametrize("shape", [(1, 7, 5), (6, 1, 5), (6, 7, 1), (1, 1, 5), (1, 7, 1), (6, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("strides", ["row", "column", "stepped"])
+def test_integer_products_of_single_rows_and_columns_of_any_strides(shape, strides):
+    """Torch leaves the stride of a dimension of size 1 open: one and the same matrix may come with any."""
+    M, K, N = shape
+
+    def laid_out(rows, columns):
+        if strides == "stepped":
+            return int8(rows, 3 * columns, device="cpu")[:, 1::3]
+        return int8(rows, columns, device="cpu") if strides == "row" else int8(columns, rows, device="cpu").t()
+
+    a, b = laid_out(M, K), laid_out(K, N)
+    exact = (a.double() @ b.double()).to(torch.int32)
+    for first in (a, a.as_strided(a.shape, (0, *a.stride()[1:])) if M == 1 else a):
+        assert torch.equal(integer_product(first, b), exact)
+
+
 def test_opcheck(device):
     a, b = int8(5, 32, device=device), int8(4, 32, device=device)
     a_scale, b_scale = torch.rand(5, 1, device=device), torch.rand(4, 1, device=device)

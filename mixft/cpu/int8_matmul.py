@@ -103,8 +103,17 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32, device="cpu")
     if int_mm_is_fast_and_exact():
-        return torch._int_mm(a, b)
+        return torch._int_mm(_with_row_stride(a), _with_row_stride(b))
     return fp32_integer_product(a, b)
+
+
+def _with_row_stride(matrix: Tensor) -> Tensor:
+    """``matrix`` with a row's length as the stride of its rows, if it is a single row or column.
+
+    Torch leaves the stride of a dimension of size 1 open, and ``torch._int_mm`` hands it to oneDNN, which then returns
+    without a product and without an error (pytorch #195066).
+    """
+    return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1)) if 1 in matrix.shape else matrix
 
 
 def fp32_integer_product(a: Tensor, b: Tensor) -> Tensor:
