@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_within_budget
+from torch.utils.checkpoint import checkpoint
 
 import mixft
 from mixft.nn import QuantLinear
@@ -79,6 +80,24 @@ def test_random_rounding_keeps_the_mean_and_repeats_with_the_seed(device):
     nearest_x = torch.autograd.grad(int8_linear(x, weight), x, grad)[0]
     mean_error = (torch.stack(x_grad).mean(0) - exact_x).norm()
     assert mean_error < 0.6 * (nearest_x - exact_x).norm()
+
+
+def test_random_rounding_leaves_what_is_drawn_after_it_alone_under_checkpointing(native_device):
+    """A reentrant checkpoint computes the forward without gradients first: the dropout has to be the same in both."""
+    layer = QuantLinear(64, 64, mode="train", stochastic=True, shape_gating=False, device=native_device)
+    masks = []
+
+    def block(x):
+        y = layer(x)
+        masks.append(torch.rand_like(y) > 0.5)
+        return y * masks[-1]
+
+    for reentrant in (True, False):
+        masks.clear()
+        x = torch.randn(40, 64, device=native_device, requires_grad=True)
+        checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+        first, again = masks
+        assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

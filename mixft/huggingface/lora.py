@@ -69,6 +69,7 @@ class LoraQuantLinear(Linear):
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         if not (x.dtype == a.dtype == b.dtype and serves_lora(x, layer.weight, layer.weight_scale, layer.bias, a, b)):
             return super().forward(x)
+        layer.guard.starts_forward()
         operands = x, layer.weight, layer.weight_scale, layer.bias
         out = lora_int8_linear(*operands, a, b, self.scaling[adapter], backward=layer.backward)
         layer.watch_gradient(out)

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mixft.ops.int8_input_gradient import FrozenBackward, check_frozen_backward
 
-from .noise_guard import NoiseGuard
+from .noise_guard import NoiseGuard, observed
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,5 @@ class FrozenTraining:
 
     def watch(self, output: Tensor, weight_scale: Tensor) -> None:
         """Count a training pass, and measure the gradient of ``output`` [..., N] now and then."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-            return
-        if self.guard.starts_pass():
+        if not observed() and self.guard.ends_pass(output):
             self.guard.measure_gradient(output, weight_scale)

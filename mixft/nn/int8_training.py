@@ -11,7 +11,7 @@ from mixft.ops.int8_linear import Backward, check_backward
 from mixft.ops.validation import FLOATS
 
 from .int8_cache import WeightCache, shared_input
-from .noise_guard import NoiseGuard
+from .noise_guard import NoiseGuard, observed
 
 LEAST_ROWS = 32
 LEAST_PRODUCTS = 2**23
@@ -76,18 +76,18 @@ class Int8Training:
             weight: it as [N, K].
             bias: [N] or None.
         """
+        self.guard.starts_forward()
         options = {"backward": self.backward, "stochastic": self.options.stochastic}
         fits = input.dim() > 0 and input.shape[-1] == weight.shape[1] and input.dtype in FLOATS
         if fits and (self.guard.fallback == "layer" or self._gated(input, weight)):
             return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
-        observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-        if observed or not fits:
+        if not fits or observed():
             return int8_linear(input, weight, bias, **options)
         quantized_x = shared_input.quantized(self, source, input)
         quantized_weight = self.weight_cache.quantized(parameter, weight)
         output = int8_linear(input, weight, bias, **options, quantized_x=quantized_x, quantized_weight=quantized_weight)
-        if output.requires_grad and self.guard.starts_pass():
-            rows = input.reshape(-1, input.shape[-1])
+        if output.requires_grad and self.guard.ends_pass(output):
+            rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
             self.guard.measure(rows, quantized_x, weight, quantized_weight, output, self.backward)
         return output
 

@@ -4,6 +4,9 @@ The measure is the signal-to-quantization-noise ratio of a feature, 10 log10(sum
 of a tensor the median of its features. Not that of the whole tensor: an outlier that takes a row's scale leaves nothing
 of the other features, yet makes up nearly all of the norm; and the optimizer divides each weight's gradient by its own
 size, so that a feature lost in noise trains on noise, however small its share.
+
+Figures are acted on by the first forward after a backward, and by no forward inside of one: what checkpointing computes
+again is then computed as it was at first.
 """
 
 import warnings
@@ -35,6 +38,11 @@ def feature_sqnr(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     return -10 * noise.nanmedian().clamp(min=2.0**-48).log10()
 
 
+def observed() -> bool:
+    """Whether this call is traced, by a compiler or a dispatch mode: nothing is then measured or kept."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class NoiseGuard:
     """Measures the operands of one layer every ``MEASURE_EVERY`` training passes, and says what is to run in floats.
 
@@ -56,16 +64,29 @@ class NoiseGuard:
         self.since: int | None = None
         self.measured: dict[str, Tensor] = {}
         self.read_at = 0
+        self.backward_ran = False  # since the last forward, as far as figures wait to be read
 
     def __getstate__(self):
         return {**self.__dict__, "measured": {}}
 
-    def starts_pass(self) -> bool:
-        """Count one training pass, act on figures that are due, and tell whether this pass is to be measured."""
-        self.passes += 1
-        if self.measured and self.passes >= self.read_at:
+    def starts_forward(self) -> None:
+        """Act on figures that are due, before the layer computes anything."""
+        if not self.measured or observed() or torch._C._current_graph_task_id() != -1:
+            return
+        ran, self.backward_ran = self.backward_ran, False
+        if ran and self.passes + 1 >= self.read_at:
             self._read()
-        return self.minimum is not None and self.fallback != "layer" and self.passes % MEASURE_EVERY == 1
+
+    def ends_pass(self, output: Tensor) -> bool:
+        """Count one training pass, which gave ``output``, and tell whether it is to be measured."""
+        self.passes += 1
+        measures = self.minimum is not None and self.fallback != "layer" and self.passes % MEASURE_EVERY == 1
+        if measures or self.measured:
+            output.register_hook(self._note_backward)
+        return measures
+
+    def _note_backward(self, _: Tensor) -> None:
+        self.backward_ran = True
 
     @torch.no_grad()
     def measure(self, x: Tensor, quantized_x, weight: Tensor, quantized_weight, output: Tensor, backward: str) -> None:
@@ -93,7 +114,7 @@ class NoiseGuard:
 
     @torch.no_grad()
     def _measure_gradient(self, gradient: Tensor, x_scale: Tensor | None, weight_scale: Tensor) -> None:
-        rows = gradient.reshape(-1, gradient.shape[-1])
+        rows = gradient.reshape(gradient.shape[:-1].numel(), gradient.shape[-1])
         sample = slice(None, None, max(1, len(rows) // SAMPLED_ROWS))
         rows = rows[sample].float()
         for_input = rows * weight_scale.view(-1)
@@ -112,11 +133,12 @@ class NoiseGuard:
         fallback = "layer" if low.keys() - {"gradient"} else "gradients" if low else self.fallback
         if fallback == self.fallback:
             return
-        self.fallback, self.since = fallback, self.passes - 1
+        self.fallback, self.since = fallback, self.passes
         reason = ", ".join(f"{kind} {ratio:.1f} dB" for kind, ratio in low.items())
+        what = "products" if fallback == "layer" else "gradients"
         layer = f"layer {self.name!r}" if self.name else "a QuantLinear"
         warnings.warn(
-            f"{layer}: signal to quantization noise below {self.minimum:g} dB ({reason}); its "
-            f"{'products' if fallback == 'layer' else 'gradients'} run in floats from training pass {self.passes} on",
+            f"{layer}: signal to quantization noise below {self.minimum:g} dB ({reason}); its {what} run in floats "
+            f"from training pass {self.passes + 1} on",
             stacklevel=2,
         )

@@ -244,7 +244,8 @@ def int8_linear(
         else check_quantized("quantized_weight", quantized_weight, weight)
     )
     seed = None
-    if stochastic and backward != "16bit" and torch.is_grad_enabled():
+    # Without gradients too: reentrant checkpointing computes the forward so at first, and draws the same once more.
+    if stochastic and backward != "16bit":
         seed = torch.randint(LARGEST_SEED, (), device=x.device)
     observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     observed = observed or torch._C._are_functorch_transforms_active()
