@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -64,6 +66,19 @@ def test_loading_with_a_configuration_is_loading_and_then_quantizing(saved, nati
     assert all(layer.mode == mode for layer in int8_layers(model).values())
     assert not any(module.training for module in model.modules())
     assert torch.equal(logits(model), logits(reference.to(native_device)))
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic", "train"])
+def test_a_tied_head_of_another_name_stays_tied(tmp_path, mode):
+    """RoBERTa's is ``lm_head.decoder``, and its weight is tied only after the layers were chosen."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaForMaskedLM(RobertaConfig(vocab_size=150, max_position_embeddings=32, **sizes)).save_pretrained(tmp_path)
+    model = RobertaForMaskedLM.from_pretrained(tmp_path, quantization_config=mixft.Int8Config(mode))
+    assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
+    reference = RobertaForMaskedLM.from_pretrained(tmp_path)
+    report = mixft.quantize_(reference, mode)
+    assert list(int8_layers(model)) == [layer.name for layer in report.quantized]
+    assert torch.equal(logits(model), logits(reference))
 
 
 @pytest.mark.parametrize("mode", ["weight_only", "dynamic", "train"])

@@ -15,7 +15,7 @@ from mixft.ops import dynamic_int8_linear, int8_linear, quantize
 
 # 16-bit operands make exact ties, where x / scale and x * (1 / scale) may round apart: one step of 1/127 in a sum.
 FLIP = {torch.float32: 2**-12, torch.bfloat16: 2**-7, torch.float16: 2**-7}
-SHAPES = [(1, 16, 8), (17, 66, 33), (40, 130, 70), (0, 8, 4)]
+SHAPES = [(1, 16, 8), (17, 66, 33), (40, 130, 70), (5, 1, 33), (17, 6, 1), (1, 1, 1), (0, 8, 4)]
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +194,38 @@ def test_inference_layers_under_checkpointing_on_meta_and_by_shape(native_device
         assert layer(x[:0]).shape == (0, 3, 40)
     assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (2, 3, 40)
     assert torch.equal(layer.to(native_device)(x), expected)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 5), (5, 0)])
+def test_layers_without_features(native_device, mode, in_features, out_features):
+    layer = QuantLinear(in_features, out_features, mode=mode, device=native_device)
+    x = torch.randn(2, 3, in_features, device=native_device, requires_grad=True)
+    y = layer(x)
+    assert torch.equal(y, layer.bias.expand(2, 3, out_features))
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 6))
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
+def test_an_input_that_is_no_tensor_is_named(mode):
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor; it is a list"):
+        QuantLinear(4, 4, mode=mode)([1.0, 2.0, 3.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("linear", "mode", "error", "message"),
+    [
+        (torch.nn.Linear(4, 4, dtype=torch.float64), "dynamic", TypeError, "weight of linear .* it is torch.float64"),
+        (torch.nn.Linear(4, 4, dtype=torch.complex64), "train", TypeError, "weight of linear .* it is torch.complex64"),
+        (torch.nn.LazyLinear(4), "train", ValueError, "linear has no weight yet; call it first"),
+        (torch.nn.Linear(4, 4, device="meta"), "dynamic", ValueError, "linear has its weight on the meta device"),
+    ],
+)
+def test_a_linear_that_cannot_be_taken_is_named(linear, mode, error, message):
+    with pytest.raises(error, match=message):
+        QuantLinear.from_linear(linear, mode)
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only", "static"])

@@ -149,6 +149,97 @@ def test_layers_that_cannot_be_quantized_are_left_with_a_reason():
     assert "hooks" in reasons[2]
 
 
+def test_hooks_outlive_another_mode_and_dequantize():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    mixft.quantize_(model, "train")
+    seen = []
+    handle = model[0].register_forward_hook(
+        lambda module, args, kwargs, out: seen.append(type(module)), with_kwargs=True
+    )
+    model[0].register_full_backward_hook(lambda *arguments: seen.append("backward"))
+    (left,) = mixft.quantize_(model, "dynamic").left
+    assert (left.name, left.reason) == ("0", "it has hooks, which a replacement would lose")
+    mixft.dequantize_(model)
+    model(torch.randn(2, 128, requires_grad=True)).sum().backward()
+    assert seen == [nn.Linear, "backward"]
+    handle.remove()
+    model(torch.randn(2, 128))
+    assert len(seen) == 2
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_as_it_is():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    model[0].forward = model[0].forward
+    (left,) = mixft.quantize_(model).left
+    assert (left.name, "its forward was replaced" in left.reason) == ("0", True)
+    model[1].forward = model[1].forward
+    with pytest.raises(ValueError, match="the forward of layer '1' was replaced on the layer itself"):
+        mixft.dequantize_(model)
+    assert isinstance(model[1], QuantLinear)
+
+
+@pytest.fixture
+def without_fast_path():
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def encoder_and_input():
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    return nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(128, 128)).eval(), torch.randn(3, 7, 128)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
+def test_a_transformer_encoder_that_reads_its_weights_computes_nearly_the_same(mode):
+    model, x = encoder_and_input()
+    with torch.no_grad():
+        expected = model(x)
+        report = mixft.quantize_(model, mode)
+        assert (model(x) - expected).norm() < 0.05 * expected.norm()
+    left = {layer.name: layer.reason for layer in report.left}
+    assert ("0.layers.0.linear1" in left) == (mode != "train")
+    assert mode == "train" or "set_fastpath_enabled" in left["0.layers.1.linear2"]
+
+
+def test_a_transformer_encoder_is_taken_where_its_fast_path_is_off(without_fast_path):
+    model, x = encoder_and_input()
+    with torch.no_grad():
+        expected = model(x)
+        quantized = [layer.name for layer in mixft.quantize_(model).quantized]
+        assert (model(x) - expected).norm() < 0.05 * expected.norm()
+    assert quantized == [*(f"0.layers.{block}.linear{part}" for block in (0, 1) for part in (1, 2)), "1"]
+
+
+def test_a_layer_that_waits_for_its_first_input_is_left():
+    model = nn.Sequential(nn.Linear(128, 128), nn.LazyLinear(128))
+    (left,) = mixft.quantize_(model).left
+    assert (left.reason, left.bytes_before) == ("a subclass of nn.Linear, LazyLinear", 0)
+    assert mixft.model_report(model).layers[1].bytes == 0
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-25, 1.0, 1e25, 1e37])
+def test_the_error_of_weights_whose_squares_fp32_does_not_hold(size):
+    """Down to FP32's denormal numbers, of which one near the smallest holds few bits."""
+    model = nn.Sequential(nn.Linear(128, 128))
+    with torch.no_grad():
+        model[0].weight.uniform_(-1, 1)
+        model[0].weight *= size
+    (layer,) = mixft.quantize_(model).quantized
+    weight, found = model[0].dequantized_weight().double(), model[0].to_linear().weight.double()
+    assert torch.equal(weight, found)
+    assert 0.001 < layer.error < 0.01 or size == 1e-40
+
+
+def test_a_row_of_zeros_beside_others_stays_zero():
+    model = nn.Sequential(nn.Linear(128, 128))
+    with torch.no_grad():
+        model[0].weight[3] = 0
+    mixft.quantize_(model)
+    assert not model[0].dequantized_weight()[3].any()
+    assert torch.equal(model(torch.randn(5, 128))[:, 3], model[0].bias[3].expand(5))
+
+
 def test_a_pattern_of_another_type_is_named():
     with pytest.raises(TypeError, match=r"include must be a glob or several; it is \[3\]"):
         mixft.quantize_(Model(), include=[3])

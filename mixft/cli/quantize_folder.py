@@ -9,6 +9,7 @@ new folder has the tensors of the old one under their names, but for each quanti
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +19,11 @@ from mixft.cli.errors import InputError
 from mixft.cli.model_folder import SAFETENSORS
 from mixft.cli.progress import ByteProgress
 from mixft.huggingface import Int8Config
+from mixft.huggingface.quantizer import choose_unread_layers
 from mixft.nn.conv1d import features, is_conv1d
 from mixft.nn.int8_weight import int8_weight_of
-from mixft.nn.quantization import LayerReport, QuantizationReport, choose_layers, why_none
+from mixft.nn.quantization import why_none
+from mixft.nn.quantization_report import LayerReport, QuantizationReport
 from mixft.nn.shards import TensorSet, split, write_shards
 from mixft.nn.tensor_file import Entry
 from mixft.ops.validation import FLOATS
@@ -89,7 +92,7 @@ def plan(folder: Path, mode: str, include: list[str] | None, exclude: list[str] 
     saved = stored_weights.open_weights(folder)
     outline = stored_weights.outline(folder)
     try:
-        reasons = choose_layers(outline, mode, include=include or None, exclude=exclude or None)
+        reasons = choose_unread_layers(outline, mode, include=include or None, exclude=exclude or None)
     except ValueError as error:
         raise InputError(f"--{error}") from error
     chosen = [name for name, reason in reasons.items() if not reason]
@@ -167,12 +170,13 @@ def _quantized(weight: str, layer: str, plan: Plan, errors: dict[str, float]) ->
         values, scale = int8_weight_of(original)
     except ValueError as error:
         raise InputError(f"the weight of layer {layer!r} holds NaN or Inf; repair it or --exclude {layer}") from error
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
     for rows in range(0, len(original), 1024):  # in parts, as FP32 copies of it all would be the largest of the tensors
         part = slice(rows, rows + 1024)
         exact = original[part].float()
-        squares[0] += torch.linalg.vector_norm((values[part] * scale[part]).to(original.dtype).float() - exact) ** 2
-        squares[1] += torch.linalg.vector_norm(exact) ** 2
+        squares[0] += norm((values[part] * scale[part]).to(original.dtype).float() - exact) ** 2
+        squares[1] += norm(exact) ** 2
     errors[layer] = (squares[0] / squares[1]).sqrt().item() if squares[1] > 0 else 0.0
     return {weight: values, _scale(weight): scale}
 

@@ -12,7 +12,8 @@ from transformers.quantizers.base import HfQuantizer
 from mixft.nn import QuantLinear
 from mixft.nn.conv1d import features, is_conv1d
 from mixft.nn.int8_weight import int8_weight_of
-from mixft.nn.quantization import choose_layers, dequantize_, quantize_, replace_modules
+from mixft.nn.quant_linear import Mode
+from mixft.nn.quantization import SHARED, choose_layers, dequantize_, quantize_, replace_modules
 
 from .config import QUANT_METHOD, Int8Config
 from .files import check_files
@@ -61,7 +62,7 @@ class Int8Quantizer(HfQuantizer):
         if self.pre_quantized:
             check_files(kwargs.get("checkpoint_files") or [])
         else:
-            reasons = choose_layers(
+            reasons = choose_unread_layers(
                 model, config.mode, include=config.include, exclude=config.exclude, **config.training
             )
             chosen = [name for name, reason in reasons.items() if not reason]
@@ -131,6 +132,16 @@ class Int8Quantizer(HfQuantizer):
         # A configuration that has been saved holds the name of its dtype.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if dtype is None else model.to(dtype)
+
+
+def choose_unread_layers(model: PreTrainedModel, mode: Mode, **options) -> dict[str, str]:
+    """:func:`mixft.nn.quantization.choose_layers` for a model before its weights are read, and only then tied."""
+    reasons = choose_layers(model, mode, **options)
+    for weight in {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
+        layer = weight.removesuffix(".weight")
+        if reasons.get(layer) == "":
+            reasons[layer] = SHARED
+    return reasons
 
 
 def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:

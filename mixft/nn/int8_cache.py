@@ -87,7 +87,7 @@ class SharedInput(threading.local):
 
     def quantized(self, layer: object, source: Tensor, input: Tensor) -> Quantized:
         """Values and scale of the rows of ``input``, which is ``source`` in the dtype to compute in."""
-        rows = input.reshape(-1, input.shape[-1])
+        rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
         if type(source) is not Tensor or _capturing(source) or source.is_inference():
             return quantized_rows(rows)
         entry = self.entry

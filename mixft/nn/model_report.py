@@ -6,6 +6,7 @@ from torch import nn
 
 from .quant_linear import QuantLinear
 from .quantization import is_linear
+from .quantization_report import bytes_of
 
 KINDS = ("input", "weight", "gradient")
 
@@ -73,7 +74,7 @@ def model_report(model: nn.Module) -> ModelReport:
 
 
 def _describe(name: str, module: nn.Module) -> LayerPrecision:
-    size = sum(tensor.nbytes for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    size = bytes_of(module)
     if not isinstance(module, QuantLinear):
         return LayerPrecision(name, "float", "float", {}, "", None, size)
     guard = module.guard

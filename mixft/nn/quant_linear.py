@@ -5,9 +5,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from mixft.ops.activation import activate, check_activation
 from mixft.ops.outlier_int8_linear import check_threshold
+from mixft.ops.validation import FLOATS, check_dtype
 
 from . import int8_weight
 from .conv1d import features, is_conv1d, make_conv1d
@@ -157,13 +159,19 @@ class QuantLinear(nn.Module):
         the weight is quantized, one symmetric scale a row, and the bias is shared.
 
         Raises:
-            TypeError: ``linear`` is no ``nn.Linear`` and no ``Conv1D``.
-            ValueError: an unknown mode, a threshold or training options that do not fit it, a weight with NaN or Inf.
+            TypeError: ``linear`` is no ``nn.Linear`` and no ``Conv1D``, or its weight is not FP16, BF16 or FP32.
+            ValueError: an unknown mode, a threshold or training options that do not fit it, a weight with NaN or Inf,
+                on the meta device, or of a shape that waits for the first input.
         """
         check_mode(mode)
         transposed = is_conv1d(linear)
         if not isinstance(linear, nn.Linear) and not transposed:
             raise TypeError(f"linear must be a torch.nn.Linear; it is a {type(linear).__name__}")
+        if is_lazy(linear.weight):
+            raise ValueError("linear has no weight yet; call it first, so that it has the shape of its input")
+        check_dtype("the weight of linear", linear.weight, FLOATS)
+        if linear.weight.is_meta and mode != "train":
+            raise ValueError("linear has its weight on the meta device, without values; load one first")
         layer = cls(
             *features(linear),
             linear.bias is not None,
@@ -234,6 +242,8 @@ class QuantLinear(nn.Module):
         return self.weight.t() if self.transposed else self.weight
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a torch.Tensor; it is a {type(input).__name__}")
         source = input
         # torch knows no autocast for the meta device, and raises when asked.
         if input.is_floating_point() and not input.is_meta and torch.is_autocast_enabled(input.device.type):

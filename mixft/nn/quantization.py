@@ -1,7 +1,6 @@
 """Swapping the linear layers of a model for int8 ones, and back."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,6 +13,7 @@ from .frozen_training import FrozenOptions
 from .int8_training import TrainingOptions
 from .linear import Linear
 from .quant_linear import Mode, QuantLinear, check_mode, check_outlier_threshold, training_options
+from .quantization_report import LayerReport, QuantizationReport, bytes_of, relative_error
 
 # A product below this size costs less than quantizing its input.
 SMALLEST_WEIGHT = 128 * 128
@@ -24,57 +24,15 @@ HEAD_NAMES = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+# How the hooks of HOOKS are to be called.
+HOOK_OPTIONS = (
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+    "_is_full_backward_hook",
+)
 
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one linear layer.
-
-    Attributes:
-        name: the module's qualified name.
-        reason: why the layer was left as it was; empty for a layer that was quantized.
-        bytes_before: of its parameters.
-        bytes_after: of its parameters and buffers.
-        error: ||Q(w) - w|| / ||w|| of its weight, 0 for a layer that was left.
-    """
-
-    name: str
-    reason: str
-    bytes_before: int
-    bytes_after: int
-    error: float
-
-    @property
-    def quantized(self) -> bool:
-        return not self.reason
-
-
-@dataclass(frozen=True)
-class QuantizationReport:
-    """What :func:`quantize_` did; ``print`` shows it as a table."""
-
-    mode: str
-    layers: list[LayerReport] = field(default_factory=list)
-
-    @property
-    def quantized(self) -> list[LayerReport]:
-        return [layer for layer in self.layers if layer.quantized]
-
-    @property
-    def left(self) -> list[LayerReport]:
-        return [layer for layer in self.layers if not layer.quantized]
-
-    def __str__(self) -> str:
-        width = max((len(layer.name) for layer in self.layers), default=4)
-        lines = [f"{'layer':{width}}  {'bytes before':>12}  {'after':>12}  weight error"]
-        for layer in self.layers:
-            last = f"{layer.error:.2%}" if layer.quantized else f"left: {layer.reason}"
-            lines.append(f"{layer.name:{width}}  {layer.bytes_before:12,}  {layer.bytes_after:12,}  {last}")
-        before = sum(layer.bytes_before for layer in self.layers)
-        after = sum(layer.bytes_after for layer in self.layers)
-        lines.append(
-            f"{len(self.quantized)} of {len(self.layers)} layers in mode {self.mode!r}: {before:,} -> {after:,}"
-        )
-        return "\n".join(lines)
+SHARED = "its weight is shared with another module"
 
 
 def quantize_(
@@ -91,8 +49,14 @@ def quantize_(
 
     Left alone, with the reason in the report: output heads (by name: lm_head, classifier, score, qa_outputs,
     embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower,
-    layers with hooks, and subclasses of ``nn.Linear``, whose own code may read the weight. ``include`` names layers
-    that are to be quantized although they are heads or small.
+    layers with hooks or a ``forward`` of their own, and subclasses of ``nn.Linear``, whose own code may read the
+    weight; so does ``nn.TransformerEncoderLayer``, whose layers are taken in the modes that keep int8 weights only
+    after ``torch.backends.mha.set_fastpath_enabled(False)``. ``include`` names layers that are to be quantized although
+    they are heads or small. Code that reads ``layer.weight`` itself is not seen: name its layers in ``exclude``.
+
+    In mode "train" the parameters stay the model's own, and an optimizer that holds them goes on. In the other modes a
+    quantized weight is no parameter any more: an optimizer built before still holds the old one, and its steps change
+    nothing in the model; build it after.
 
     Args:
         model: changed in place. A layer in ``train`` mode may be quantized again into another mode.
@@ -188,25 +152,37 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether ``forward`` was replaced on this very module, as Accelerate does to move what it is given."""
+    return "forward" in vars(module)
+
+
 def dequantize_(model: nn.Module) -> list[str]:
     """Replace every :class:`mixft.nn.QuantLinear` of ``model`` by a plain ``nn.Linear``, in place.
 
     Weights kept in int8 come back in the dtype that they came from. A layer with a fused activation becomes a
     :class:`mixft.nn.Linear` with that activation, and one that was a ``Conv1D`` a ``Conv1D``: the state dict has the
-    names and shapes that it had before :func:`quantize_`.
+    names and shapes that it had before :func:`quantize_`. Hooks go along.
 
     Returns:
         The names of the layers replaced.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``model`` is itself a QuantLinear, which cannot be replaced in place.
+        ValueError: ``model`` is itself a QuantLinear, which cannot be replaced in place, or the ``forward`` of a layer
+            was replaced on the layer itself. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
     if isinstance(model, QuantLinear):
         raise ValueError("model is itself a QuantLinear, which cannot be replaced in place; use its to_linear()")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    for name, layer in layers.items():
+        if has_own_forward(layer):
+            raise ValueError(
+                f"the forward of layer {name!r} was replaced on the layer itself, which dequantize_ would lose; undo "
+                "that first, after Accelerate with accelerate.hooks.remove_hook_from_module"
+            )
     replace_modules(model, {layer: layer.to_linear() for layer in layers.values()})
     return list(layers)
 
@@ -231,19 +207,25 @@ def _reason_to_leave(
     if isinstance(module, QuantLinear):
         if module.mode == mode and (mode != "train" or module.int8_training.options == options):
             return f"already in mode {mode!r}"
-        return "" if module.mode == "train" else f"its weight is int8 ({module.mode}); dequantize_ the model first"
-    if type(module) not in (nn.Linear, Linear) and not is_conv1d(module):
+        if module.mode != "train":
+            return f"its weight is int8 ({module.mode}); dequantize_ the model first"
+    elif type(module) not in (nn.Linear, Linear) and not is_conv1d(module):
         return f"a subclass of nn.Linear, {type(module).__name__}"
     if module.weight.dtype not in FLOATS:
         return f"its weight is {module.weight.dtype}"
     if any(getattr(module, hooks) for hooks in HOOKS):
         return "it has hooks, which a replacement would lose"
+    if has_own_forward(module):
+        return "its forward was replaced on the layer itself, which a replacement would lose"
     owners = sum(
         1 for other in model.modules() for parameter in other.parameters(recurse=False) if parameter is module.weight
     )
     if owners > 1:
-        return "its weight is shared with another module"
-    if explicit:
+        return SHARED
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if mode != "train" and isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return "nn.TransformerEncoderLayer reads its weight, but for torch.backends.mha.set_fastpath_enabled(False)"
+    if explicit or isinstance(module, QuantLinear):
         return ""
     if name.rsplit(".", 1)[-1] in HEAD_NAMES:
         return "an output head"
@@ -262,7 +244,10 @@ def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode, options: 
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its original stands; a module used in several places stays one module."""
+    """Put each replacement wherever its original stands, with its hooks; a module in several places stays one."""
+    for original, replacement in replacements.items():
+        for attribute in (*HOOKS, *HOOK_OPTIONS):
+            setattr(replacement, attribute, getattr(original, attribute))
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:
@@ -270,7 +255,7 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 
 
 def _report(name: str, before: nn.Module, after: QuantLinear | None, reason: str) -> LayerReport:
-    size = _bytes(before)
+    size = bytes_of(before)
     if after is None:
         return LayerReport(name, reason, size, size, 0.0)
     weight = before.weight.detach().float()
@@ -280,11 +265,4 @@ def _report(name: str, before: nn.Module, after: QuantLinear | None, reason: str
         after_weight = QuantLinear.from_linear(after.to_linear(), "dynamic").dequantized_weight()
     else:
         after_weight = after.dequantized_weight()
-    norm = torch.linalg.vector_norm(weight)
-    error = (torch.linalg.vector_norm(after_weight.float() - weight) / norm).item() if norm > 0 else 0.0
-    return LayerReport(name, "", size, _bytes(after), error)
-
-
-def _bytes(module: nn.Module) -> int:
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return LayerReport(name, "", size, bytes_of(after), relative_error(after_weight.float(), weight))
