@@ -163,3 +163,26 @@ def test_what_waits_is_seen(capture):
     many = torch.ones(3, device="cuda")
     with pytest.raises(AssertionError, match="masked_select"), RefuseSync():
         torch.masked_select(many, many > 0)
+
+
+def test_what_every_replay_would_begin_anew_is_refused(capture):
+    params = parameters("cuda", torch.float16)
+    optimizer = mixft.optim.AdamW(params)
+    give_gradients(params)
+    optimizer.step()
+    scaler = LossScaler(device="cuda")
+    capture["on"] = True
+    with pytest.raises(RuntimeError, match="this scaler has no scale yet"):
+        scaler.scale(torch.ones((), device="cuda"))
+    capture["on"] = False
+    scaler.scale(torch.ones((), device="cuda"))
+    capture["on"] = True
+    with pytest.raises(RuntimeError, match="take one step like it before the capture"):
+        scaler.step(optimizer)
+    capture["on"] = False
+    scaler.update(1.0)
+    one_step(scaler, optimizer, params)
+    optimizer.zero_grad()
+    capture["on"] = True
+    with pytest.raises(RuntimeError, match="other parameters have a gradient than at the scaler's last step"):
+        one_step(scaler, optimizer, params[::2])

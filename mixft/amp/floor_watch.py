@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixft.ops.capture import capturing
+
 from .overflow import OverflowRing, nonzero
 
 # Parameters that the warning names.
@@ -36,7 +38,7 @@ class FloorWatch:
             floor_steps: 0-d int64, iterations at the floor in a row.
             rings: the overflow steps of every optimizer.
         """
-        if self._warned or (floor_steps.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._warned or capturing(floor_steps.device):
             return
         self._iterations += 1
         if self._copy is None and self._iterations % self.patience == 0:

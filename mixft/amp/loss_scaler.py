@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
+from mixft.ops.capture import capturing
+
 from .floor_watch import FloorWatch
 from .gradients import find_overflows, has_gradient, unscale_gradients
 from .main_grads import MainGrads, rescaled_with
@@ -45,6 +47,8 @@ class LossScaler(torch.amp.GradScaler):
       restored: when the scale grows, or with ``consecutive_hysteresis`` at every finite step. These are the rules of
       Megatron-LM's and DeepSpeed's scalers.
     - ``dynamic=False`` keeps the scale as it is; steps that overflow are still skipped.
+    - With an optimizer of mixft's, ``scale``, ``step`` and ``update`` can be captured in a CUDA graph, once one step
+      before has made what they keep on the device; RuntimeError where that has not been.
 
     Args:
         init_scale: the first scale. A loss in FP16 itself needs one below 65504, FP16's largest number, which the
@@ -273,6 +277,12 @@ class LossScaler(torch.amp.GradScaler):
         return {"dynamic": self._dynamic, "patience": self._patience} | asdict(self._rule)
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
+        # Of a device type only, where a scaler is started without a loss.
+        if capturing(torch.device(dev)):
+            raise RuntimeError(
+                "this scaler has no scale yet, and every replay of this CUDA graph would begin with its first; take "
+                "one step before the capture"
+            )
         super()._lazy_init_scale_growth_tracker(dev)
         self._counters.place(dev)
 

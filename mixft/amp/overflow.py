@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixft.ops.capture import capturing
+
 # Overflow steps that are remembered.
 KEPT = 16
 
@@ -34,6 +36,7 @@ class OverflowRing:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._refuse_capture(device)
         self._learn(optimizer)
         self._clear(device)
 
@@ -46,10 +49,14 @@ class OverflowRing:
             counted: what was found in the gradients, on any devices.
             overflowed: 0-d bool, whether the step was skipped.
             iteration: 0-d int64, the number of the current iteration.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured and other parameters have a gradient than at the last step.
         """
         params = list(map(id, chain.from_iterable(listed for listed, _ in counted)))
         device = self._counts.device
         if params != self._params and not self._positions.keys() >= set(params):
+            self._refuse_capture(device)
             known = self._params
             self._learn(optimizer)
             if self._params[: len(known)] == known:
@@ -89,8 +96,17 @@ class OverflowRing:
         self._positions = {param: position for position, param in enumerate(self._params)}
         self._last_columns: tuple[list[int], Tensor] | None = None
 
+    @staticmethod
+    def _refuse_capture(device: torch.device) -> None:
+        if capturing(device):
+            raise RuntimeError(
+                "other parameters have a gradient than at the scaler's last step, and every replay of this CUDA graph "
+                "would begin the record of their overflows anew; take one step like it before the capture"
+            )
+
     def _columns(self, params: list[int]) -> Tensor:
         if self._last_columns is None or self._last_columns[0] != params:
+            self._refuse_capture(self._counts.device)
             positions = torch.tensor([self._positions[param] for param in params], dtype=torch.int64)
             device = self._counts.device
             on_device = positions.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else positions

@@ -99,9 +99,9 @@ class AdamW(Adam):
       (which refuses FP16 gradients): the scale is taken out inside the step, in FP32, and ``.grad`` keeps it.
 
     Arithmetic is FP32. The step never waits for the device and can be captured in a CUDA graph, once one step before
-    has made the state (with a tensor as ``lr`` where it is to change between replays), so there is no ``capturable``,
-    ``fused`` or ``foreach``; ``last_found_inf`` and ``last_grad_norm`` are 0-d tensors to be read when
-    convenient. Under ``torch.compile`` the step runs as it is, between two graphs.
+    has made the state (with ``lr`` a tensor on the parameters' device where it is to change between replays), so there
+    is no ``capturable``, ``fused`` or ``foreach``; ``last_found_inf`` and ``last_grad_norm`` are 0-d tensors to be read
+    when convenient. Under ``torch.compile`` the step runs as it is, between two graphs.
 
     Args:
         params: parameters, named parameters or groups of them, of any shapes and strides.

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from mixft.ops.capture import capturing
 from mixft.ops.optimizer_step import advance_
 
 from .hyperparameters import check_precision, loaded_group
-from .members import GradientOf, Members, arrange, capturing, check_gradients, check_parameters, signature
+from .members import GradientOf, Members, arrange, check_gradients, check_parameters, signature
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state

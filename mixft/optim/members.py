@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixft.ops.capture import capturing
 from mixft.ops.validation import FLOATS
 
 from .state import lay_steps_side_by_side
@@ -99,11 +100,6 @@ def arrange(
     return [
         Members(group, _lists(together, kept, state, storage, names, restarts)) for (_, kept), together in alike.items()
     ]
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is being captured in a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _lists(
