@@ -141,3 +141,36 @@ def test_a_tokenizer_without_an_unknown_token_knows_all(gpt2):
     tokenizer.unk_token = None
     assert tokenizer.unk_token_id is None
     assert check_tokens(tokenizer, "train.txt", ["fog petit"], special=False) == 0.0
+
+
+def test_tokens_that_the_model_lacks_are_refused_and_words_that_no_text_has_are_not(tmp_path, capsys):
+    folder = save_tiny_bert(tmp_path / "model")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    (folder / "vocab.txt").write_text((folder / "vocab.txt").read_text() + "\nnew")
+    tokenizer = load_tokenizer(folder)
+    assert check_tokens(tokenizer, "train.csv", ["film", "plot"], special=True, vocabulary=size) == 0.0
+    with pytest.raises(InputError, match=f"^train.csv: .* token number {size}, .* vocab_size {size};"):
+        check_tokens(tokenizer, "train.csv", ["film", "new plot"], special=True, vocabulary=size)
+    train = write_csv(tmp_path / "train.csv", [*rows(20), ("a new film", "nein")])
+    arguments = ["finetune", "--model", folder, "--train", train, "--output", tmp_path / "out"]
+    assert main([str(argument) for argument in arguments]) == 2
+    assert f"token number {size}," in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("special", "token", "word"),
+    [
+        (True, "sep_token", "[SEP]"),
+        (True, "pad_token", "film"),
+        (False, "pad_token", "fog"),
+        (False, "eos_token", "fog"),
+    ],
+)
+def test_tokens_that_are_added_count(gpt2, tmp_path, special, token, word):
+    tokenizer = load_tokenizer(save_tiny_bert(tmp_path / "model") if special else gpt2)
+    setattr(tokenizer, token, word)
+    number = getattr(tokenizer, f"{token}_id")
+    check_tokens(tokenizer, "train.csv", [], special=special, vocabulary=number + 1)
+    with pytest.raises(InputError, match=f"token number {number},"):
+        check_tokens(tokenizer, "train.csv", [], special=special, vocabulary=number)

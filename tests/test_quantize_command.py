@@ -271,6 +271,14 @@ def test_a_bad_source_is_named_and_leaves_no_trace(llama, tmp_path, capsys, dama
     assert sorted(os.listdir(tmp_path)) == ["model", "out"]
 
 
+def test_weights_that_may_not_be_read(llama, tmp_path, capsys, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("mixft.cli.stored_weights.open_tensors", denied)
+    refused(capsys, [llama, tmp_path / "out"], str(llama), "Permission denied")
+
+
 def test_the_output_folder(llama, tmp_path, capsys):
     refused(capsys, [llama, llama], "lie in one another")
     refused(capsys, [llama, llama / "int8"], "lie in one another")

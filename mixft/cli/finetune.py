@@ -134,7 +134,7 @@ def finetune(
     )
     trained = TASKS[task](recipe, data)
     for file, texts in trained.texts().items():
-        unknown = check_tokens(tokenizer, file, texts, trained.special_tokens)
+        unknown = check_tokens(tokenizer, file, texts, trained.special_tokens, model_folder.vocabulary(source))
         require_known(unknown, tokenizer, file, source)
     jobs = [Job(recipe, name, seed, str(output / f"{name}-seed{seed}")) for seed in seed_list for name in precisions]
     inputs = [source, *(Path(file) for file in (train, eval) if file not in (None, dataset.MOVIE_REVIEWS))]

@@ -143,6 +143,11 @@ def load_config(folder: Path, task: str = "classification"):
     return config
 
 
+def vocabulary(folder: Path) -> int | None:
+    """Tokens that the folder's model has; None for one of a kind that does not count them."""
+    return getattr(load_any_config(folder), "vocab_size", None)
+
+
 def longest_input(tokenizer, config) -> int:
     """Tokens that the model takes at most; ``UNLIMITED`` where nothing sets a limit."""
     positions = getattr(config, "max_position_embeddings", None)

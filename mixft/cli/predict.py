@@ -38,7 +38,9 @@ def predict(
     from mixft.cli.device import choose_device
 
     saved = saved_model.load(folder, choose_device(device))
-    unknown = check_tokens(saved.tokenizer, "SENTENCE...", sentences, special=saved.task == "classification")
+    vocabulary = model_folder.vocabulary(folder)
+    special = saved.task == "classification"
+    unknown = check_tokens(saved.tokenizer, "SENTENCE...", sentences, special, vocabulary)
     warn_of_unknown(unknown, saved.tokenizer, "SENTENCE...", folder)
     if saved.task == "causal-lm":
         _go_on(saved, sentences, max_new_tokens or NEW_TOKENS)

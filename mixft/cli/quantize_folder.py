@@ -172,8 +172,8 @@ def _quantized(weight: str, layer: str, plan: Plan, errors: dict[str, float]) ->
         raise InputError(f"the weight of layer {layer!r} holds NaN or Inf; repair it or --exclude {layer}") from error
     norm = partial(torch.linalg.vector_norm, dtype=torch.float64)
     squares = torch.zeros(2, dtype=torch.float64)
-    for rows in range(0, len(original), 1024):  # in parts, as FP32 copies of it all would be the largest of the tensors
-        part = slice(rows, rows + 1024)
+    for rows in range(0, len(original), 256):  # in parts, as FP32 copies of it all would be the largest of the tensors
+        part = slice(rows, rows + 256)
         exact = original[part].float()
         squares[0] += norm((values[part] * scale[part]).to(original.dtype).float() - exact) ** 2
         squares[1] += norm(exact) ** 2

@@ -37,11 +37,11 @@ def open_weights(folder: Path) -> TensorSet:
     """The headers of the folder's safetensors.
 
     Raises:
-        InputError: a file is damaged or missing.
+        InputError: a file is damaged, missing or not for this user to read.
     """
     try:
         return open_tensors(folder / model_folder.SAFETENSORS[0])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"the weights in {folder} do not load: {error}") from error
 
 
