@@ -152,6 +152,32 @@ def test_a_gradient_of_another_shape_is_refused(case):
     assert (param == 1).all()
 
 
+@every_optimizer
+def test_a_rate_of_several_elements_is_refused_before_any_group_is_stepped(case):
+    param, optimizer = stepped(case)
+    other = torch.nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [other]})
+    param.grad, other.grad = torch.ones_like(param), torch.ones(2)
+    optimizer.param_groups[1]["lr"] = torch.ones(2)
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"lr is a tensor of shape \(2,\)"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
+@every_optimizer
+def test_a_gradient_of_negated_numbers_is_refused(case):
+    """No backward gives one; its memory holds the numbers of the other sign."""
+    param, optimizer = stepped(case)
+    param.grad = torch._neg_view(torch.ones_like(param))
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match=r"view of the negative of its numbers.*assign its resolve_neg\(\)"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    param.grad = param.grad.resolve_neg()
+    optimizer.step()
+
+
 @pytest.mark.usefixtures("without_interpreter")
 @every_optimizer
 def test_a_parameter_without_memory_is_refused(case):

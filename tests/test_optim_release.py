@@ -14,6 +14,7 @@ from optimizer_cases import (
     snapshot,
 )
 
+from mixft.amp import GradAccumulator
 from mixft.optim import AdamW, release_gradients
 
 
@@ -122,6 +123,14 @@ def test_what_cannot_hold_is_refused():
     params = parameters("cpu")
     with pytest.raises(ValueError, match=r"max_grad_norm is 1.0; the norm of all gradients"):
         release_gradients(AdamW(params, max_grad_norm=1.0))
+    accumulated = AdamW(params)
+    accumulator = GradAccumulator(accumulated)
+    with pytest.raises(ValueError, match="optimizer has a GradAccumulator"):
+        release_gradients(accumulated)
+    accumulator.remove()
+    with release_gradients(accumulated), pytest.raises(ValueError, match="gradients are released inside backward"):
+        GradAccumulator(accumulated)
+    GradAccumulator(accumulated)
     with pytest.raises(TypeError, match="optimizer is a SGD"):
         release_gradients(torch.optim.SGD(params))
     optimizer = AdamW(params)

@@ -154,3 +154,22 @@ def test_a_view_of_negated_numbers_keeps_its_sign(device):
     expected, expected_scale, _ = mixft.ops.quantize(x.resolve_neg())
     assert torch.equal(values, expected)
     assert torch.equal(scale, expected_scale)
+
+
+def test_gradients_of_negated_numbers_behind_others_keep_their_sign(device):
+    grads = [torch.ones(3, device=device), torch._neg_view(torch.tensor([1.0, 2.0, -torch.inf], device=device))]
+    buffers = [torch.zeros(3, device=device) for _ in grads]
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    found_inf = torch.zeros((), device=device)
+    mixft.ops.accumulate_(grads, buffers, found_inf=found_inf, nonfinite=counts, clear=True)
+    assert buffers[1].tolist() == [-1.0, -2.0, torch.inf]
+    assert counts.tolist() == [0, 1]
+    assert not any(map(torch.any, grads))
+    grads = [torch.ones(3, device=device), torch._neg_view(torch.full((3,), 3.0, device=device))]
+    mixft.ops.unscale_(grads, torch.full((), 0.5, device=device), found_inf)
+    assert [grad.tolist() for grad in grads] == [[0.5] * 3, [-1.5] * 3]
+    params = [torch.zeros(2, device=device) for _ in range(2)]
+    given = [torch.ones(2, device=device), torch._neg_view(torch.ones(2, device=device))]
+    steps = [torch.zeros((), device=device) for _ in range(2)]
+    mixft.ops.sgd_(params, given, [], [], steps, lr=torch.ones((), device=device))
+    assert params[1].tolist() == [1.0, 1.0]

@@ -53,8 +53,8 @@ class GradAccumulator:
     Raises:
         TypeError: ``scaler`` is no LossScaler, ``optimizer_or_params`` is a module, a parameter is not a dense FP16,
             BF16 or FP32 tensor, or its ``main_grad`` not FP32.
-        ValueError: there are no parameters, the optimizer has an accumulator already, or a ``main_grad`` has gaps or
-            another shape or device than its parameter.
+        ValueError: there are no parameters, the optimizer has an accumulator already or releases its gradients, or a
+            ``main_grad`` has gaps or another shape or device than its parameter.
     """
 
     def __init__(
@@ -76,6 +76,11 @@ class GradAccumulator:
             )
         if self._optimizer is None:
             self._extend(list(optimizer_or_params))
+        elif getattr(self._optimizer, "releases_gradients", False):
+            raise ValueError(
+                "the optimizer's gradients are released inside backward, which steps with each of them and leaves none "
+                "to add up; call remove() of release_gradients' handle first"
+            )
         elif getattr(self._optimizer, "grad_accumulator", None) is not None:
             raise ValueError("the optimizer has a GradAccumulator already; call its remove() first")
         else:

@@ -79,10 +79,10 @@ def add_(
     clear: bool,
 ) -> None:
     """:func:`accumulate_` on arguments that are known to be right."""
-    arranged = grads
-    if not all_contiguous(grads, buffers):
-        arranged = [in_layout_of(buffer, grad) for buffer, grad in zip(buffers, grads, strict=True)]
-    add = without_dispatch(accumulate_gradients_, grads[0])
+    arranged = [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
+    if not all_contiguous(arranged, buffers):
+        arranged = [in_layout_of(buffer, grad) for buffer, grad in zip(buffers, arranged, strict=True)]
+    add = without_dispatch(accumulate_gradients_, arranged[0])
     add(arranged, buffers, inv_scale, found_inf, nonfinite, overwrite, clear)
     if clear:
         for grad, copy in zip(grads, arranged, strict=True):

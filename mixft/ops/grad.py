@@ -47,10 +47,10 @@ def unscale_(grads: Sequence[Tensor], inv_scale: Tensor, found_inf: Tensor, nonf
     check_scalar("found_inf", found_inf, grads[0].device)
     if nonfinite is not None:
         check_counts(nonfinite, len(grads), grads[0].device)
-    if all_contiguous(grads):
+    if all_contiguous(grads) and not any(map(Tensor.is_neg, grads)):
         unscale_gradients_(grads, inv_scale, found_inf, nonfinite)
         return
-    dense = [grad if is_dense(grad) else grad.contiguous() for grad in grads]
+    dense = [(grad if is_dense(grad) else grad.contiguous()).resolve_neg() for grad in grads]
     unscale_gradients_(dense, inv_scale, found_inf, nonfinite)
     for grad, unscaled in zip(grads, dense, strict=True):
         if unscaled is not grad:
@@ -74,7 +74,7 @@ def grad_stats(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         TypeError: a gradient is not FP16, BF16 or FP32.
         ValueError: a gradient is sparse or on another device.
     """
-    grads = checked_gradients(grads)
+    grads = [grad.resolve_neg() for grad in checked_gradients(grads)]
     if not grads:
         return torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.int64)
     if not all_contiguous(grads):

@@ -82,6 +82,7 @@ def check_step(
         ValueError: lists of different lengths, or a tensor of another shape, layout or device than its parameter.
     """
     tensors = {name: list(listed) for name, listed in tensors.items()}
+    tensors["grads"] = [grad.resolve_neg() for grad in tensors["grads"]]
     params = tensors["params"]
     if not params:
         return tensors

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from mixft.ops.capture import capturing
 from mixft.ops.optimizer_step import advance_
 
-from .hyperparameters import check_precision, loaded_group
+from .hyperparameters import check_precision, check_rate_tensor, loaded_group
 from .members import GradientOf, Members, arrange, check_gradients, check_parameters, signature
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
@@ -159,6 +159,8 @@ class MixedPrecisionOptimizer(Optimizer):
 
         Raises:
             TypeError: a gradient is sparse, or of a dtype that is not served.
+            ValueError: a gradient has another shape than its parameter or is a view of negated numbers, or a group's
+                ``lr`` is a tensor of several elements.
             RuntimeError: gradients were released inside backward with a GradScaler's scale still in them; or a CUDA
                 graph is being captured and state would have to be made, which every replay would do again.
         """
@@ -219,6 +221,7 @@ class MixedPrecisionOptimizer(Optimizer):
         """Change parameters and state of ``work``, or nothing where a gradient of any is not finite."""
         grads: dict[torch.device, list[Tensor]] = defaultdict(list)
         params: dict[torch.device, list[Tensor]] = defaultdict(list)
+        rates = [self._learning_rate(members.group, members.device) for members in work]
         listed = [members.gradients(self._gradient_of) for members in work]
         for members, own in zip(work, listed, strict=True):
             grads[members.device] += own
@@ -235,8 +238,7 @@ class MixedPrecisionOptimizer(Optimizer):
         self.last_found_inf = None if scalars.found_inf is None else scalars.found_inf.reshape(())
         self.last_nonfinite = list(zip(params.values(), scalars.nonfinite, strict=True)) if scalars.nonfinite else []
         local = {device: scalars.on(device) for device in grads}
-        for members, own in zip(work, listed, strict=True):
-            lr = self._learning_rate(members.group, members.device)
+        for members, own, lr in zip(work, listed, rates, strict=True):
             rounding = self.stochastic_rounding and not members.tensors["masters"]
             here = local[members.device]
             values = (lr, here.inv_scale, here.clip_coef, here.found_inf, *self.rule(members.group), rounding)
@@ -244,11 +246,13 @@ class MixedPrecisionOptimizer(Optimizer):
 
     def _learning_rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
         rate = group["lr"]
-        if isinstance(rate, Tensor) and (rate.device.type != "cpu" or device.type == "cpu"):
-            return at(rate, device)
-        # A tensor on the host is a number too: copied at every step it would be pageable memory, which a driver may
-        # wait for and a graph cannot take.
-        rate = float(rate)
+        if isinstance(rate, Tensor):
+            check_rate_tensor(rate)
+            if rate.device.type != "cpu" or device.type == "cpu":
+                return at(rate, device)
+            # As a number: copied at every step it would be pageable memory, which a driver may wait for and a graph
+            # cannot take.
+            rate = rate.item()
         if capturing(device):
             # The graph's own: what it writes at every replay is not for the steps that are taken outside of it.
             return torch.full((), rate, dtype=torch.float32, device=device)

@@ -64,7 +64,8 @@ def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
 
     Raises:
         TypeError: ``optimizer`` is not one of mixft's.
-        ValueError: it has ``max_grad_norm``: the norm of all gradients is not known before the last.
+        ValueError: it has ``max_grad_norm``: the norm of all gradients is not known before the last. Or it has a
+            :class:`mixft.amp.GradAccumulator`.
         RuntimeError: its gradients are released already.
     """
     if not isinstance(optimizer, MixedPrecisionOptimizer):
@@ -73,6 +74,11 @@ def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
         raise ValueError(
             f"max_grad_norm is {optimizer.max_grad_norm}; the norm of all gradients is not known before the last, make "
             f"the optimizer without it"
+        )
+    if getattr(optimizer, "grad_accumulator", None) is not None:
+        raise ValueError(
+            "optimizer has a GradAccumulator, for which stepping inside backward would leave nothing to add up; call "
+            "its remove() first"
         )
     if optimizer.releases_gradients:
         raise RuntimeError("the gradients of this optimizer are released already; remove the other handle first")

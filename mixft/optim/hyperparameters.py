@@ -15,10 +15,16 @@ def check_rate(group: dict[str, Any]) -> None:
     """Raise TypeError unless ``lr`` is a number or a tensor, ValueError unless it is one, and not negative."""
     if not isinstance(group["lr"], (Real, Tensor)):
         raise TypeError(f"lr is {group['lr']!r}; it must be a number or a one-element tensor")
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"lr is a tensor of shape {tuple(group['lr'].shape)}; it must hold one element")
+    if isinstance(group["lr"], Tensor):
+        check_rate_tensor(group["lr"])
     if not group["lr"] >= 0.0:
         raise ValueError(f"lr is {group['lr']}; it must not be negative")
+
+
+def check_rate_tensor(rate: Tensor) -> None:
+    """Raise ValueError unless ``rate`` has one element; its value stays where it is."""
+    if rate.numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(rate.shape)}; it must hold one element")
 
 
 def check_not_negative(group: dict[str, Any], *names: str) -> None:

@@ -61,7 +61,8 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
 
 
 def check_gradients(params: Iterable[Tensor], gradient_of: GradientOf, optimizer: str) -> None:
-    """Raise TypeError for a gradient that no op takes, ValueError for one of another shape than its parameter."""
+    """Raise TypeError for a gradient that no op takes, ValueError for one of another shape than its parameter
+    or a view of negated numbers."""
     for param in params:
         grad = gradient_of(param)
         if grad is None:
@@ -70,6 +71,11 @@ def check_gradients(params: Iterable[Tensor], gradient_of: GradientOf, optimizer
             raise TypeError(
                 f"a gradient of shape {tuple(grad.shape)} is a {grad.layout} tensor of {grad.dtype}; "
                 f"{optimizer} takes dense float32, float16 and bfloat16 gradients"
+            )
+        if grad.is_neg():
+            raise ValueError(
+                f"a gradient of shape {tuple(grad.shape)} is a view of the negative of its numbers, as the imaginary "
+                f"part of a conjugate is; assign its resolve_neg()"
             )
         if grad.shape != param.shape:
             raise ValueError(
@@ -151,7 +157,7 @@ def signature(
         [
             (param.dtype, param.shape, None)
             if (grad := gradient_of(param)) is None
-            else (param.dtype, param.shape, grad.dtype, grad.numel(), grad.layout)
+            else (param.dtype, param.shape, grad.dtype, grad.numel(), grad.layout, grad.is_neg())
             for param in params
         ],
         [param.stride() for param in params] if with_strides else None,
