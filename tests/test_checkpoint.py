@@ -120,6 +120,9 @@ def describe(name, **fields):
         (drop("down.weight_scale"), "has no tensor 'down.weight_scale'"),
         (replace("up.weight", torch.zeros(3, 128, dtype=torch.int8)), r"'up.weight' has shape \(3, 128\)"),
         (replace("up.weight", torch.zeros(160, 128)), "'up.weight' is torch.float32"),
+        (replace("up.weight_scale", torch.ones(160, 1).half()), "'up.weight_scale' is torch.float16"),
+        (replace("up.weight_scale", torch.ones(160, 1).int()), "'up.weight_scale' is torch.int32"),
+        (replace("norm.running_mean", torch.zeros(128).int()), "'norm.running_mean' is torch.int32"),
         (replace("stranger", torch.zeros(1)), "has a tensor 'stranger', which the model lacks"),
         (describe("up", in_features=64), r"layer 'up' is \(in, out, bias\) = \(64, 160, True\)"),
         (describe("middle"), "'middle', where the model has no such module"),
@@ -247,6 +250,17 @@ def refused_unchanged(path, message):
         mixft.load_quantized(target, path)
     assert list(target.modules()) == modules
     assert all(torch.equal(target.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_in_a_dtype_that_int8_layers_lack_is_refused(tmp_path):
+    model = Model()
+    mixft.quantize_(model)
+    mixft.save_quantized(model, tmp_path / "model.safetensors")
+    target = Model().double()
+    modules = list(target.modules())
+    with pytest.raises(ValueError, match=r"layer 'up' is torch\.float64 in the model"):
+        mixft.load_quantized(target, tmp_path / "model.safetensors")
+    assert list(target.modules()) == modules
 
 
 @pytest.mark.parametrize("checksums", ["[]", "{", "{}"])

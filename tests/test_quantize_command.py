@@ -17,6 +17,7 @@ import mixft
 from mixft.cli import main
 from mixft.cli.model_folder import quiet_transformers
 from mixft.cli.new_folder import new_folder
+from mixft.nn import QuantLinear
 
 WIDTH = 128  # the least at which quantize_ takes a layer unasked
 
@@ -344,6 +345,35 @@ def test_from_pretrained_and_predict_take_the_folder_and_finetune_does_not(tmp_p
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "does not have its checksum" in captured.err
+
+
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def roberta_and_input(transformers):
+    """Its output head ``lm_head.decoder`` is tied to the embedding."""
+    config = transformers.RobertaConfig(vocab_size=99, max_position_embeddings=32, **SIZES)
+    return transformers.RobertaForMaskedLM(config), {"input_ids": torch.arange(2, 12)[None]}
+
+
+def vit_and_input(transformers):
+    """transformers calls its layers otherwise in files than in the model."""
+    config = transformers.ViTConfig(image_size=16, patch_size=8, **SIZES)
+    return transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(2, 3, 16, 16)}
+
+
+@pytest.mark.parametrize("make", [roberta_and_input, vit_and_input])
+def test_models_whose_files_name_or_tie_weights_otherwise(tmp_path, make):
+    model, inputs = make(quiet_transformers())
+    model.save_pretrained(tmp_path / "model")
+    assert quantize(tmp_path / "model", tmp_path / "out") == 0
+    importlib.import_module("mixft.huggingface")
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    expected = type(model).from_pretrained(tmp_path / "model")
+    quantized = [layer.name for layer in mixft.quantize_(expected).quantized]
+    assert [name for name, module in loaded.named_modules() if isinstance(module, QuantLinear)] == quantized
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, expected(**inputs).logits)
 
 
 def test_transformers_that_is_too_old_is_named(llama, tmp_path):

@@ -49,6 +49,7 @@ class Plan:
     Attributes:
         folder: the model.
         saved: its tensors.
+        names: what each of them is called in the files, by its name in the model.
         settings: of config.json's ``quantization_config``.
         layers: the tensor that is the weight of each layer to quantize, by the layer's name in the model.
         reasons: why each other linear layer is left.
@@ -57,6 +58,7 @@ class Plan:
 
     folder: Path
     saved: TensorSet
+    names: dict[str, str]
     settings: dict
     layers: dict[str, str]
     reasons: dict[str, str]
@@ -99,16 +101,17 @@ def plan(folder: Path, mode: str, include: list[str] | None, exclude: list[str] 
     if not chosen:
         raise InputError(f"the model in {folder} has no layer to quantize ({why_none(reasons)})")
     prefix = f"{outline.base_model_prefix}."
-    layers = {name: _weight_of(name, outline.get_submodule(name), prefix, saved) for name in chosen}
+    names = stored_weights.names_in_files(saved, outline)
+    layers = {name: _weight_of(name, outline.get_submodule(name), prefix, names, saved) for name in chosen}
     relative = [name.removeprefix(prefix) for name in chosen]
     settings = Int8Config(mode, include or None, exclude or None, relative).to_dict()
     left = {name: reason for name, reason in reasons.items() if reason}
-    return Plan(folder, saved, settings, layers, left, outline)
+    return Plan(folder, saved, names, settings, layers, left, outline)
 
 
-def _weight_of(name: str, layer: torch.nn.Module, prefix: str, saved: TensorSet) -> str:
+def _weight_of(name: str, layer: torch.nn.Module, prefix: str, names: dict[str, str], saved: TensorSet) -> str:
     """The name of the layer's weight in the files."""
-    found = _stored(f"{name}.weight", prefix, saved)
+    found = _stored(f"{name}.weight", prefix, names)
     if found is None:
         raise InputError(
             f"{saved.source} has no tensor {name + '.weight'!r}, which config.json calls for; --exclude {name}"
@@ -121,10 +124,10 @@ def _weight_of(name: str, layer: torch.nn.Module, prefix: str, saved: TensorSet)
     return found
 
 
-def _stored(name: str, prefix: str, saved: TensorSet) -> str | None:
+def _stored(name: str, prefix: str, names: dict[str, str]) -> str | None:
     """The name in the files of the tensor ``name`` of the model: the base model may have been saved without a head."""
     candidates = (name, name.removeprefix(prefix), f"{prefix}{name}")
-    return next((candidate for candidate in candidates if candidate in saved.entries), None)
+    return next((names[candidate] for candidate in candidates if candidate in names), None)
 
 
 def write(plan: Plan, folder: Path, max_shard_size: int) -> QuantizationReport:
@@ -202,7 +205,7 @@ def _report(plan: Plan, errors: dict[str, float]) -> QuantizationReport:
     for name, module in plan.outline.named_modules():
         if name not in plan.layers and name not in plan.reasons:
             continue
-        names = [_stored(f"{name}.{kind}", prefix, plan.saved) for kind, _ in module.named_parameters(recurse=False)]
+        names = [_stored(f"{name}.{kind}", prefix, plan.names) for kind, _ in module.named_parameters(recurse=False)]
         before = {stored: plan.saved.entries[stored].nbytes for stored in names if stored is not None}
         after = sum(before.values())
         if name in plan.layers:

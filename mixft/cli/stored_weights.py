@@ -78,6 +78,23 @@ def is_int8_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and quantization_method(folder) == QUANT_METHOD
 
 
+def names_in_files(saved: TensorSet, model: torch.nn.Module) -> dict[str, str]:
+    """What ``saved`` calls the tensors of ``model``, by the model's own names, which transformers changes in time.
+
+    It renames them as it loads. A tensor that it makes of others has no name here.
+    """
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    renamings = [step for step in mapping if isinstance(step, loading.WeightRenaming)]
+    conversions = [step for step in mapping if isinstance(step, loading.WeightConverter)]
+    names = {}
+    for name in saved.entries:
+        renamed, conversion = loading.rename_source_key(name, renamings, conversions)
+        if conversion is None:
+            names[renamed] = name
+    return names
+
+
 def outline(folder: Path) -> torch.nn.Module:
     """The layers and shapes of the model that was saved in the folder, with no memory behind its weights.
 

@@ -10,10 +10,12 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from mixft.ops.validation import FLOATS
+
 from .conv1d import features, is_conv1d
+from .int8_weight import SCALES
 from .quant_linear import QuantLinear
 from .quantization import is_linear, replace_modules
 from .shards import TensorSet, open_tensors, parse_size, split, write_shards
@@ -163,6 +165,8 @@ def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -
     if found != saved:
         raise ValueError(f"layer {name!r} is (in, out, bias) = {saved} in {path} and {found} in the model")
     dtype = module.weight.dtype if module.weight.is_floating_point() else None
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"layer {name!r} is {dtype} in the model; torch.float32, float16 or bfloat16 would do")
     return QuantLinear(
         fields["in_features"],
         fields["out_features"],
@@ -196,7 +200,9 @@ def _check_fit(expected: dict[str, Tensor], found: dict[str, Entry], path: Path)
             raise ValueError(
                 f"tensor {name!r} has shape {found[name].shape} in {path} and {tuple(tensor.shape)} in the model"
             )
-        if (found[name].dtype == torch.int8) != (tensor.dtype == torch.int8):
+        # A floating-point tensor is cast to the model's dtype, but for scales, which are FP32 in any.
+        floats = found[name].dtype.is_floating_point and tensor.dtype.is_floating_point
+        if found[name].dtype != tensor.dtype and not (floats and name.rpartition(".")[2] not in SCALES):
             raise ValueError(f"tensor {name!r} is {found[name].dtype} in {path} and {tensor.dtype} in the model")
     surplus = sorted(found.keys() - expected.keys())
     if surplus:
