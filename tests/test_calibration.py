@@ -75,6 +75,19 @@ def test_the_three_forms_of_a_batch():
     assert wider.high == 2 * ranges[0].high
 
 
+def test_a_layer_that_is_given_its_input_by_name():
+    class Named(Model):
+        def forward(self, x):
+            return self.second(input=torch.relu(self.first(input=x)))
+
+    x = torch.randn(5, 128)
+    model = Named()
+    mixft.quantize_(model)
+    found = mixft.calibrate(model, [x])
+    assert list(found) == ["first", "second"]
+    assert (found["first"].low, found["first"].high) == (x.min().item(), x.max().item())
+
+
 def test_calibrating_again_replaces_the_scales():
     model = quantized_model()
     mixft.calibrate(model, [torch.randn(5, 128)])

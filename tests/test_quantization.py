@@ -211,6 +211,13 @@ def test_a_transformer_encoder_is_taken_where_its_fast_path_is_off(without_fast_
     assert quantized == [*(f"0.layers.{block}.linear{part}" for block in (0, 1) for part in (1, 2)), "1"]
 
 
+def test_attention_whose_output_layer_was_replaced_computes_the_same():
+    model = nn.Sequential(nn.Linear(128, 128), nn.MultiheadAttention(128, 4))
+    model[1].out_proj = nn.Linear(128, 128)
+    (left,) = mixft.quantize_(model).left
+    assert (left.name, left.reason) == ("1.out_proj", "nn.MultiheadAttention reads its weight")
+
+
 def test_a_layer_that_waits_for_its_first_input_is_left():
     model = nn.Sequential(nn.Linear(128, 128), nn.LazyLinear(128))
     (left,) = mixft.quantize_(model).left

@@ -90,7 +90,8 @@ def _extremes(model: nn.Module, layers: dict[str, QuantLinear], batches: Iterabl
     seen: dict[str, Tensor] = {}
     training = {module: module.training for module in model.modules()}
     hooks = [
-        layer.register_forward_pre_hook(partial(_note, seen, name), prepend=True) for name, layer in layers.items()
+        layer.register_forward_pre_hook(partial(_note, seen, name), prepend=True, with_kwargs=True)
+        for name, layer in layers.items()
     ]
     ran = False
     try:
@@ -117,10 +118,11 @@ def _extremes(model: nn.Module, layers: dict[str, QuantLinear], batches: Iterabl
     return found
 
 
-def _note(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple) -> None:
+def _note(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple, kwargs: dict) -> None:
     """Widen the range of ``name``, kept on the device as (-low, high)."""
-    if args[0].numel() == 0:
+    input = args[0] if args else kwargs["input"]
+    if input.numel() == 0:
         return
-    low, high = torch.aminmax(args[0].float())
+    low, high = torch.aminmax(input.float())
     pair = torch.stack([-low, high])
     seen[name] = torch.maximum(seen[name], pair) if name in seen else pair

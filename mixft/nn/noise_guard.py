@@ -71,7 +71,7 @@ class NoiseGuard:
 
     def starts_forward(self) -> None:
         """Act on figures that are due, before the layer computes anything."""
-        if not self.measured or observed() or torch._C._current_graph_task_id() != -1:
+        if observed() or not self.measured or torch._C._current_graph_task_id() != -1:
             return
         ran, self.backward_ran = self.backward_ran, False
         if ran and self.passes + 1 >= self.read_at:

@@ -223,6 +223,8 @@ def _reason_to_leave(
     if owners > 1:
         return SHARED
     parent = model.get_submodule(name.rpartition(".")[0])
+    if mode != "train" and isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention reads its weight"
     if mode != "train" and isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "nn.TransformerEncoderLayer reads its weight, but for torch.backends.mha.set_fastpath_enabled(False)"
     if explicit or isinstance(module, QuantLinear):
