@@ -110,7 +110,14 @@ def translation_table() -> dict[Callable, Callable]:
             result = op.Add(result, op.Cast(residual, to=float32))
         return op.Cast(result, to=out_dtype), op.CastLike(product, a)
 
+    def quantize(x, symmetric, seed=None, factor=None, propagate=False):
+        raise NotImplementedError(
+            "mixft.ops.quantize has no translation; it is part of a QuantLinear of mode 'train', of which "
+            "mixft.quantize_(model, 'dynamic') makes one for inference"
+        )
+
     return {
+        torch.ops.mixft.quantize.default: quantize,
         torch.ops.mixft.matmul_forward.default: matmul_forward,
         torch.ops.mixft.int8_matmul.default: int8_matmul,
         torch.ops.mixft.dynamic_int8_linear.default: dynamic_int8_linear,

@@ -158,6 +158,12 @@ def test_a_language_model_in_onnxruntime(tmp_path):
     assert (theirs - ours).abs().max() < 0.05 * (ours - exact).abs().max()
 
 
+def test_a_layer_that_trains_is_refused_with_what_to_do(tmp_path):
+    model = QuantLinear(128, 128, mode="train", shape_gating=False)
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"mode 'train', of which mixft\.quantize_"):
+        exported(model, {"input": torch.randn(4, 128)}, None, tmp_path / "model.onnx")
+
+
 def test_without_onnxscript_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"pip install 'mixft\[onnx\]'"):
