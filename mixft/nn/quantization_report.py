@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,5 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Bytes of the module's own parameters and buffers; none of what waits for its first input to have a shape."""
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return sum(tensor.nbytes for tensor in tensors if not is_lazy(tensor))
+    """Bytes of the module's own parameters and buffers, none of those that wait for an input to have a shape."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
