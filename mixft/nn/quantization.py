@@ -51,8 +51,9 @@ def quantize_(
     embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower,
     layers with hooks or a ``forward`` of their own, and subclasses of ``nn.Linear``, whose own code may read the
     weight; so does ``nn.TransformerEncoderLayer``, whose layers are taken in the modes that keep int8 weights only
-    after ``torch.backends.mha.set_fastpath_enabled(False)``. ``include`` names layers that are to be quantized although
-    they are heads or small. Code that reads ``layer.weight`` itself is not seen: name its layers in ``exclude``.
+    after ``torch.backends.mha.set_fastpath_enabled(False)``, which such a model needs wherever it runs. ``include``
+    names layers that are to be quantized although they are heads or small. Code that reads ``layer.weight`` itself is
+    not seen: name its layers in ``exclude``.
 
     In mode "train" the parameters stay the model's own, and an optimizer that holds them goes on. In the other modes a
     quantized weight is no parameter any more: an optimizer built before still holds the old one, and its steps change
@@ -226,7 +227,7 @@ def _reason_to_leave(
     if mode != "train" and isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight"
     if mode != "train" and isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return "nn.TransformerEncoderLayer reads its weight, but for torch.backends.mha.set_fastpath_enabled(False)"
+        return "nn.TransformerEncoderLayer reads its weight, unless torch.backends.mha.set_fastpath_enabled(False)"
     if explicit or isinstance(module, QuantLinear):
         return ""
     if name.rsplit(".", 1)[-1] in HEAD_NAMES:
