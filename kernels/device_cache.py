@@ -78,7 +78,7 @@ def _take(size: int) -> Tensor:
 
 
 def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _stream(device: torch.device) -> int:

@@ -185,6 +185,7 @@ class RefuseSync(TorchDispatchMode):
             raise AssertionError(f"{name} waits for the device")
         found = function(*args, **kwargs)
         if name == "_pin_memory" or kwargs.get("pin_memory"):
+            assert found.device.type == "cpu", "only the host's memory can be pinned"
             self._pinned.append(found)
         if name in ("_to_copy", "copy_"):
             self._check_copy(name, args[1] if name == "copy_" else args[0], found, args[2:], kwargs)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import mixft.optim
 from mixft.amp import GradAccumulator, LossScaler, clip_grad, clip_grad_norm_, grad_norm, gradients
+from mixft.kernels import device_cache
 
 
 class Event:
@@ -31,12 +32,16 @@ def to_device(tensor, *args, device=None, **kwargs):
     return torch.ops.aten._to_copy(tensor, device=device, **kwargs)
 
 
+def pin_memory(tensor):
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, pin_memory=True).copy_(tensor)
+
+
 # Methods of which torch's binding asks for a driver, by what the operators under it do without one.
 TO = torch.Tensor.to
 METHODS = {
     "__invert__": lambda tensor: tensor.bitwise_not(),
     "copy_": lambda tensor, *args, **kwargs: torch.ops.aten.copy_(tensor, *args, **kwargs),
-    "pin_memory": lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor),
+    "pin_memory": pin_memory,
     "to": to_device,
 }
 
@@ -54,7 +59,8 @@ def capture(monkeypatch):
     # A fake tensor is to be taken for what it stands for, not for one of a subclass.
     monkeypatch.setattr(gradients, "Tensor", FakeTensor)
     monkeypatch.setattr(clip_grad, "Tensor", FakeTensor)
-    with FakeTensorMode():
+    # What is made without naming a device would be there too, where it cannot be pinned.
+    with FakeTensorMode(), torch.device("cuda"):
         yield state
 
 
@@ -143,7 +149,7 @@ def test_released_gradients(capture):
 
 def test_a_rate_on_the_host_is_not_copied(capture):
     params = parameters("cuda")
-    optimizer = mixft.optim.SGD(params, lr=torch.tensor(0.1))
+    optimizer = mixft.optim.SGD(params, lr=torch.tensor(0.1, device="cpu"))
     give_gradients(params)
     with RefuseSync(reads=()):
         optimizer.step()
@@ -157,7 +163,7 @@ def test_what_waits_is_seen(capture):
     with pytest.raises(AssertionError, match="from cuda:0 to cpu"), RefuseSync():
         value.cpu()
     with pytest.raises(AssertionError, match="from cpu to cuda:0"), RefuseSync():
-        torch.ones(()).to(value.device)
+        torch.ones((), device="cpu").to(value.device)
     with pytest.raises(AssertionError, match="nonzero waits"), RefuseSync():
         torch.where(torch.ones(3, device="cuda") > 0)
     many = torch.ones(3, device="cuda")
@@ -186,3 +192,7 @@ def test_what_every_replay_would_begin_anew_is_refused(capture):
     capture["on"] = True
     with pytest.raises(RuntimeError, match="other parameters have a gradient than at the scaler's last step"):
         one_step(scaler, optimizer, params[::2])
+
+
+def test_memory_set_aside_for_tables_is_the_host_s(capture):
+    assert device_cache._pinned(16).device == torch.device("cpu")

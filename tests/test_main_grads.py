@@ -174,6 +174,23 @@ def test_without_a_scaler_an_overflow_skips_and_sums_may_be_read_at_any_time(nat
     assert all(map(torch.equal, snapshot(optimizer), before))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_another_default_dtype(native_device, scaled):
+    network = Network(native_device, torch.float32)
+    optimizer = mixft.optim.SGD(network.parameters(), lr=1.0)
+    scaler = LossScaler(device=native_device.type) if scaled else None
+    accumulator = GradAccumulator(optimizer, scaler)
+    loss = network(inputs(native_device, torch.float32)[0]).sum()
+    torch.set_default_dtype(torch.float64)
+    try:
+        (scaler.scale(loss) if scaled else loss).backward()
+        accumulator.accumulate()
+        (scaler.step(optimizer) if scaled else optimizer.step())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.last_found_inf.item() == 0
+
+
 def test_a_weight_that_another_layer_uses_too(native_device):
     """The embedding's part comes as .grad, the layer's in main_grad."""
     layer = Linear(8, 12, False, device=native_device, fuse_wgrad_accumulation=True)

@@ -55,7 +55,9 @@ class FloorWatch:
         if not values.is_cuda:
             self._copy = values
             return
-        self._copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        # Named, as the default device may be the GPU, whose memory cannot be pinned.
+        on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        self._copy = on_host.copy_(values, non_blocking=True)
         self._arrival = torch.cuda.Event()
         # The current device may be another one than the scale's.
         self._arrival.record(torch.cuda.current_stream(values.device))

@@ -102,7 +102,9 @@ class MainGrads:
         for device, positions in by_device.items():
             if device not in found_inf:
                 found_inf[device] = torch.zeros((), dtype=torch.float32, device=device)
-            factor = torch.ones((), device=device) if inv_scale is None else inv_scale.to(device, non_blocking=True)
+            factor = torch.ones((), dtype=torch.float32, device=device)
+            if inv_scale is not None:
+                factor = inv_scale.to(device, non_blocking=True)
             counts = torch.zeros(len(positions), dtype=torch.int64, device=device)
             unscale_([self._buffers[position] for position in positions], factor, found_inf[device], counts)
             self._counts.append((positions, counts))

@@ -42,4 +42,4 @@ def dropout(x: Tensor, p: float) -> Tensor | None:
     observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
     if not plain or observed or torch._C._are_functorch_transforms_active():
         return None
-    return _Dropout.apply(x, dropped, int(torch.randint(LARGEST_SEED, ())))
+    return _Dropout.apply(x, dropped, int(torch.randint(LARGEST_SEED, (), device="cpu")))
