@@ -93,6 +93,11 @@ def test_every_variant_has_a_row_that_fits(real, compiler, capsys):
         kernel, bracket, rest = variant.partition("[")
         assert kernel in rows
         assert not bracket or any(row.startswith(rest[:-1]) for row in rows), variant
+    assert main(["inspect", "--arch", "sm_90"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 120
+    assert "…" not in out
+    assert {"4096^3", "512x4096^2", "138.9", "17.25"} <= set(out.split())
 
 
 @needs_compiler

@@ -22,7 +22,7 @@ regs: a thread, + bytes spilled; smem: bytes of shared memory; occupancy: warps 
 bits: of the widest access; bytes/element: counted in the code, caches too; floor: each operand once; op/B: arithmetic
 per byte that a tile reads; busy: multiprocessors with a tile; us: least time at published figures, not measured yet"""
 SHORT = {"registers": "regs", "shared memory": "smem", "tensor memory": "tmem"}
-LEFT = ("", "occupancy", "instruction")
+LEFT = ("occupancy", "instruction")
 
 
 def print_report(
@@ -82,7 +82,9 @@ def _print_table(
     order = list(dict.fromkeys(kernel_of(row.name) for row in rows))
     rows = sorted(rows, key=lambda row: order.index(kernel_of(row.name)))
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, highlight=False)
-    for column in ("", *columns):
+    # Where there is no room, a name goes on below itself: no figure is cut.
+    table.add_column("", overflow="fold")
+    for column in columns:
         table.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
     kernel = None
     for row in rows:
