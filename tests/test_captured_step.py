@@ -12,7 +12,7 @@ from optimizer_cases import STORAGES, bits, copies, every_optimizer, members, pa
 
 import mixft.optim
 from mixft.amp import GradAccumulator, LossScaler, clip_grad_norm_
-from mixft.kernels import device_cache
+from mixft.kernels import device_cache, multi_tensor
 
 if not HAS_GPU:
     from recorded_graph import Graph
@@ -157,6 +157,29 @@ if not HAS_GPU:
         graph.replay()
         eager.step()
         assert snapshot(optimizer) == snapshot(eager)
+
+    @every_optimizer
+    def test_gradients_that_stay_where_they_are_take_no_copy_to_the_device(case, monkeypatch):
+        tables = []
+        monkeypatch.setattr(multi_tensor, "to_device", lambda host, device: tables.append(host) or host)
+        monkeypatch.setattr(device_cache, "_entries", type(device_cache._entries)())
+        params = parameters("cpu", F16, SHAPES)
+        optimizer = case.ours(params, **case.options, max_grad_norm=1.0)
+        scaler = LossScaler(device="cpu")
+        accumulator = GradAccumulator(optimizer, scaler)
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        made = []
+        for _ in range(3):
+            for _ in range(2):
+                scaler.scale(torch.ones(()))
+                for param in params:
+                    param.grad.add_(1.0)
+                accumulator.accumulate(set_to_none=False)
+            scaler.step(optimizer)
+            scaler.update()
+            made.append(len(tables))
+        assert 0 < made[0] == made[1] == made[2]
 
     def test_steps_between_the_capture_and_its_replays_have_their_own_rate():
         param = torch.nn.Parameter(torch.zeros(3))

@@ -1,5 +1,8 @@
 """``mixft.optim.release_gradients``: parameters stepped inside backward."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from optimizer_cases import (
@@ -108,6 +111,19 @@ def test_tied_parameters_are_stepped_once():
         torch.nn.functional.linear(torch.nn.functional.linear(given, param), param.t()).sum().backward()
     beside.step()
     assert snapshot(optimizer) == snapshot(beside)
+
+
+def test_a_copy_steps_by_its_step_alone():
+    linear = torch.nn.Linear(3, 2)
+    optimizer = AdamW(linear.parameters())
+    with release_gradients(optimizer):
+        for copied in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+            twin, its_optimizer = copied((linear, optimizer))
+            before = snapshot(its_optimizer)
+            twin(torch.ones(3)).sum().backward()
+            assert snapshot(its_optimizer) == before
+            its_optimizer.step()
+            assert snapshot(its_optimizer) != before
 
 
 def test_backward_never_waits(device):

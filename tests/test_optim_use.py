@@ -15,6 +15,7 @@ from optimizer_cases import (
     run_beside,
 )
 from torch._dynamo.testing import CompileCounter
+from torch.optim import lr_scheduler
 
 from mixft.optim import SGD
 
@@ -29,14 +30,28 @@ def assert_same_weights(ours, exact):
         torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-6)
 
 
+SCHEDULES = {
+    "halving": lambda optimizer: lr_scheduler.StepLR(optimizer, 1, 0.5),
+    "warm-up": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2), lr_scheduler.ExponentialLR(optimizer, 0.9)],
+        [2],
+    ),
+    # Moves the first beta, or the momentum, too.
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=6),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)])
 @every_optimizer
-def test_schedulers(device, case, lr):
+def test_schedulers(device, case, lr, schedule):
     params = parameters(device)
     ours = case.ours(params, lr=copy.deepcopy(lr))
     exact = case.reference(copies(params, torch.float64), lr=0.01)
-    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5) for optimizer in (ours, exact)]
-    for _ in range(3):
+    schedules = [schedule(optimizer) for optimizer in (ours, exact)]
+    for _ in range(5):
         run_beside(ours, [exact], 1)
         for schedule in schedules:
             schedule.step()
