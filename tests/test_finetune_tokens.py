@@ -11,7 +11,7 @@ from tiny_causal import documents, save_tiny_causal, write_documents
 
 from mixft.cli import main
 from mixft.cli.errors import InputError
-from mixft.cli.model_folder import load_tokenizer, quiet_transformers
+from mixft.cli.model_folder import load_classifier, load_tokenizer, quiet_transformers
 from mixft.cli.tokens import check_tokens, warn_of_unknown
 
 DROPPED = "\u200b\u2060"  # of no width; BERT's normalizer takes them out, str.strip() does not
@@ -156,6 +156,9 @@ def test_tokens_that_the_model_lacks_are_refused_and_words_that_no_text_has_are_
     assert main([str(argument) for argument in arguments]) == 2
     assert f"token number {size}," in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    load_classifier(folder, ["no", "yes"]).save_pretrained(folder)
+    assert main(["predict", str(folder), "a new film", "--device", "cpu"]) == 2
+    assert f"token number {size}," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
