@@ -62,8 +62,8 @@ MakeRecipe = Callable[[nn.Module], Recipe]
 
 
 def training_step(shape: Shape, precision: str, **options) -> Case:
-    """mixft's recipe ``precision``, "int8" or "fp16", against plain torch, torch's AMP and other packages."""
-    recipes = {"mixft": {"int8": _int8, "fp16": _fp16}[precision], **PEERS}
+    """mixft's recipe ``precision``, "int8", "bf16" or "fp16", against plain torch, torch's AMP and other packages."""
+    recipes = {"mixft": {"int8": _int8, "bf16": _bf16, "fp16": _fp16}[precision], **PEERS}
     if shape.kind == "llama":
         recipes["liger-kernel"] = _liger
     return step_case("training_step", shape, precision, recipes, exact=_plain, memory=True, **options)
@@ -174,6 +174,12 @@ def _int8(model: nn.Module) -> Recipe:
     return Recipe(model, optimizer, autocast=torch.bfloat16 if on_gpu else None, clips=True)
 
 
+def _bf16(model: nn.Module) -> Recipe:
+    parameters = model.bfloat16().parameters()
+    optimizer = mixft.optim.AdamW(parameters, max_grad_norm=MAX_NORM, master_weights="split", **OPTIONS)
+    return Recipe(model, optimizer, clips=True)
+
+
 def _fp16(model: nn.Module) -> Recipe:
     device = next(model.parameters()).device.type
     model = replace_linear(model.half(), mixft.nn.Linear.from_linear, head=True)
@@ -204,9 +210,11 @@ THROUGH_FP32 = "a CPU multiplies FP16 through FP32, and BF16, where it has the i
 CASES = (
     training_step(BERT_SMALL, "int8"),
     training_step(LLAMA_SMALL, "int8", reason_if_slower=SMALL_PRODUCTS),
+    training_step(BERT_SMALL, "bf16"),
+    training_step(LLAMA_SMALL, "bf16"),
     training_step(BERT_SMALL, "fp16", reason_if_slower=THROUGH_FP32),
     training_step(LLAMA_SMALL, "fp16", reason_if_slower=THROUGH_FP32),
     loss_scaling(BERT_SMALL),
     loss_scaling(BERT_BASE),
-    *(training_step(shape, precision) for shape in (BERT_BASE, LLAMA) for precision in ("int8", "fp16")),
+    *(training_step(shape, precision) for shape in (BERT_BASE, LLAMA) for precision in ("int8", "bf16", "fp16")),
 )
