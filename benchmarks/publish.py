@@ -111,17 +111,32 @@ def layers(results: Results) -> str:
         if found is None:
             parts.append(f"{place}: {tables.NOT_MEASURED}.")
             continue
-        plain = {"torch": f"`nn.Linear`, {floats}", "torch AMP": "the same under torch's autocast"}
-        inference = plain | {"torch.ao": "`torch.ao.quantization.quantize_dynamic`"} if kind == "cpu" else plain
-        replaced = '`mixft.quantize_(model, mode="{}")`'
+        model = f"bert-{size}-layers"
+        forward, training, in_bf16 = (
+            f"{step}/{model}-{recipe}"
+            for step, recipe in (("inference_step", "dynamic"), ("training_step", "int8"), ("training_step", "bf16"))
+        )
+        plain, autocast = f"`nn.Linear`, {floats}", "the same under torch's autocast"
         parts += [
             f"{place}, BERT-base with {size} layers and the batch of `mixft bench inference_step*`, a forward pass:",
             tables.whole_model(
-                found, f"inference_step/bert-{size}-layers-dynamic", inference | {"mixft": replaced.format("dynamic")}
+                found,
+                {
+                    (forward, "torch"): plain,
+                    (forward, "torch AMP"): autocast,
+                    (forward, "torch.ao"): "`torch.ao.quantization.quantize_dynamic`",
+                    (forward, "mixft"): '`mixft.quantize_(model, mode="dynamic")`',
+                },
             ),
             "A training step, with clipping and optimizer:",
             tables.whole_model(
-                found, f"training_step/bert-{size}-layers-int8", plain | {"mixft": replaced.format("train")}
+                found,
+                {
+                    (training, "torch"): plain,
+                    (training, "torch AMP"): autocast,
+                    (in_bf16, "mixft"): '`model.bfloat16()`, `mixft.optim.AdamW(..., master_weights="split")`',
+                    (training, "mixft"): '`mixft.quantize_(model, mode="train")`',
+                },
             ),
         ]
     return "\n\n".join(parts)

@@ -164,17 +164,18 @@ def memory_table(recording: dict, family: str) -> str:
     return "\n".join(lines)
 
 
-def whole_model(recording: dict, case: str, names: dict[str, str]) -> str:
-    """A row for each timed provider in ``names``: its time, the speed-up over the first, and the memory it holds."""
-    rows = {row["provider"]: row for row in recording["rows"] if row["case"] == case and row["status"] == "timed"}
-    shown = {name: rows[provider] for provider, name in names.items() if provider in rows}
+def whole_model(recording: dict, names: dict[tuple[str, str], str]) -> str:
+    """A row for each (case, provider) of ``names`` timed beside "torch": time, speed-up over it, and memory held."""
+    rows = {(row["case"], row["provider"]): row for row in recording["rows"] if row["status"] == "timed"}
+    beside = {found: (found[0], "torch") for found in names}
+    shown = {names[found]: (rows[found], rows[base]) for found, base in beside.items() if {found, base} <= rows.keys()}
     if not shown:
         return NOT_MEASURED
-    base = next(iter(shown.values()))["seconds"]
     lines = ["| | ms | speed-up | MiB afterwards |", "|---|---|---|---|"]
-    for name, row in shown.items():
+    for name, (row, base) in shown.items():
         memory = _mebibytes((row["memory"] or {}).get("resident"))
-        lines.append(f"| {name} | {row['seconds'] * 1e3:,.1f} | {base / row['seconds']:.2f}x | {memory} |")
+        speedup = base["seconds"] / row["seconds"]
+        lines.append(f"| {name} | {row['seconds'] * 1e3:,.1f} | {speedup:.2f}x | {memory} |")
     return "\n".join(lines)
 
 

@@ -152,12 +152,19 @@ def test_a_whole_model_is_shown_beside_what_it_was():
     memory = {"parameters": 2**20, "peak": 2**23, "resident": 2**22}
     rows = pair("inference_step/bert-2-layers-dynamic", {"torch": 4.0}, memory=memory)
     rows += [without_time("inference_step/bert-2-layers-dynamic", "torch.ao", "refused", "old")]
+    rows += pair("training_step/bert-2-layers-bf16", {"torch": 3.0}, memory=memory)
+    rows += [row for row in pair("training_step/bert-2-layers-int8", {"torch": 5.0}) if row["provider"] != "torch"]
     shown = publish.layers(Results({"cpu": recording(rows)}))
     assert "| `nn.Linear`, FP32 | 4.0 | 1.00x | 4.0 |" in shown
     assert '| `mixft.quantize_(model, mode="dynamic")` | 1.0 | 4.00x | 4.0 |' in shown
     assert "quantize_dynamic" not in shown
     assert shown.startswith("On a GPU: not measured yet.")
-    assert shown.endswith("clipping and optimizer:\n\nnot measured yet")
+    # Each beside the torch of its own case, and not without one.
+    assert shown.endswith(
+        '|---|---|---|---|\n| `model.bfloat16()`, `mixft.optim.AdamW(..., master_weights="split")` '
+        "| 1.0 | 3.00x | 4.0 |"
+    )
+    assert publish.layers(Results({"cpu": recording(rows[:3])})).endswith("and optimizer:\n\nnot measured yet")
 
 
 def test_two_runs_of_one_commit_show_how_far_ratios_repeat(tmp_path):
