@@ -14,10 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 # Called through ctypes, so they need neither Python's nor torch's headers. OpenMP's functions stay undefined: they
 # are those of the library that torch has loaded, whose threads are shared.
-INSTRUCTION_SETS = {
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
-}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=512"]
+INSTRUCTION_SETS = {"avx2": AVX2, "avx_vnni": [*AVX2, "-mavxvnni"], "avx512_vnni": [*AVX2, *AVX512]}
 COMPILE = ["-std=gnu11", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
 

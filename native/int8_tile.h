@@ -1,12 +1,16 @@
-/* Exact products of int8 rows with a packed int8 weight, a tile at a time, by AVX512-VNNI.
+/* Exact products of int8 rows with a packed int8 weight, a tile at a time.
  *
- * The instruction multiplies four unsigned bytes by four signed ones and adds the products in int32. The weight is the
- * unsigned operand, as w + 128, and the rows q are the signed one:
+ * VNNI multiplies four unsigned bytes by four signed ones and adds the products in int32. The weight is the unsigned
+ * operand, as w + OFFSET, and the rows q are the signed one:
  *
- *     sum_k q w = sum_k q (w + 128) - 128 sum_k q
+ *     sum_k q w = sum_k q (w + OFFSET) - OFFSET sum_k q
  *
- * in arithmetic modulo 2^32, so the result is exact wherever it fits in int32. A packed weight lies in strips of STRIP
- * of its rows; a strip holds QUAD bytes of each of them, then the next QUAD, and zeros beyond the weight's edges.
+ * in arithmetic modulo 2^32, so the result is exact wherever it fits in int32. Without VNNI, AVX2 multiplies pairs of
+ * int16: the rows are kept that wide, the weight is widened as it is read, and there is no offset. (Its products of
+ * bytes would saturate.)
+ *
+ * A packed weight lies in strips of STRIP of its rows; a strip holds DEPTH bytes of each of them, then the next DEPTH,
+ * and anything beyond the weight's edges: the rows are zero there.
  */
 #ifndef MIXFT_INT8_TILE_H
 #define MIXFT_INT8_TILE_H
@@ -16,8 +20,32 @@
 #include <stdint.h>
 #include <string.h>
 
-/* The sums of a tile fill 24 of the 32 registers. */
-enum { TILE_ROWS = 12, STRIP = 32, QUAD = 4, LANES = 16 };
+/* Two vectors of sums a row and two of the weight fill the registers. */
+#ifdef __AVX512VNNI__
+#define TILE_ROWS 12
+enum { LANES = 16 };
+typedef __m512i integers;
+typedef __m512 floats;
+#else
+#define TILE_ROWS 6
+enum { LANES = 8 };
+typedef __m256i integers;
+typedef __m256 floats;
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+enum { DEPTH = 4, OFFSET = 128 };
+typedef int8_t row_value;
+typedef uint32_t depth_bytes;
+#define OFFSETS 0x80808080u
+#else
+enum { DEPTH = 2, OFFSET = 0 };
+typedef int16_t row_value;
+typedef uint16_t depth_bytes;
+#define OFFSETS 0u
+#endif
+
+enum { STRIP = 2 * LANES };
 
 /* Bytes of the weight that stay in a second-level cache while the rows pass by. */
 #define GROUP_BYTES (1 << 18)
@@ -35,62 +63,113 @@ static inline int64_t parts_of(int64_t whole, int64_t part)
 
 static inline int64_t strip_bytes(int64_t inner)
 {
-    return STRIP * QUAD * parts_of(inner, QUAD);
+    return STRIP * DEPTH * parts_of(inner, DEPTH);
 }
 
-/* Adds the products of four bytes in each lane. The compiler's intrinsic makes it copy the sums around. */
-static inline void add_products(__m512i *sum, __m512i weight, __m512i values)
+/* Half a strip at one depth, and one row's values at it for every lane. */
+#ifdef __AVX512VNNI__
+static inline integers weights_at(const uint8_t *strip)
 {
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(weight), "v"(values));
+    return _mm512_loadu_si512(strip);
 }
 
-/* sums [rows, STRIP] of `rows` rows of int8, `stride` bytes apart, with a strip of the weight. */
-static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, const int8_t *values, int64_t stride,
-                                                                const uint8_t *strip, int64_t quads, const int rows)
+static inline integers values_at(const row_value *values)
 {
-    __m512i sum[TILE_ROWS][2];
+    int32_t all;
+    memcpy(&all, values, 4);
+    return _mm512_set1_epi32(all);
+}
+
+static inline void store_integers(int32_t *to, integers from)
+{
+    _mm512_storeu_si512(to, from);
+}
+
+/* The compiler's intrinsic makes it copy the sums around. */
+static inline void add_products(integers *sum, integers weights, integers values)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(weights), "v"(values));
+}
+#else
+static inline integers weights_at(const uint8_t *strip)
+{
+#ifdef __AVXVNNI__
+    return _mm256_loadu_si256((const __m256i *)strip);
+#else
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)strip));
+#endif
+}
+
+static inline integers values_at(const row_value *values)
+{
+    int32_t all;
+    memcpy(&all, values, 4);
+    return _mm256_set1_epi32(all);
+}
+
+static inline void store_integers(int32_t *to, integers from)
+{
+    _mm256_storeu_si256((__m256i *)to, from);
+}
+
+static inline void add_products(integers *sum, integers weights, integers values)
+{
+#ifdef __AVXVNNI__
+    *sum = _mm256_dpbusd_avx_epi32(*sum, weights, values);
+#else
+    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, values));
+#endif
+}
+#endif
+
+/* sums [rows, STRIP] of `rows` rows, `stride` values apart, with a strip of the weight. */
+static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, const row_value *values, int64_t stride,
+                                                                const uint8_t *strip, int64_t steps, const int rows)
+{
+    integers sum[TILE_ROWS][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
-        sum[row][0] = sum[row][1] = _mm512_setzero_si512();
-    for (int64_t quad = 0; quad < quads; quad++) {
-        __m512i left = _mm512_loadu_si512(strip), right = _mm512_loadu_si512(strip + 64);
-        _mm_prefetch(strip + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(strip + AHEAD + 64, _MM_HINT_T0);
+        sum[row][0] = sum[row][1] = (integers){0};
+    for (int64_t step = 0; step < steps; step++) {
+        integers left = weights_at(strip), right = weights_at(strip + LANES * DEPTH);
+        for (int64_t line = 0; line < STRIP * DEPTH; line += 64)
+            _mm_prefetch(strip + AHEAD + line, _MM_HINT_T0);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
-            int32_t four;
-            memcpy(&four, values + row * stride, QUAD);
-            add_products(&sum[row][0], left, _mm512_set1_epi32(four));
-            add_products(&sum[row][1], right, _mm512_set1_epi32(four));
+            integers all = values_at(values + row * stride);
+            add_products(&sum[row][0], left, all);
+            add_products(&sum[row][1], right, all);
         }
-        values += QUAD;
-        strip += STRIP * QUAD;
+        values += DEPTH;
+        strip += STRIP * DEPTH;
     }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
-        _mm512_storeu_si512(sums + row * STRIP, sum[row][0]);
-        _mm512_storeu_si512(sums + row * STRIP + LANES, sum[row][1]);
+        store_integers(sums + row * STRIP, sum[row][0]);
+        store_integers(sums + row * STRIP + LANES, sum[row][1]);
     }
 }
 
 /* multiply_rows for 1 to TILE_ROWS rows, each number of them compiled by itself. */
-static inline void multiply_tile(int32_t *sums, const int8_t *values, int64_t stride, const uint8_t *strip,
+static inline void multiply_tile(int32_t *sums, const row_value *values, int64_t stride, const uint8_t *strip,
                                  int64_t inner, int64_t rows)
 {
-    int64_t quads = parts_of(inner, QUAD);
+    int64_t steps = parts_of(inner, DEPTH);
     switch (rows) {
-    case 1: multiply_rows(sums, values, stride, strip, quads, 1); break;
-    case 2: multiply_rows(sums, values, stride, strip, quads, 2); break;
-    case 3: multiply_rows(sums, values, stride, strip, quads, 3); break;
-    case 4: multiply_rows(sums, values, stride, strip, quads, 4); break;
-    case 5: multiply_rows(sums, values, stride, strip, quads, 5); break;
-    case 6: multiply_rows(sums, values, stride, strip, quads, 6); break;
-    case 7: multiply_rows(sums, values, stride, strip, quads, 7); break;
-    case 8: multiply_rows(sums, values, stride, strip, quads, 8); break;
-    case 9: multiply_rows(sums, values, stride, strip, quads, 9); break;
-    case 10: multiply_rows(sums, values, stride, strip, quads, 10); break;
-    case 11: multiply_rows(sums, values, stride, strip, quads, 11); break;
-    default: multiply_rows(sums, values, stride, strip, quads, 12);
+    case 1: multiply_rows(sums, values, stride, strip, steps, 1); break;
+    case 2: multiply_rows(sums, values, stride, strip, steps, 2); break;
+    case 3: multiply_rows(sums, values, stride, strip, steps, 3); break;
+    case 4: multiply_rows(sums, values, stride, strip, steps, 4); break;
+    case 5: multiply_rows(sums, values, stride, strip, steps, 5); break;
+#if TILE_ROWS > 6
+    case 6: multiply_rows(sums, values, stride, strip, steps, 6); break;
+    case 7: multiply_rows(sums, values, stride, strip, steps, 7); break;
+    case 8: multiply_rows(sums, values, stride, strip, steps, 8); break;
+    case 9: multiply_rows(sums, values, stride, strip, steps, 9); break;
+    case 10: multiply_rows(sums, values, stride, strip, steps, 10); break;
+    case 11: multiply_rows(sums, values, stride, strip, steps, 11); break;
+#endif
+    default: multiply_rows(sums, values, stride, strip, steps, TILE_ROWS);
     }
 }
 

@@ -1,6 +1,7 @@
 """Which of torch's CPU fast paths this processor runs at speed; asked once, at the first call that needs to know."""
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -25,9 +26,19 @@ def has_bf16_dot() -> bool:
 
 @functools.cache
 def has_avx512_vnni() -> bool:
-    """Whether the routines compiled for AVX-512 may multiply int8 with its dot-product instruction."""
+    """Whether torch uses AVX-512 here and the processor has its dot-product instructions for int8."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return wide and _supports("_is_vnni_supported", "_is_avx512_vnni_supported")
+
+
+@functools.cache
+def has_avx_vnni() -> bool:
+    """Whether the processor has those instructions for the narrower registers of AVX2, as laptops do; Linux tells."""
+    try:
+        information = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx_vnni" in information.split()
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .int8_layer import GROUP_BYTES, ROW_BYTES, low_rank, serves, strip_bytes
+from .int8_layer import groups_bytes, low_rank, rows_bytes, serves
 from .int8_matmul import int8_matmul
 from .quantize import quantize
 
@@ -31,9 +31,8 @@ def int8_input_gradient(
     grad, weight, weight_scale = grad.contiguous(), weight.contiguous(), weight_scale.contiguous()
     (M, N), K = grad.shape, weight.shape[1]
     out = torch.empty((M, K), dtype=grad.dtype, device="cpu")
-    rows = -(-M * (N + ROW_BYTES) // 64) * 64
-    groups = torch.get_num_threads() * (GROUP_BYTES + strip_bytes(N))
-    scratch = native.scratch(rows + groups)
+    rows = rows_bytes(M, N)
+    scratch = native.scratch(rows + groups_bytes(N))
     room = scratch.data_ptr()
     compiled(
         *(*native.typed(grad), M, N, K),

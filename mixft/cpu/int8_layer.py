@@ -1,7 +1,7 @@
 """A layer with an int8 weight in one compiled call, from its input in floats to its output.
 
 The weight is packed ahead, and each row of the input is quantized before the product, which is exact in int32: see
-native/int8_linear.c. It takes a processor with AVX512-VNNI.
+native/int8_product.h, which is written for every processor that mixft has compiled routines for.
 """
 
 import functools
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import native
 from .activation import CODES
-from .instruction_set import has_amx, has_avx512_vnni
+from .instruction_set import has_amx
 
 linear = native.Routine(
     "int8_linear",
@@ -22,11 +22,10 @@ linear = native.Routine(
 )
 pack = native.Routine("pack_int8_weight", c_void_p, c_void_p, c_int64, c_int64)
 
-# Rows of the weight in a strip, bytes of a row that lie together in it, and bytes of strips that stay in the cache:
-# native/int8_tile.h.
-STRIP, QUAD, GROUP_BYTES = 32, 4, 1 << 18
+# Bytes of strips that stay in the cache: native/int8_tile.h.
+GROUP_BYTES = 1 << 18
 
-# Bytes beside its quantized values that a row of the input needs.
+# Bytes beside its values that a row of the input needs: native/int8_rows.h.
 ROW_BYTES = 144
 
 # With AMX, oneDNN is faster from so many rows on.
@@ -38,15 +37,32 @@ def serves(rows: int) -> bool:
     return is_exact() and not (rows >= AMX_ROWS and has_amx())
 
 
-def strip_bytes(K: int) -> int:
-    """Bytes of a strip of rows of ``K`` elements."""
-    return STRIP * QUAD * -(-K // QUAD)
+@functools.cache
+def _layout() -> tuple[int, int, int]:
+    """Rows of a weight in a strip, bytes of each that lie together in it, and bytes of a value of the input."""
+    return tuple(map(native.constant, ("int8_strip", "int8_depth", "int8_row_value_bytes")))
+
+
+def strips_bytes(N: int, K: int) -> int:
+    """Bytes of the strips of ``N`` rows of ``K`` elements."""
+    strip, depth, _ = _layout()
+    return -(-N // strip) * strip * depth * -(-K // depth)
+
+
+def rows_bytes(M: int, K: int) -> int:
+    """Bytes of the room for ``M`` rows of ``K`` values, rounded up to a cache line."""
+    return -(-M * (K * _layout()[2] + ROW_BYTES) // 64) * 64
+
+
+def groups_bytes(K: int) -> int:
+    """Bytes of the room in which threads pack a weight whose rows have ``K`` elements, a group of strips each."""
+    return torch.get_num_threads() * (GROUP_BYTES + strips_bytes(1, K))
 
 
 def packed_strips(weight: Tensor) -> Tensor:
     """The packed copy of int8 ``weight`` [N, K], contiguous and not empty."""
     N, K = weight.shape
-    strips = torch.empty(-(-N // STRIP) * strip_bytes(K), dtype=torch.uint8, device="cpu")
+    strips = torch.empty(strips_bytes(N, K), dtype=torch.uint8, device="cpu")
     pack(strips.data_ptr(), native.address(weight), N, K)
     return strips
 
@@ -71,7 +87,7 @@ def int8_layer(
     (M, K), N = x.shape, columns.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.contiguous()
-    room = native.scratch(M * (K + ROW_BYTES))
+    room = native.scratch(rows_bytes(M, K))
     linear(
         *(*native.typed(x), M, K, N),
         *(strips.data_ptr(), native.address(columns), native.address(weight_sum), input_scale, input_zero_point),
@@ -101,5 +117,5 @@ def _matches_exact_products() -> bool:
 
 
 def is_exact() -> bool:
-    """Whether this processor has the instructions, and the first call found the compiled products exact."""
-    return native.available() and has_avx512_vnni() and _matches_exact_products()
+    """Whether there are compiled products here, and the first call found them exact."""
+    return native.available() and _matches_exact_products()

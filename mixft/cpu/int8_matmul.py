@@ -11,6 +11,7 @@ from . import native
 from .activation import ACTIVATIONS, CODES
 from .instruction_set import has_bf16_dot, has_int8_dot
 from .int8_epilogue import finish
+from .int8_layer import groups_bytes, rows_bytes, serves
 from .packed_weight import packed_product, packed_weight
 from .unsigned_rows import unsigned_limbs
 
@@ -29,6 +30,12 @@ few_rows_product = native.Routine(
     *(c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p),
 )
 
+compiled_product = native.Routine(
+    "int8_matmul",
+    *(c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int, c_void_p, c_void_p, c_void_p, c_void_p),
+    *(c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p),
+)
+
 # Elements of a piece of an operand or result: what is made of it on the way stays in the caches.
 PIECE = 1 << 18
 
@@ -45,7 +52,29 @@ def int8_matmul(
     b_sum: Tensor | None = None,
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
+    if a.numel() and b.numel() and prefers_compiled_product(a.shape[0]):
+        return _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
     return finish(integer_product(a, b.t()), a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
+
+
+def _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum) -> Tensor:
+    (M, K), N = a.shape, b.shape[0]
+    by_row = not b.is_contiguous() and b.t().is_contiguous()
+    # One scale for all columns goes with the rows'.
+    if b_scale.stride(0) == 0 or N == 1:
+        a_scale, b_scale = a_scale * b_scale[:1], None
+    parts = [a, b.t() if by_row else b, a_scale, b_scale, a_zero_point, b_sum, bias]
+    # Held until the call returns.
+    a, b, *columns, bias = [None if part is None else part.contiguous() for part in parts]
+    out = torch.empty((M, N), dtype=out_dtype, device="cpu")
+    rows = rows_bytes(M, K)
+    scratch = native.scratch(rows + groups_bytes(K))
+    room = scratch.data_ptr()
+    compiled_product(
+        *(native.address(a), M, K, N, native.address(b), by_row, *map(native.address, columns)),
+        *(*native.typed(bias), CODES[activation], *native.typed(out), room + rows, room),
+    )
+    return out
 
 
 def weight_only_matmul(
@@ -123,6 +152,11 @@ def fp32_integer_product(a: Tensor, b: Tensor) -> Tensor:
         stop = start + EXACT_FP32_K
         total += torch.mm(a[:, start:stop].float(), b[start:stop].float()).to(torch.int32)
     return total
+
+
+def prefers_compiled_product(rows: int) -> bool:
+    """Whether the compiled product is to serve ``rows`` rows."""
+    return serves(rows)
 
 
 @functools.cache

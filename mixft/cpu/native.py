@@ -1,7 +1,8 @@
 """The compiled CPU routines of native/: one pass over memory where torch's operators take several.
 
-They are built at installation by a C compiler, for x86-64 on Linux, once for AVX2 and once for AVX-512, and use the
-OpenMP threads of torch. Without them, torch's operators serve. ``MIXFT_NATIVE=0`` does without them on purpose.
+They are built at installation by a C compiler, for x86-64 on Linux, once for each of ``LIBRARIES``, and use the OpenMP
+threads of torch. Without them, torch's operators serve. ``MIXFT_NATIVE=0`` does without them on purpose;
+``MIXFT_NATIVE=avx2`` and its like takes that one.
 """
 
 import ctypes
@@ -18,12 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .instruction_set import has_avx512_vnni, has_avx_vnni
+
 # The codes of native/floats.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# The compiled library for what torch.backends.cpu.get_cpu_capability() says.
-LIBRARIES = {"AVX2": "_native_avx2", "AVX512": "_native_avx512"}
-
+# The builds by what the processor must have, the fastest first, and their libraries: INSTRUCTION_SETS of setup.py.
+BUILDS = ("avx512_vnni", "avx_vnni", "avx2")
+LIBRARIES = {build: f"_native_{build}" for build in BUILDS}
 
 # Bytes of scratch memory that each thread keeps.
 SCRATCH = 1 << 24
@@ -37,24 +40,53 @@ class Unavailable(Exception):
 @functools.cache
 def load() -> ctypes.CDLL:
     """The compiled routines for this processor; raises Unavailable."""
-    if os.environ.get("MIXFT_NATIVE") == "0":
+    return _loaded()[1]
+
+
+def build() -> str:
+    """Which of ``BUILDS`` serves; raises Unavailable."""
+    return _loaded()[0]
+
+
+@functools.cache
+def _loaded() -> tuple[str, ctypes.CDLL]:
+    chosen = os.environ.get("MIXFT_NATIVE")
+    if chosen == "0":
         raise Unavailable("switched off by MIXFT_NATIVE=0")
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in LIBRARIES:
-        raise Unavailable(f"not written for this processor ({capability})")
-    # That of this Python: in an editable installation, one of another that lies beside it may be out of date.
-    names = [LIBRARIES[capability] + suffix for suffix in EXTENSION_SUFFIXES]
-    found = [path for name in names if (path := Path(__file__).parent / name).is_file()]
+    builds = usable_builds() if chosen is None else (chosen,)
+    if not LIBRARIES.keys() >= set(builds):
+        raise Unavailable(f"MIXFT_NATIVE is {chosen!r}; it can be 0, {', '.join(BUILDS)}")
+    if not builds:
+        raise Unavailable(f"not written for this processor ({torch.backends.cpu.get_cpu_capability()})")
+    # Those of this Python: in an editable installation, one of another that lies beside it may be out of date.
+    here = Path(__file__).parent
+    found = [
+        (name, path)
+        for name in builds
+        for suffix in EXTENSION_SUFFIXES
+        if (path := here / (LIBRARIES[name] + suffix)).is_file()
+    ]
     if not found:
         raise Unavailable("not built, which takes gcc at installation on x86-64 Linux")
+    name, path = found[0]
     try:
         # Bound now, so that a missing symbol shows here: the OpenMP functions come from the library torch has loaded.
-        library = ctypes.CDLL(str(found[0]), os.RTLD_NOW)
+        library = ctypes.CDLL(str(path), os.RTLD_NOW)
     except OSError as error:
         raise Unavailable(f"not loadable: {error}") from None
     if _is_outdated(library):
         raise Unavailable("built from other sources than those of native/ now; pip install -e . builds them again")
-    return library
+    return name, library
+
+
+def usable_builds() -> tuple[str, ...]:
+    """Those of ``BUILDS`` that this processor can run, the fastest first."""
+    usable = {
+        "avx512_vnni": has_avx512_vnni,
+        "avx_vnni": has_avx_vnni,
+        "avx2": lambda: torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"),
+    }
+    return tuple(name for name in BUILDS if usable["avx2"]() and usable[name]())
 
 
 def _is_outdated(library: ctypes.CDLL) -> bool:
@@ -79,6 +111,11 @@ def why_unavailable() -> str | None:
 
 def available() -> bool:
     return why_unavailable() is None
+
+
+def constant(name: str) -> int:
+    """A ``const int32_t`` of the library."""
+    return c_int32.in_dll(load(), name).value
 
 
 class Routine:
