@@ -81,21 +81,41 @@ def test_they_are_built_where_the_tests_run():
 
 
 @built_here
-def test_both_builds_hold_every_routine():
+def test_every_build_holds_every_routine():
     for name in native.LIBRARIES.values():
-        (path,) = INSTALLED.glob(f"{name}.*so")
+        (path,) = INSTALLED.glob(f"{name}{EXTENSION_SUFFIXES[0]}")
         library = ctypes.CDLL(str(path))
         for routine in declared():
             assert hasattr(library, routine), (name, routine)
 
 
+def run_with(build: str, *command: str) -> str:
+    """What Python prints when it runs ``command`` with the routines of ``build``."""
+    if build not in native.usable_builds():
+        pytest.skip(f"this processor cannot run {build}")
+    capability = "avx512" if build == "avx512_vnni" else "avx2"
+    environment = {**os.environ, "MIXFT_NATIVE": build, "ATEN_CPU_CAPABILITY": capability, "TRITON_INTERPRET": "0"}
+    found = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
 @built_here
-def test_the_avx2_build_passes_the_self_test():
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-c", "from mixft.cli import main; raise SystemExit(main(['doctor', '--json']))"]
-    report = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
-    assert report["cpu"]["compiled_routines"] == "for AVX2"
+@pytest.mark.parametrize("build", native.BUILDS)
+def test_every_build_passes_the_self_test(build):
+    report = json.loads(
+        run_with(build, "-c", "from mixft.cli import main; raise SystemExit(main(['doctor', '--json']))")
+    )
+    assert report["cpu"]["compiled_routines"] == f"for {build}"
     assert report["passed"]
+
+
+@built_here
+@pytest.mark.parametrize("build", native.BUILDS[1:])
+def test_the_int8_products_of_every_build_are_exact(build):
+    # In the library that serves here by itself they are tested by the file.
+    files = [f"tests/test_int8_{name}.py" for name in ("layer", "input_gradient", "matmul")]
+    assert "passed" in run_with(build, "-m", "pytest", "-k", "not (interpreter or torch)", *files)
 
 
 def unavailable(monkeypatch, tmp_path) -> str:
@@ -143,6 +163,11 @@ def test_a_library_that_its_sources_have_moved_on_from_is_left_alone(monkeypatch
 def test_the_reason_is_told_on_another_processor(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert "DEFAULT" in unavailable(monkeypatch, tmp_path)
+
+
+def test_an_unknown_build_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXFT_NATIVE", "avx1024")
+    assert "it can be 0, avx512_vnni, avx_vnni, avx2" in unavailable(monkeypatch, tmp_path)
 
 
 def test_they_can_be_switched_off(monkeypatch, tmp_path):

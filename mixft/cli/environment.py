@@ -10,6 +10,7 @@ PACKAGES = ("mixft", "torch", "triton", "transformers", "numpy", "safetensors")
 # The CPU instruction sets that decide a routine's speed: torch's probes under its names for them, or Linux's flag.
 INSTRUCTION_SETS = {
     "avx2": (("_is_avx2_supported",), "avx2"),
+    "avx_vnni": ((), "avx_vnni"),
     "avx512": (("_is_avx512_supported",), "avx512f"),
     "avx512_vnni": (("_is_vnni_supported", "_is_avx512_vnni_supported"), "avx512_vnni"),
     "avx512_bf16": (("_is_avx512_bf16_supported",), "avx512_bf16"),
@@ -77,13 +78,11 @@ def cpu_features() -> dict:
 
 
 def compiled_routines() -> str:
-    """The vector level that mixft's compiled CPU routines are used at, or why torch's operators serve instead."""
-    import torch
-
+    """The build of mixft's compiled CPU routines that is used, or why torch's operators serve instead."""
     from mixft.cpu import native
 
     reason = native.why_unavailable()
-    return f"for {torch.backends.cpu.get_cpu_capability()}" if reason is None else f"none, {reason}"
+    return f"for {native.build()}" if reason is None else f"none, {reason}"
 
 
 def cpu_name() -> str:

@@ -17,7 +17,6 @@ INT8_PRODUCTS = (
     "static_int8_linear",
     "int8_linear",
 )
-COMPILED_LAYERS = ("dynamic_int8_linear", "lora_int8_linear", "static_int8_linear")
 FLOAT_PRODUCTS = ("matmul", "mlp", "weight_only_matmul")
 
 
@@ -31,7 +30,7 @@ def served_by(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
         return _on_gpu(op, dtype, device)
     if interpreting():
         return "Triton, interpreted"
-    if op in COMPILED_LAYERS and serves(1):
+    if op in INT8_PRODUCTS and serves(1):
         return "CPU, compiled int8 product"
     if op in INT8_PRODUCTS:
         return "CPU, int8 product" if int_mm_is_fast_and_exact() else "CPU, FP32 product"

@@ -1,4 +1,4 @@
-"""CPU routines of the int8 products: ``torch._int_mm`` on VNNI, exact FP32 products elsewhere."""
+"""CPU routines of the int8 products: compiled, else ``torch._int_mm`` on VNNI, else exact FP32 products."""
 
 import functools
 from ctypes import c_int, c_int64, c_void_p
@@ -52,7 +52,7 @@ def int8_matmul(
     b_sum: Tensor | None = None,
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
-    if a.numel() and b.numel() and prefers_compiled_product(a.shape[0]):
+    if a.numel() and b.numel() and serves(a.shape[0]):
         return _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
     return finish(integer_product(a, b.t()), a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
 
@@ -152,11 +152,6 @@ def fp32_integer_product(a: Tensor, b: Tensor) -> Tensor:
         stop = start + EXACT_FP32_K
         total += torch.mm(a[:, start:stop].float(), b[start:stop].float()).to(torch.int32)
     return total
-
-
-def prefers_compiled_product(rows: int) -> bool:
-    """Whether the compiled product is to serve ``rows`` rows."""
-    return serves(rows)
 
 
 @functools.cache

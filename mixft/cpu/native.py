@@ -40,16 +40,6 @@ class Unavailable(Exception):
 @functools.cache
 def load() -> ctypes.CDLL:
     """The compiled routines for this processor; raises Unavailable."""
-    return _loaded()[1]
-
-
-def build() -> str:
-    """Which of ``BUILDS`` serves; raises Unavailable."""
-    return _loaded()[0]
-
-
-@functools.cache
-def _loaded() -> tuple[str, ctypes.CDLL]:
     chosen = os.environ.get("MIXFT_NATIVE")
     if chosen == "0":
         raise Unavailable("switched off by MIXFT_NATIVE=0")
@@ -59,24 +49,23 @@ def _loaded() -> tuple[str, ctypes.CDLL]:
     if not builds:
         raise Unavailable(f"not written for this processor ({torch.backends.cpu.get_cpu_capability()})")
     # Those of this Python: in an editable installation, one of another that lies beside it may be out of date.
-    here = Path(__file__).parent
-    found = [
-        (name, path)
-        for name in builds
-        for suffix in EXTENSION_SUFFIXES
-        if (path := here / (LIBRARIES[name] + suffix)).is_file()
-    ]
+    names = [LIBRARIES[build] + suffix for build in builds for suffix in EXTENSION_SUFFIXES]
+    found = [path for path in map(Path(__file__).parent.joinpath, names) if path.is_file()]
     if not found:
         raise Unavailable("not built, which takes gcc at installation on x86-64 Linux")
-    name, path = found[0]
     try:
         # Bound now, so that a missing symbol shows here: the OpenMP functions come from the library torch has loaded.
-        library = ctypes.CDLL(str(path), os.RTLD_NOW)
+        library = ctypes.CDLL(str(found[0]), os.RTLD_NOW)
     except OSError as error:
         raise Unavailable(f"not loadable: {error}") from None
     if _is_outdated(library):
         raise Unavailable("built from other sources than those of native/ now; pip install -e . builds them again")
-    return name, library
+    return library
+
+
+def build() -> str:
+    """Which of ``BUILDS`` serves; raises Unavailable."""
+    return next(name for name in BUILDS if Path(load()._name).name.startswith(f"{LIBRARIES[name]}."))
 
 
 def usable_builds() -> tuple[str, ...]:
