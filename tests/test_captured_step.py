@@ -140,23 +140,49 @@ if not HAS_GPU:
             *["grad_scalars_kernel", "optimizer_step_kernel"],
         ]
 
+    def test_gradients_that_a_backward_sums_itself():
+        """In ``main_grad``, as ``mixft.nn.Linear(fuse_wgrad_accumulation=True)`` does; the sum holds the scale."""
+
+        class Fused(Training):
+            def __init__(self, make, params, micro_batches):
+                for param in params:
+                    param.main_grad = torch.zeros_like(param, dtype=torch.float32, requires_grad=False)
+                super().__init__(make, params, micro_batches)
+
+            def step(self):
+                for batch in self.batches:
+                    for param, grad in zip(self.params, batch, strict=True):
+                        param.main_grad.add_(self.scaler.scale(grad.float()))
+                    self.accumulator.accumulate()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+
+        params = parameters("cpu", F16, SHAPES)
+        graph = replays_as_eager_steps(mixft.optim.AdamW, params, micro_batches=2, training=Fused)
+        assert graph.kernels == ["unscale_kernel", "optimizer_step_kernel"]
+
     def test_gradients_that_have_moved_since_the_last_step():
-        """Their table is made inside the capture, and is the graph's."""
+        """Their table is made inside the capture, and is the graph's; so are copies of those that are strided."""
         params = parameters("cpu", F16, SHAPES)
         optimizer, eager = mixft.optim.AdamW(params), mixft.optim.AdamW(copies(params))
-        for step in (optimizer, eager):
-            for param in members(step):
+        for each in (optimizer, eager):
+            for param in members(each):
                 param.grad = torch.ones_like(param)
-            step.step()
-        for param in params:
-            param.grad = torch.ones_like(param)
+            each.step()
+        for param, twin in zip(params, members(eager), strict=True):
+            param.grad = twin.grad = (
+                torch.empty(param.shape[::-1], dtype=F16).mT if param.dim() == 2 else torch.empty_like(param.data)
+            )
         graph = Graph()
         with graph.capture():
             optimizer.step()
         gc.collect()
-        graph.replay()
-        eager.step()
-        assert snapshot(optimizer) == snapshot(eager)
+        for _ in range(2):
+            for param in params:
+                param.grad.copy_(torch.randn(param.shape))
+            graph.replay()
+            eager.step()
+            assert snapshot(optimizer) == snapshot(eager)
 
     @every_optimizer
     def test_gradients_that_stay_where_they_are_take_no_copy_to_the_device(case, monkeypatch):

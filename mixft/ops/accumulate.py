@@ -8,7 +8,7 @@ from torch import Tensor
 from mixft.cpu import accumulate as routines
 
 from .grad import checked_gradients
-from .layout import all_contiguous, in_layout_of, is_dense
+from .layout import all_contiguous, in_layout_of, is_dense, without_negation
 from .registration import define_in_place_op, without_dispatch
 from .validation import check_counts, check_dtype, check_scalar
 
@@ -79,7 +79,7 @@ def add_(
     clear: bool,
 ) -> None:
     """:func:`accumulate_` on arguments that are known to be right."""
-    arranged = [grad.resolve_neg() for grad in grads] if any(map(Tensor.is_neg, grads)) else grads
+    arranged = without_negation(grads)
     if not all_contiguous(arranged, buffers):
         arranged = [in_layout_of(buffer, grad) for buffer, grad in zip(buffers, arranged, strict=True)]
     add = without_dispatch(accumulate_gradients_, arranged[0])

@@ -74,7 +74,7 @@ def grad_stats(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         TypeError: a gradient is not FP16, BF16 or FP32.
         ValueError: a gradient is sparse or on another device.
     """
-    grads = [grad.resolve_neg() for grad in checked_gradients(grads)]
+    grads = checked_gradients(grads)
     if not grads:
         return torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.int64)
     if not all_contiguous(grads):

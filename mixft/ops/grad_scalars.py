@@ -60,7 +60,7 @@ def grad_scalars(
         ValueError: there is no gradient, one is sparse or on another device, a scalar tensor has not one element, or
             ``max_norm`` is not positive.
     """
-    grads = [grad.resolve_neg() for grad in checked_gradients(grads)]
+    grads = checked_gradients(grads)
     if not grads:
         raise ValueError("grads is empty; it must hold at least one gradient")
     for name, scalar in (("inv_scale", inv_scale), ("found_inf", found_inf)):

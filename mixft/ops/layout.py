@@ -35,5 +35,10 @@ def in_layout_of(reference: Tensor, tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
+def without_negation(tensors: list[Tensor]) -> list[Tensor]:
+    """``tensors`` with those that are views of negated numbers, whose memory holds the other sign, as copies."""
+    return [tensor.resolve_neg() for tensor in tensors] if any(map(Tensor.is_neg, tensors)) else tensors
+
+
 def all_contiguous(*lists: Sequence[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, chain.from_iterable(lists)))

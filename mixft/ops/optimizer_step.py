@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .layout import all_contiguous, in_layout_of, is_dense, same_layout
+from .layout import all_contiguous, in_layout_of, is_dense, same_layout, without_negation
 from .registration import without_dispatch
 from .validation import FLOATS, check_scalar
 
@@ -82,7 +82,7 @@ def check_step(
         ValueError: lists of different lengths, or a tensor of another shape, layout or device than its parameter.
     """
     tensors = {name: list(listed) for name, listed in tensors.items()}
-    tensors["grads"] = [grad.resolve_neg() for grad in tensors["grads"]]
+    tensors["grads"] = without_negation(tensors["grads"])
     params = tensors["params"]
     if not params:
         return tensors
