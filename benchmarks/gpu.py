@@ -153,8 +153,12 @@ def benchmark(session: Session, cases: list[str], options: list[str]) -> None:
     while cases:
         command = [*MIXFT, "bench", *cases, "--device", session.device, "--json", str(part), *options]
         # Exit code 1 with every case in the recording says that some provider's output was wrong, which has its row.
-        outcome = run_stage("bench", command, limit - time.monotonic(), fine=(0, 1))
-        measured = collect(session.document, part)
+        try:
+            outcome = run_stage("bench", command, limit - time.monotonic(), fine=(0, 1))
+        finally:
+            # When this run is asked to end, too: what has been measured belongs into its file.
+            measured = collect(session.document, part)
+            session.write()
         left = [case for case in cases if case not in measured]
         if left and outcome.status != "cut off":
             outcome.status = "failed"

@@ -215,6 +215,18 @@ def test_a_request_to_end_leaves_the_file(tmp_path, monkeypatch, capsys):
     assert file.name in capsys.readouterr().err
 
 
+def test_a_request_to_end_the_benchmarks_keeps_what_they_have(monkeypatch, session):
+    def ended(name, command, limit, fine):
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"rows": [{"case": "a/1"}]}), encoding="utf-8")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_stage", ended)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(session, ["a/1", "a/2"], [])
+    (file,) = session.path.parent.glob("*.json")
+    assert json.loads(file.read_text(encoding="utf-8"))["recording"]["rows"] == [{"case": "a/1"}]
+
+
 def test_the_script_runs_before_mixft_is_installed():
     run = subprocess.run([sys.executable, "-S", gpu.__file__, "--help"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
