@@ -99,15 +99,15 @@ static void pack_group(const void *arguments, int64_t begin, int64_t end)
 
 /* What the columns of a strip bring along, with anything beyond the last. */
 struct strip_columns {
-    int64_t first, count;
-    float scale[STRIP], bias[STRIP];
+    _Alignas(64) float scale[STRIP], bias[STRIP];
     int32_t sum[STRIP], excess[STRIP];
+    int64_t first, count;
 };
 
 static inline void read_columns(struct strip_columns *to, const struct int8_product *from, int64_t strip)
 {
     int64_t first = strip * STRIP, count = least(from->columns - first, STRIP);
-    *to = (struct strip_columns){first, count};
+    *to = (struct strip_columns){.first = first, .count = count};
     if (from->column_scale)
         memcpy(to->scale, from->column_scale + first, count * sizeof(float));
     else

@@ -17,6 +17,8 @@ INT8_PRODUCTS = (
     "static_int8_linear",
     "int8_linear",
 )
+# Those that on a CPU are compiled whole, with what surrounds the product.
+COMPILED_LAYERS = ("dynamic_int8_linear", "lora_int8_linear", "static_int8_linear", "outlier_int8_linear")
 FLOAT_PRODUCTS = ("matmul", "mlp", "weight_only_matmul")
 
 
@@ -30,10 +32,10 @@ def served_by(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
         return _on_gpu(op, dtype, device)
     if interpreting():
         return "Triton, interpreted"
-    if op in INT8_PRODUCTS and serves(1):
-        return "CPU, compiled int8 product"
     if op in INT8_PRODUCTS:
-        return "CPU, int8 product" if int_mm_is_fast_and_exact() else "CPU, FP32 product"
+        if int_mm_is_fast_and_exact() and not (op in COMPILED_LAYERS and serves(1)):
+            return "CPU, int8 product"
+        return "CPU, compiled int8 product" if serves(1) else "CPU, FP32 product"
     if op in FLOAT_PRODUCTS:
         return "CPU, BF16 product" if dtype == torch.bfloat16 and has_bf16_dot() else "CPU, FP32 product"
     return "CPU"

@@ -1,4 +1,4 @@
-"""CPU routines of the int8 products: compiled, else ``torch._int_mm`` on VNNI, else exact FP32 products."""
+"""CPU routines of the int8 products: ``torch._int_mm`` on AVX512-VNNI, elsewhere compiled, or exact FP32 products."""
 
 import functools
 from ctypes import c_int, c_int64, c_void_p
@@ -52,7 +52,7 @@ def int8_matmul(
     b_sum: Tensor | None = None,
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
-    if a.numel() and b.numel() and serves(a.shape[0]):
+    if a.numel() and b.numel() and not int_mm_is_fast_and_exact() and serves(a.shape[0]):
         return _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
     return finish(integer_product(a, b.t()), a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
 

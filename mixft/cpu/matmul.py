@@ -22,17 +22,13 @@ from torch import Tensor
 from . import native
 from .activation import finish_product
 from .activation_backward import activation_backward, one_pass
-from .instruction_set import has_bf16_dot
+from .instruction_set import has_avx512, has_bf16_dot
 
 
 @functools.cache
 def has_onednn_linear() -> bool:
     """Whether oneDNN's FP32 linear layer is there and uses AVX-512."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.cpu._is_avx512_supported()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return torch.backends.mkldnn.is_available() and has_avx512() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 # oneDNN prepares each new shape for about 2 ms, which fewer multiplications than these do not win back in a few calls.
