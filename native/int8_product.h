@@ -17,17 +17,18 @@ struct int8_product {
     int64_t rows, inner, columns;
     struct quantized_rows left;
     const void *weight;
-    int weight_layout; /* PACKED, or int8: BY_COLUMN [columns, inner], BY_ROW [inner, columns] */
-    uint8_t *groups;   /* room for one group of strips a thread, unless PACKED */
-    const float *column_scale; /* [columns], or NULL for 1 */
-    int32_t zero_point;          /* of every row, */
-    const int32_t *zero_points;  /* and of each, or NULL */
-    const int32_t *column_sum;   /* [columns], or NULL: no zero points */
-    const void *bias;            /* [columns], or NULL */
-    const float *factor_left, *factor_right; /* [rows, rank] and [rank, columns] */
+    int weight_layout;          /* PACKED, or int8: BY_COLUMN [columns, inner], BY_ROW [inner, columns] */
+    uint8_t *groups;            /* room for one group of strips a thread, unless PACKED */
+    const float *column_scale;  /* [columns], or NULL for 1 */
+    const int32_t *column_sum;  /* [columns], or NULL: no zero points */
+    int32_t zero_point;         /* of every row */
+    const int32_t *zero_points; /* [rows], beside that one, or NULL */
+    const void *bias;           /* [columns], or NULL */
+    const float *factor_left;   /* [rows, rank] */
+    const float *factor_right;  /* [rank, columns] */
     int64_t rank;
-    int bias_dtype, activation, out_dtype;
     void *out; /* [rows, columns] */
+    int bias_dtype, activation, out_dtype;
 };
 
 static inline uint8_t *group_of_thread(const struct int8_product *to)
