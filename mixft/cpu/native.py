@@ -8,6 +8,7 @@ threads of torch. Without them, torch's operators serve. ``MIXFT_NATIVE=0`` does
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import threading
 from array import array
@@ -128,7 +129,9 @@ def scratch(size: int) -> Tensor:
     if size > SCRATCH:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
     if not hasattr(local, "buffer"):
-        local.buffer = torch.empty(SCRATCH, dtype=torch.uint8, device="cpu")
+        # Pages of its own, of which only those in use take memory: an allocator's may all be in use from before.
+        pages = mmap.mmap(-1, SCRATCH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        local.buffer = torch.frombuffer(pages, dtype=torch.uint8)
     return local.buffer
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mixft.ops.capture import capturing
 from mixft.ops.int8_operands import quantized_rows
 
 Quantized = tuple[Tensor, Tensor]
@@ -26,11 +27,6 @@ def _count_step(*_) -> None:
 def _watch_optimizers() -> None:
     """Count the steps of every torch optimizer of the process: some write through ``.data``, which no version shows."""
     register_optimizer_step_post_hook(_count_step)
-
-
-def _capturing(tensor: Tensor) -> bool:
-    # What a CUDA graph replays must quantize again, since its inputs and weights change in between.
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class WeightCache:
@@ -52,7 +48,8 @@ class WeightCache:
 
     def quantized(self, weight: Tensor, matrix: Tensor) -> Quantized:
         """Values and scale of the rows of ``matrix``, which is ``weight`` or its transpose."""
-        if type(weight) is not torch.nn.Parameter or _capturing(weight) or weight.is_inference():
+        # What a CUDA graph replays must quantize again, since its inputs and weights change in between.
+        if type(weight) is not torch.nn.Parameter or capturing(weight.device) or weight.is_inference():
             return quantized_rows(matrix)
         _watch_optimizers()
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, _optimizer_steps[0])
@@ -88,7 +85,7 @@ class SharedInput(threading.local):
     def quantized(self, layer: object, source: Tensor, input: Tensor) -> Quantized:
         """Values and scale of the rows of ``input``, which is ``source`` in the dtype to compute in."""
         rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
-        if type(source) is not Tensor or _capturing(source) or source.is_inference():
+        if type(source) is not Tensor or capturing(source.device) or source.is_inference():
             return quantized_rows(rows)
         entry = self.entry
         if entry is not None and entry.serves(layer, source, input.dtype):
