@@ -71,7 +71,15 @@ def run_stage(name: str, command: list[str], limit: float, fine: tuple[int, ...]
     """Run ``command`` from the checkout for at most ``limit`` seconds; exit codes in ``fine`` mean that it is done."""
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A shell's background job ignores Ctrl-C, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             code = process.wait(timeout=limit - min(GRACE, limit / 4))
         except subprocess.TimeoutExpired:

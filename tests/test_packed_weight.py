@@ -122,7 +122,7 @@ def test_the_packed_copy_dies_with_its_weight():
     gc.collect()
     before = len(packing._packed)
     weight = int8(40, 64)
-    assert packed_weight(weight) is not None
+    assert packing.kept(weight) is not None
     assert len(packing._packed) == before + 1
     del weight
     assert len(packing._packed) == before
