@@ -165,9 +165,11 @@ def test_the_reason_is_told_on_another_processor(monkeypatch, tmp_path):
     assert "DEFAULT" in unavailable(monkeypatch, tmp_path)
 
 
-def test_an_unknown_build_is_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("MIXFT_NATIVE", "avx1024")
-    assert "it can be 0, avx512_vnni, avx_vnni, avx2" in unavailable(monkeypatch, tmp_path)
+@pytest.mark.parametrize("build", ["avx1024", "avx512_vnni"])
+def test_a_build_that_this_processor_cannot_run_is_named(monkeypatch, tmp_path, build):
+    monkeypatch.setattr(native, "usable_builds", lambda: ("avx_vnni", "avx2"))
+    monkeypatch.setenv("MIXFT_NATIVE", build)
+    assert f"{build!r}; on this processor it can be 0, avx_vnni, avx2" in unavailable(monkeypatch, tmp_path)
 
 
 def test_they_can_be_switched_off(monkeypatch, tmp_path):

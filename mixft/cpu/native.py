@@ -44,11 +44,12 @@ def load() -> ctypes.CDLL:
     chosen = os.environ.get("MIXFT_NATIVE")
     if chosen == "0":
         raise Unavailable("switched off by MIXFT_NATIVE=0")
-    builds = usable_builds() if chosen is None else (chosen,)
-    if not LIBRARIES.keys() >= set(builds):
-        raise Unavailable(f"MIXFT_NATIVE is {chosen!r}; it can be 0, {', '.join(BUILDS)}")
+    builds = usable_builds()
     if not builds:
         raise Unavailable(f"not written for this processor ({torch.backends.cpu.get_cpu_capability()})")
+    if chosen is not None and chosen not in builds:
+        raise Unavailable(f"MIXFT_NATIVE is {chosen!r}; on this processor it can be 0, {', '.join(builds)}")
+    builds = builds if chosen is None else (chosen,)
     # Those of this Python: in an editable installation, one of another that lies beside it may be out of date.
     names = [LIBRARIES[build] + suffix for build in builds for suffix in EXTENSION_SUFFIXES]
     found = [path for path in map(Path(__file__).parent.joinpath, names) if path.is_file()]
