@@ -21,8 +21,6 @@ void int8_input_gradient(const void *grad, int dtype, int64_t rows, int64_t inne
                                    .activation = NONE,
                                    .out = out,
                                    .out_dtype = dtype};
-#pragma omp parallel for schedule(static) if (rows * inner > SMALL)
-    for (int64_t row = 0; row < rows; row++)
-        quantize_row(&product.left, row, grad, dtype, inner, weight_scale, 0, 0);
+    quantize_rows(&product.left, grad, dtype, rows, inner, weight_scale, 0, 0);
     multiply_int8(&product);
 }

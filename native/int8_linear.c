@@ -30,9 +30,8 @@ void int8_linear(const void *input, int input_dtype, int64_t rows, int64_t inner
                                    .rank = rank,
                                    .out = out,
                                    .out_dtype = out_dtype};
-#pragma omp parallel for schedule(static) if (rows * inner > SMALL)
-    for (int64_t row = 0; row < rows; row++)
-        quantize_row(&product.left, row, input, input_dtype, inner, NULL, weight_sum ? input_scale : 0, zero_point);
+    float scale = weight_sum ? input_scale : 0;
+    quantize_rows(&product.left, input, input_dtype, rows, inner, NULL, scale, zero_point);
     multiply_int8(&product);
 }
 

@@ -105,6 +105,15 @@ static inline void quantize_row(const struct quantized_rows *to, int64_t row, co
     end_row(to, row, inner, scale, sum);
 }
 
+/* quantize_row for each of `rows` rows. */
+static inline void quantize_rows(const struct quantized_rows *to, const void *input, int dtype, int64_t rows,
+                                 int64_t inner, const float *factor, float scale, int zero_point)
+{
+#pragma omp parallel for schedule(static) if (rows * inner > SMALL)
+    for (int64_t row = 0; row < rows; row++)
+        quantize_row(to, row, input, dtype, inner, factor, scale, zero_point);
+}
+
 /* Row `row` of `input` [rows, inner], which is int8 already. */
 static inline void copy_row(const struct quantized_rows *to, int64_t row, const int8_t *restrict input, int64_t inner,
                             float scale)
