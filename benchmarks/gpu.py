@@ -2,7 +2,8 @@
 
 Needs no network: torch, Triton, pytest and what the command line needs must be there. Runs as a script, before mixft is
 installed, on Python's own library alone. Each stage is a process of its own with a share of the time that is left: one
-that crashes or is cut off leaves what it had, and the next one runs. The file is written anew after every stage:
+that crashes or is cut off leaves what it had, and the next one runs. All that a test run printed lies in a ``.log``
+beside the file unless every test passed. The file is written anew after every stage:
 
     {"environment": {...}, "device", "date", "stages": [{"name", "status", "seconds", "exit_code", "output"}],
      "recording": a recording of ``mixft bench`` or null, "tuning": the record of ``mixft tune`` or null}
@@ -50,10 +51,11 @@ recording = json.load(open(sys.argv[1]))["recording"]
 print(tables.machine(recording), tables.summary(recording), sep="\\n")
 """
 # Shares of the time, in the order that the stages run. The first two are part of every run.
-SHARES = {"install": 30, "inventory": 20, "doctor": 40, "tests": 160, "bench": 200, "tune": 80}
+SHARES = {"install": 30, "inventory": 20, "doctor": 80, "tests": 160, "bench": 200, "tune": 80}
 GRACE = 8.0  # seconds that a process has to write what it has, after it was asked to stop
 OUTPUT = 20000  # characters of a stage's output that are kept, from its end
 NO_TESTS = 5  # pytest's exit code when nothing was collected, as on a machine without a GPU
+HUNG = 100  # seconds after which a test is taken to hang
 
 
 @dataclass
@@ -67,8 +69,13 @@ class Outcome:
     output: str
 
 
-def run_stage(name: str, command: list[str], limit: float, fine: tuple[int, ...] = (0,)) -> Outcome:
-    """Run ``command`` from the checkout for at most ``limit`` seconds; exit codes in ``fine`` mean that it is done."""
+def run_stage(
+    name: str, command: list[str], limit: float, fine: tuple[int, ...] = (0,), whole: Path | None = None
+) -> Outcome:
+    """Run ``command`` from the checkout for at most ``limit`` seconds; exit codes in ``fine`` mean that it is done.
+
+    All that it printed goes to the file ``whole``, if one is given, unless it is done.
+    """
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -86,9 +93,12 @@ def run_stage(name: str, command: list[str], limit: float, fine: tuple[int, ...]
             code = None
         finally:
             _stop(process)
+        status = "cut off" if code is None else "done" if code in fine else "failed"
+        if whole is not None and status != "done":
+            log.seek(0)
+            whole.write_bytes(log.read())
         log.seek(max(0, log.seek(0, os.SEEK_END) - 4 * OUTPUT))
         output = log.read().decode(errors="replace")[-OUTPUT:]
-    status = "cut off" if code is None else "done" if code in fine else "failed"
     return Outcome(name, status, round(time.monotonic() - start, 1), code, output)
 
 
@@ -140,9 +150,9 @@ class Session:
         draft.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, self.path)
 
-    def stage(self, name: str, command: list[str], fine: tuple[int, ...] = (0,)) -> None:
+    def stage(self, name: str, command: list[str], fine: tuple[int, ...] = (0,), whole: Path | None = None) -> None:
         if name in self.stages:
-            self.add(run_stage(name, command, self.limit(name), fine))
+            self.add(run_stage(name, command, self.limit(name), fine, whole))
 
     def skip(self, name: str, reason: str) -> None:
         self.add(Outcome(name, "skipped", 0.0, None, reason))
@@ -221,8 +231,10 @@ def run_all(session: Session, quick: bool, patterns: Sequence[str] = ("*",)) -> 
     workers = ["-n", str(count)] if on_gpu and importlib.util.find_spec("xdist") else []
     # Processes with as many threads each as the machine has processors would take turns.
     threads = ["env", f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // count)}"] if workers else []
-    tests = [*threads, sys.executable, "-m", "pytest", "-m", "gpu", "-rf", "--tb=short", *workers]
-    session.stage("tests", tests, fine=(0,) if on_gpu else (0, NO_TESTS))
+    # A file that cannot be imported here is an error of its own, and a process that hangs in the driver is ended.
+    robust = ["--continue-on-collection-errors", f"--timeout={HUNG}", "--timeout-method=thread"]
+    tests = [*threads, sys.executable, "-m", "pytest", "-m", "gpu", "-rfE", "--tb=short", *robust, *workers]
+    session.stage("tests", tests, (0,) if on_gpu else (0, NO_TESTS), session.path.with_suffix(".log"))
     if "bench" in session.stages and found["cases"]:
         benchmark(session, found["cases"], ["--quick"] if quick else [])
     elif "bench" in session.stages:

@@ -42,6 +42,22 @@ SERVERS = [
 ]
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid):
+    """After an illegal access a GPU serves its process no more: end it at the test that did it, which has reported.
+
+    A worker of pytest-xdist goes at once, and another one takes over the tests that it has left.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as failure:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"{nodeid} has broken the GPU for this process: {failure}", returncode=1)
+
+
 @pytest.fixture(params=SERVERS)
 def device(request, monkeypatch) -> torch.device:
     """A device to make tensors on; the parameter decides which code serves them."""

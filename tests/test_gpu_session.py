@@ -1,6 +1,7 @@
 """``make gpu``: a stage that crashes or runs too long costs its own figures and no other's."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import textwrap
 import time
 from pathlib import Path
 
+import conftest
 import pytest
+import torch
 from recordings import recording, row
 
 from mixft.benchmarks import gpu, publish
@@ -84,6 +87,55 @@ def test_a_process_that_ignores_the_request_is_killed(session):
     assert time.monotonic() - start < 10
 
 
+def test_all_that_a_stage_printed_is_kept_where_it_is_not_done(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "OUTPUT", 10)
+    whole = tmp_path / "cuda.log"
+    session.stage("tests", python("print('x' * 50)"), whole=whole)
+    assert not whole.exists()
+    session.stage("tests", python("print('x' * 50); exit(1)"), whole=whole)
+    assert whole.read_text() == "x" * 50 + "\n"
+    assert len(session.document["stages"][1]["output"]) == 10
+
+
+def test_the_tests_of_a_gpu_name_every_file_that_fails_to_load_and_end_a_process_that_hangs(monkeypatch, session):
+    commands = {}
+
+    def stage(name, command, limit, fine=(0,), whole=None):
+        commands[name] = command, whole
+        return Outcome(name, "done", 1.0, 0, json.dumps({"environment": {}, "cases": []}))
+
+    monkeypatch.setattr(gpu, "run_stage", stage)
+    run_all(session, quick=False)
+    command, whole = commands["tests"]
+    assert {"--continue-on-collection-errors", "--timeout-method=thread"} <= set(command)
+    assert whole == session.path.with_suffix(".log")
+
+
+@pytest.mark.parametrize("worker", [False, True])
+def test_a_test_that_breaks_the_gpu_ends_its_process(monkeypatch, worker):
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    ended = []
+    conftest.pytest_runtest_logfinish("before")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    conftest.pytest_runtest_logfinish("sound")
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    if worker:
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+        # Stands for the end of the process, which pytest's is in the place of.
+        monkeypatch.setattr(pytest, "exit", lambda *_, **__: None)
+        conftest.pytest_runtest_logfinish("broken")
+        assert ended == [1]
+    else:
+        with pytest.raises(pytest.exit.Exception, match="broken has broken the GPU for this process: an illegal"):
+            conftest.pytest_runtest_logfinish("broken")
+        assert not ended
+
+
 def test_a_stage_leaves_the_shares_of_those_after_it(session):
     whole = sum(SHARES.values())
     assert session.limit("install") == pytest.approx(60 * SHARES["install"] / whole, rel=0.01)
@@ -119,7 +171,7 @@ def run_with(monkeypatch, session, statuses: dict[str, str]) -> int:
     inventory = json.dumps({"environment": {"commit": "abc"}, "cases": ["a"]})
     ran = []
 
-    def stage(name, command, limit, fine=(0,)):
+    def stage(name, command, limit, fine=(0,), whole=None):
         ran.append(name)
         assert limit > 0
         return Outcome(name, statuses.get(name, "done"), 1.0, 0, inventory if name == "inventory" else "")
@@ -150,7 +202,7 @@ def test_every_stage_runs_and_the_exit_code_says_whether_one_failed(monkeypatch,
 def test_chosen_stages_share_the_time_and_no_other_runs(monkeypatch, tmp_path):
     ran = {}
 
-    def stage(name, command, limit, fine=(0,)):
+    def stage(name, command, limit, fine=(0,), whole=None):
         ran[name] = limit
         return Outcome(name, "done", 1.0, 0, json.dumps({"environment": {}, "cases": []}))
 
@@ -184,7 +236,7 @@ def test_the_inventory_takes_one_case_of_each_family_in_turn():
 def test_without_the_inventory_the_rest_still_runs(monkeypatch, session):
     ran = []
 
-    def stage(name, command, limit, fine=(0,)):
+    def stage(name, command, limit, fine=(0,), whole=None):
         ran.append(name)
         return Outcome(name, "failed", 1.0, 1, "no such module")
 

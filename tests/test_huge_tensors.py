@@ -6,6 +6,7 @@ own: in its size, in the number of its first chunk, and in the addresses, which 
 
 import pytest
 import torch
+from conftest import HAS_GPU
 from step_problems import RULES, Problem, scalar
 
 pytest.importorskip("triton")
@@ -14,6 +15,7 @@ from mixft.kernels import accumulate, grad, grad_scalars, optimizer_step, step_l
 from mixft.ops import accumulate_, grad_stats, unscale_
 from mixft.ops import grad_scalars as grad_scalars_op
 
+pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 BEFORE = 2**31
 # A whole chunk, and a part of one.
 SIZES = [16384 + 17, 5]
@@ -21,8 +23,8 @@ SIZES = [16384 + 17, 5]
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if HAS_GPU else "1")
+    return torch.device("cuda" if HAS_GPU else "cpu")
 
 
 class Later:
