@@ -14,6 +14,8 @@ from mixft.ops import int8_matmul, weight_only_matmul
 
 SHAPES = [(1, 1, 1), (17, 66, 33), (3, 1000, 5), (40, 100, 130), (0, 4, 5), (3, 0, 4), (4, 5, 0)]
 EPSILON = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-22}
+# Of a long sum of 16-bit products: a GPU's matrix instructions cut it off after every few terms, and do not round it.
+LONG_SUM = {"cpu": 2**-20, "cuda": 2**-18}
 
 
 def int8(*shape, device):
@@ -122,7 +124,8 @@ def test_sums_split_among_programs(device, shape):
     assert torch.equal(int8_matmul(*arguments, a_zero_point=zero_point), out)
     x = torch.randn(M, K, device=device).half()
     exact = exact_product(x, b, torch.ones(M), b_scale, bias, "relu")
-    assert_within_budget(weight_only_matmul(x, b, b_scale, bias, "relu", torch.float32), exact, exact.float(), 2**-20)
+    out = weight_only_matmul(x, b, b_scale, bias, "relu", torch.float32)
+    assert_within_budget(out, exact, exact.float(), LONG_SUM[device.type])
 
 
 @pytest.mark.parametrize(
