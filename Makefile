@@ -13,7 +13,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
-# Without the constraints, as a user installs it, and without what tests the checkout: make compat PYTHON=python3.12 TORCH=torch==2.11.0
+# Without the constraints, as a user installs it, and without the tests of the checkout itself:
+# make compat PYTHON=python3.12 TORCH=torch==2.11.0
 compat:
 	rm -rf $(COMPAT)
 	$(PYTHON) -m venv $(COMPAT)

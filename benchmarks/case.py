@@ -61,9 +61,8 @@ class Case:
         name: unique, ``family/size``.
         inputs: makes the inputs on a device, the same ones after the same ``torch.manual_seed``.
         exact: the result in FP64 from those inputs, computed on their device.
-        providers: implementations of the work by name, mixft's first. Each takes the inputs and returns a call that
-            takes nothing and returns the result; the first call is the one that is checked. It raises Missing or
-            Refused where it cannot. The call's attribute ``held``, if it has one, returns bytes by component.
+        providers: implementations of the work by name, mixft's first. Each takes the inputs and returns a
+            :class:`Call`, whose first run is the one that is checked; it raises Missing or Refused where it cannot.
         bound: largest error that counts as the same work, relative to the largest exact value of each tensor.
         own_bounds: bounds of single providers by name.
         bytes: least memory traffic of the work, read and written.

@@ -11,7 +11,6 @@ from pathlib import Path
 from .machine import Machine
 
 FORMAT = 1
-STATUSES = ("timed", "wrong", "missing", "refused")
 
 
 @dataclass(frozen=True)

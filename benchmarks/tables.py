@@ -79,7 +79,6 @@ AIMS = (
     Aim("quantize", "cuda", "≥ 1.0x bitsandbytes", ("quantize/*",), "bitsandbytes"),
     Aim("int8 training of a linear layer", "cuda", "≥ 1.5x torch in 16 bits", ("int8_training/*",)),
     Aim("int8 training step, 12-layer BERT", "cuda", "≥ 1.25x torch.compile", ("*/bert-12*-int8",), "torch.compile"),
-    Aim("distillation loss", "cuda", "≥ 1.54x Liger", ("*distillation*",), "liger-kernel"),
     Aim("int8 linear layer, 128 rows and more", "cpu", "≥ 3.5x FP32", ("int8_linear/[125][0-9][0-9]*x*-fp32",)),
     Aim("FP16 linear layer", "cpu", "≥ 4x torch", ("linear/*-fp16",)),
     Aim("FP16 linear layer", "cpu", "≥ 1.5x torch in FP32", ("linear/*-fp16",), "torch FP32"),

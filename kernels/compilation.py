@@ -105,7 +105,7 @@ def compile_variant(variant: Variant, arch: Architecture) -> CompiledVariant:
     kernel = triton.compile(
         _source(variant),
         target=GPUTarget(arch.backend, arch.capability, arch.warp_size),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options},
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
     ttir, work = kernel.asm["ttir"], variant.work
     resources = _hip_resources(kernel) if arch.backend == "hip" else _cuda_resources(kernel)

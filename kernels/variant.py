@@ -1,6 +1,6 @@
 """A shipped kernel variant: what the compiler needs to build one jit function as a launcher would launch it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -62,7 +62,6 @@ class Variant:
     divisible_by_16: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
     wide_loads: bool = True
     work: Elementwise | MatrixProduct | None = None
 

@@ -45,7 +45,7 @@ static inline void *element(const void *array, int64_t offset, int dtype)
     return (char *)array + offset * bytes_of(dtype);
 }
 
-/* Elements up to which vectors of sixteen, and of eight, reach: of a length that the compiler knows it sees what is left. */
+/* Elements up to which whole vectors of sixteen, and of eight, reach. */
 #ifdef __AVX512F__
 #define BY_SIXTEEN(length) ((length) / 16 * 16)
 #else

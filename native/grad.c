@@ -44,7 +44,7 @@ void unscale_gradients(void **grads, const int64_t *sizes, const int32_t *dtypes
     for_each_block(sizes, count, unscale_block, &to);
 }
 
-/* Elements of one block. */
+/* The sum of squares of up to BLOCK elements; *nonfinite grows by their NaN and Inf. */
 static float square_block(const float *values, int64_t length, int32_t *nonfinite)
 {
     float squares = 0;

@@ -1,4 +1,4 @@
-/* The gradient of a layer's input through its int8 weight, as one product of bytes: mixft/cpu/int8_input_gradient.py. */
+/* The gradient of a layer's input through its int8 weight, one product of bytes: mixft/cpu/int8_input_gradient.py. */
 #include "int8_product.h"
 
 /* out [rows, columns] = s (q weight) + left right with grad [rows, inner] * weight_scale = s q, each row with its s.

@@ -80,7 +80,7 @@ static inline void end_row(const struct quantized_rows *to, int64_t row, int64_t
     to->sum[row] = OFFSET * sum;
 }
 
-/* Row `row` of `input` [rows, inner], times `factor` [inner] or as it is. A `scale` of zero stands for the row's own. */
+/* Row `row` of `input` [rows, inner], times `factor` [inner] if given. A `scale` of zero stands for the row's own. */
 static inline void quantize_row(const struct quantized_rows *to, int64_t row, const void *input, int dtype,
                                 int64_t inner, const float *factor, float scale, int zero_point)
 {

@@ -40,7 +40,7 @@ static inline void fill_phases(uint32_t *restrict phases, int64_t start, int64_t
 
 /* The codes of one group and its scale; `phases` NULL rounds to nearest. */
 INLINE uint8_t encode_any_group(uint8_t *restrict codes, const float *restrict values, const uint32_t *phases,
-                            uint32_t turn, int is_signed)
+                                uint32_t turn, int is_signed)
 {
     int32_t eighths[GROUP], largest = 0;
     for (int i = 0; i < GROUP; i++) {
@@ -78,7 +78,8 @@ INLINE void decode_any_group(float *restrict values, const uint8_t *codes, uint8
 }
 
 #ifdef __AVX512F__
-/* encode_any_group of finite values, sixteen bits an element from where those suffice; 255 for a group that is not finite. */
+/* encode_any_group of finite values, with sixteen bits an element where those suffice; returns 255, and has to be done
+ * again, for a group that is not finite. */
 INLINE uint8_t encode_finite_group(uint8_t *codes, const float *values, const uint32_t *phases, uint32_t turn,
                                    int is_signed)
 {

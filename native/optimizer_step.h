@@ -6,13 +6,15 @@
 
 #define STATES 3
 
-/* Elements worked on at a time: few enough for the processor to look beyond them, and to read the next ones meanwhile. */
+/* Elements worked on at a time: few enough for the processor to look beyond them, and to read the next ones
+ * meanwhile. */
 #define PART 256
 
 enum { NO_MASTERS, FULL_MASTERS, REMAINDERS };
 enum { FULL_STATE, BFLOAT16_STATE, CODES };
 
-/* One step of `count` tensors; lists that are not needed are NULL. As StepTensors in mixft/cpu/optimizer_step.py. */
+/* One step of `count` tensors; lists that are not needed are NULL. StepTensors in mixft/cpu/compiled_step.py is the
+ * same in Python. */
 struct step {
     int64_t count;
     const int64_t *sizes;

@@ -1,5 +1,5 @@
-/* The noise of stochastic rounding: the bits that rounding_noise of kernels/int8_rounding.py draws, from Philox 4x32 of seven
- * rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011). One counter serves eight elements. */
+/* The noise of stochastic rounding: the bits that rounding_noise of kernels/int8_rounding.py draws, from Philox 4x32
+ * of seven rounds (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011). One counter: eight elements. */
 #ifndef MIXFT_ROUNDING_NOISE_H
 #define MIXFT_ROUNDING_NOISE_H
 

@@ -38,7 +38,6 @@ PARTS = {
         {"mixft.huggingface", "mixft.nn", "mixft.optim", "mixft.amp", "mixft.ops"},
         {"torch", "transformers", "peft", "safetensors"},
     ),
-    "mixft.losses": ({"mixft.losses", "mixft.ops"}, {"torch"}),
     "mixft.benchmarks": ({"mixft"}, {"torch", "triton", "pytest", "transformers", "matplotlib"}),
     "mixft.cli": ({"mixft"}, {"torch", "triton", "typer", "rich", "matplotlib", "transformers", "safetensors", "peft"}),
     "mixft": (set(), set()),

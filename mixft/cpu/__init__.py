@@ -1,1 +1,1 @@
-"""CPU routines built on torch's own fast paths; each has the name and signature of a launcher in ``mixft.kernels``."""
+"""CPU routines by the names and signatures of the launchers in ``mixft.kernels``: compiled C, or torch's fast paths."""

@@ -51,8 +51,8 @@ class Recovery:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"times_raised": dict(self.times_raised), "last_cause": dict(self.last_raised)}
+        return {"times_raised": dict(self.times_raised), "last_raised": dict(self.last_raised)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.times_raised = dict(state_dict["times_raised"])
-        self.last_raised = dict(state_dict["last_cause"])
+        self.last_raised = dict(state_dict["last_raised"])
