@@ -4,9 +4,10 @@ Times are seconds of one call, sizes bytes, rates a second. The JSON has the att
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from mixft.cli.output_file import write_whole
 
 from .machine import Machine
 
@@ -107,9 +108,7 @@ class Recording:
 
     def write(self, path: Path) -> None:
         """Write the JSON whole or not at all."""
-        draft = path.with_name(f".{path.name}.draft")
-        draft.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> Recording:

@@ -1,8 +1,9 @@
 """The record of ``mixft tune``, and the shipped files that its choices go into."""
 
 import json
-import os
 from pathlib import Path
+
+from mixft.cli.output_file import write_whole
 
 FORMAT = 1
 
@@ -27,7 +28,7 @@ def read(path: Path) -> dict:
 
 def write(content: dict, path: Path) -> None:
     """Write whole or not at all."""
-    _replace(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def ship(found: dict, folder: Path) -> list[str]:
@@ -47,7 +48,7 @@ def ship(found: dict, folder: Path) -> list[str]:
         _exchange(document, sweep, found["environment"])
         lines.append(f"{path.name}, {sweep['architecture']}, {sweep['bucket']}: {sweep['speedup']:.2f}x")
     for path, document in documents.items():
-        _replace(path, _layout(document))
+        write_whole(path, _layout(document))
     return lines
 
 
@@ -81,9 +82,3 @@ def _layout(document: dict) -> str:
     provenance = json.dumps(document["provenance"], indent=2).replace("\n", "\n  ")
     entries = ",\n    ".join(json.dumps(entry) for entry in document["entries"])
     return f'{{\n  "provenance": {provenance},\n  "entries": [\n    {entries}\n  ]\n}}\n'
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)

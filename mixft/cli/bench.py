@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from mixft.cli.errors import InputError
+from mixft.cli.output_file import check_writable
 
 WIDTH = 120  # of what is not a terminal
 
@@ -108,12 +109,6 @@ def measurement(stack: contextlib.ExitStack, base: str | None, device, effort) -
         raise InputError(f"--base {error}; a commit, tag or branch would do, in a git checkout of mixft") from error
     workers = [stack.enter_context(revision.Worker(root, device)) for root in (revision.checkout(), folder)]
     return partial(revision.compare, workers=workers, base=revision.named(base), effort=effort)
-
-
-def check_writable(option: str, file: Path | None) -> None:
-    """Raise InputError where ``file`` is given and could not be written."""
-    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise InputError(f"{option} {file} cannot be written; a file in a folder that exists would do")
 
 
 def select(names: list[str], patterns: list[str]) -> list[str]:

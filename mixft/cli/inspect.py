@@ -1,7 +1,6 @@
 """``mixft inspect``: what the compiler makes of every shipped kernel for a GPU, without that GPU."""
 
 import importlib.util
-import os
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from json import dumps
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixft.cli.errors import InputError
+from mixft.cli.output_file import check_writable
 from mixft.kernels.variant import kernel_of
 
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def inspect(
 
     if importlib.util.find_spec("triton") is None:
         raise InputError("mixft inspect compiles kernels with Triton, which is not here; pip install triton (Linux)")
-    if json is not None and (json.is_dir() or not os.access(json.parent, os.W_OK)):
-        raise InputError(f"--json {json} cannot be written; a file in a folder that exists would do")
+    check_writable("--json", json)
     architectures = choose_architectures(arch)
     names = choose_kernels(kernels or ["*"])
     console = Console()

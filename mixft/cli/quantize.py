@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mixft.cli.errors import InputError
+from mixft.cli.output_file import check_writable
 
 MODES = ("weight_only", "dynamic")
 
@@ -37,7 +38,6 @@ def quantize(
 
     # Here, so that --help does not wait for torch.
     from mixft.cli import quantize_folder, stored_weights
-    from mixft.cli.bench import check_writable
     from mixft.cli.new_folder import new_folder
     from mixft.nn.shards import parse_size
 

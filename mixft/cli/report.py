@@ -1,7 +1,6 @@
 """What a finished ``mixft finetune`` leaves: ``report.json``, the loss curves and the table on the screen."""
 
 import json
-import os
 import statistics
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from mixft.cli.output_file import write_whole
 from mixft.cli.output_folder import REPORT
 from mixft.precision import PrecisionEvent
 
@@ -20,10 +20,8 @@ SMOOTHING = 0.05  # share of the steps that one point of a curve averages
 
 def write_report(folder: Path, environment: dict, task: dict, runs: list[dict]) -> None:
     """Write ``report.json`` whole or not at all."""
-    draft = folder / f".{REPORT}.draft"
     content = {"environment": environment, "task": task, "runs": runs}
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, folder / REPORT)
+    write_whole(folder / REPORT, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def by_precision(runs: list[dict]) -> dict[str, list[dict]]:

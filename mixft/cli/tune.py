@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mixft.cli.errors import InputError
+from mixft.cli.output_file import check_writable
 
 
 def tune(
@@ -27,7 +28,6 @@ def tune(
     import torch
     from rich.console import Console
 
-    from mixft.cli.bench import check_writable
     from mixft.cli.device import choose_device
     from mixft.cli.environment import environment
 

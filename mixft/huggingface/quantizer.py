@@ -13,7 +13,7 @@ from mixft.nn import QuantLinear
 from mixft.nn.conv1d import features, is_conv1d
 from mixft.nn.int8_weight import int8_weight_of
 from mixft.nn.quant_linear import Mode
-from mixft.nn.quantization import SHARED, choose_layers, dequantize_, quantize_, replace_modules
+from mixft.nn.quantization import SHARED, choose_layers, dequantize_, quantize_, replace_modules, why_none
 
 from .config import QUANT_METHOD, Int8Config
 from .files import check_files
@@ -67,10 +67,7 @@ class Int8Quantizer(HfQuantizer):
             )
             chosen = [name for name, reason in reasons.items() if not reason]
             if not chosen:
-                listing = (
-                    "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "it has no linear layers"
-                )
-                raise ValueError(f"model has no layer to quantize ({listing})")
+                raise ValueError(f"model has no layer to quantize ({why_none(reasons)})")
             config.layers = [_relative(name, model) for name in chosen]
         if config.mode != "train":
             layers = [module for name, module in model.named_modules() if _relative(name, model) in config.layers]
