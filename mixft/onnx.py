@@ -18,8 +18,6 @@ import torch
 
 __all__ = ["translation_table"]
 
-SMALLEST_SCALE = 2.0**-126
-
 
 def translation_table() -> dict[Callable, Callable]:
     """The ``custom_translation_table`` of ``torch.onnx.export(..., dynamo=True)`` for inference with mixft's layers.
@@ -39,7 +37,8 @@ def translation_table() -> dict[Callable, Callable]:
     except ImportError as error:
         raise ImportError("mixft.onnx needs onnxscript; pip install 'mixft[onnx]'", name="onnxscript") from error
 
-    import mixft.ops  # noqa: F401 (registers what the table translates)
+    # This also registers the ops that the table translates.
+    from mixft.ops.quantize import SMALLEST_SCALE
 
     op = onnxscript.opset18
     float32 = onnxscript.FLOAT.dtype

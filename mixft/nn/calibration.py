@@ -8,11 +8,12 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from mixft.ops.quantize import SMALLEST_SCALE
+
 from .quant_linear import QuantLinear
 
 # An affine input is worth its zero point where its step is at most this part of the symmetric one.
 AFFINE_BELOW = 0.75
-SMALLEST_SCALE = 2.0**-126
 
 
 @dataclass(frozen=True)

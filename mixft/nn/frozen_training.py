@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mixft.ops.int8_input_gradient import FrozenBackward, check_frozen_backward
+from mixft.ops.registration import is_observed
 
-from .noise_guard import NoiseGuard, observed
+from .noise_guard import NoiseGuard
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,6 @@ class FrozenTraining:
         return "16bit" if asked == "int8" and self.guard.fallback else asked
 
     def watch(self, output: Tensor, weight_scale: Tensor) -> None:
-        """Count a training pass, and measure the gradient of ``output`` [..., N] now and then."""
-        if not observed() and self.guard.ends_pass(output):
+        """Count a training pass that nothing traces, and measure the gradient of ``output`` [..., N] now and then."""
+        if not is_observed() and self.guard.ends_pass(output):
             self.guard.measure_gradient(output, weight_scale)

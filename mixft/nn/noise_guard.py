@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixft.ops.int8_operands import quantized_rows
+from mixft.ops.registration import is_observed
 
 MEASURE_EVERY = 100  # training passes
 GPU_LAG = 10  # passes after which a figure is read on a GPU, which has it by then
@@ -36,11 +37,6 @@ def feature_sqnr(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     noise = (x - values * scale).square().sum(0) / x.square().sum(0)
     # A column without noise, of zeros and a few exact values, is as good as FP32's own rounding.
     return -10 * noise.nanmedian().clamp(min=2.0**-48).log10()
-
-
-def observed() -> bool:
-    """Whether this call is traced, by a compiler or a dispatch mode: nothing is then measured or kept."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class NoiseGuard:
@@ -71,7 +67,7 @@ class NoiseGuard:
 
     def starts_forward(self) -> None:
         """Act on figures that are due, before the layer computes anything."""
-        if observed() or not self.measured or torch._C._current_graph_task_id() != -1:
+        if is_observed() or not self.measured or torch._C._current_graph_task_id() != -1:
             return
         ran, self.backward_ran = self.backward_ran, False
         if ran and self.passes + 1 >= self.read_at:

@@ -1,7 +1,7 @@
 """A linear layer with int8 weights, or one that trains with int8 products."""
 
 from dataclasses import asdict, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,14 @@ from .linear import Linear
 from .noise_guard import NoiseGuard
 
 Mode = Literal["weight_only", "dynamic", "train"]
-MODES = ("weight_only", "dynamic", "train")
 FROZEN = {field.name for field in fields(FrozenOptions)}
 
 
 def check_mode(mode: str) -> None:
     """Raise ValueError for a mode that a layer cannot be converted to."""
-    if mode not in MODES:
+    if mode not in get_args(Mode):
         hint = "; mixft.calibrate(model, batches) makes static layers of dynamic ones" if mode == "static" else ""
-        raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}{hint}")
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; it is {mode!r}{hint}")
 
 
 def check_outlier_threshold(threshold: float | None, mode: str) -> None:

@@ -7,6 +7,7 @@ from mixft.cpu import native
 from mixft.cpu.activation import ACTIVATIONS, finish_product
 from mixft.cpu.activation_backward import activation_backward
 
+from .registration import is_observed
 from .validation import FLOATS
 
 NAMES = tuple(name for name in ACTIVATIONS if name != "none")
@@ -48,8 +49,6 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     torch's.
     """
     plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS and x.numel() > 0
-    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    observed = observed or torch._C._are_functorch_transforms_active()
-    if activation is None or observed or not plain or not native.available():
+    if activation is None or not plain or is_observed() or not native.available():
         return ACTIVATIONS[activation or "none"](x)
     return _Compiled.apply(x, activation)

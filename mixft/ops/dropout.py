@@ -7,6 +7,7 @@ from mixft.cpu.dropout import LANES
 from mixft.cpu.dropout import dropout as drop
 
 from .quantize import LARGEST_SEED
+from .registration import is_observed
 from .validation import FLOATS
 
 
@@ -39,7 +40,6 @@ def dropout(x: Tensor, p: float) -> Tensor | None:
     dropped = round(p * LANES)
     plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in FLOATS and 0 < dropped < LANES
     # A compiler has a generator of its own, fused into the kernels around it.
-    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if not plain or observed or torch._C._are_functorch_transforms_active():
+    if not plain or is_observed():
         return None
     return _Dropout.apply(x, dropped, int(torch.randint(LARGEST_SEED, (), device="cpu")))

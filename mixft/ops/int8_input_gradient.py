@@ -1,6 +1,6 @@
 """The gradient of a layer's input through its frozen int8 weight, by the products that the caller chose."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from .int8_linear import float_dtype
 from .registration import composition, define_op, needs_dispatch, server, without_dispatch
 
 FrozenBackward = Literal["int8", "16bit", "exact"]
-FROZEN_BACKWARDS = ("int8", "16bit", "exact")
 
 
 @define_op("int8_input_gradient", name="int8_input_gradient")
@@ -33,10 +32,9 @@ def weight_only_product(
 
 def check_frozen_backward(backward: str) -> None:
     """Raise ValueError for a backward that a layer with a frozen weight does not have."""
-    if backward not in FROZEN_BACKWARDS:
-        raise ValueError(
-            f"backward must be one of {', '.join(FROZEN_BACKWARDS)} with a frozen int8 weight; it is {backward!r}"
-        )
+    if backward not in get_args(FrozenBackward):
+        choices = ", ".join(get_args(FrozenBackward))
+        raise ValueError(f"backward must be one of {choices} with a frozen int8 weight; it is {backward!r}")
 
 
 def input_gradient(

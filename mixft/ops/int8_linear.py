@@ -19,7 +19,7 @@ Each op is a composition of the quantize and int8_matmul implementations of the 
 that a layer costs one dispatch a direction.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,11 +30,10 @@ from mixft.cpu.instruction_set import has_bf16_dot
 from .int8_matmul import MOST_TERMS
 from .int8_operands import check_layer, check_quantized, quantize_columns, quantize_rows, quantized_rows
 from .quantize import LARGEST_SEED
-from .registration import composition, server
+from .registration import composition, is_observed, server
 from .validation import FLOATS, check_dtype
 
 Backward = Literal["int8", "weight_grad_16bit", "16bit"]
-BACKWARDS = ("int8", "weight_grad_16bit", "16bit")
 
 # The weight gradient sums over rows; more of them are summed in parts, since int32 holds no more products than this.
 MOST_ROWS = MOST_TERMS // 64 * 64
@@ -42,8 +41,8 @@ MOST_ROWS = MOST_TERMS // 64 * 64
 
 def check_backward(backward: str) -> None:
     """Raise ValueError for a backward that there is not."""
-    if backward not in BACKWARDS:
-        raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}; it is {backward!r}")
+    if backward not in get_args(Backward):
+        raise ValueError(f"backward must be one of {', '.join(get_args(Backward))}; it is {backward!r}")
 
 
 def float_dtype(x: Tensor) -> torch.dtype:
@@ -247,8 +246,6 @@ def int8_linear(
     # Without gradients too: reentrant checkpointing computes the forward so at first, and draws the same once more.
     if stochastic and backward != "16bit":
         seed = torch.randint(LARGEST_SEED, (), device=x.device)
-    observed = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    observed = observed or torch._C._are_functorch_transforms_active()
-    serve = _forward if observed or type(x) is not Tensor else _EagerInt8Linear.apply
+    serve = _forward if is_observed() or type(x) is not Tensor else _EagerInt8Linear.apply
     out = serve(rows, weight, bias, x_values, x_scale, weight_values, weight_scale, seed, backward)
     return out.view(*x.shape[:-1], weight.shape[0])

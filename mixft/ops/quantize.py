@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixft.cpu.quantize import SMALLEST_SCALE as SMALLEST_SCALE  # for the layers, which quantize by other code
+
 from .registration import define_op, without_dispatch
 from .validation import FLOATS, check_dtype
 

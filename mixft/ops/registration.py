@@ -144,11 +144,16 @@ def without_dispatch(op, *tensors: Tensor | None) -> Callable:
     return op if needs_dispatch(*tensors) else op.without_dispatch[tensors[0].device.type]
 
 
-def needs_dispatch(*tensors: Tensor | None) -> bool:
-    """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None."""
+def is_observed() -> bool:
+    """Whether a compiler, a dispatch mode or a functorch transform follows what is done with tensors now."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+    return torch._C._are_functorch_transforms_active()
+
+
+def needs_dispatch(*tensors: Tensor | None) -> bool:
+    """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None."""
+    if is_observed() or torch._C._get_tracing_state() is not None:
         return True
     first = tensors[0]
     if first.is_neg():  # numbers whose sign the dispatcher turns

@@ -12,13 +12,11 @@ from .casting import check_optimizer, members
 from .diagnosis import Diagnosis, Symptom, Thresholds
 from .event import PrecisionEvent
 from .layout import Layout
-from .policy import DTYPES
+from .policy import NAMES
 from .record import Rows, StepRecord
 from .recovery import Recovery
 from .trend import has_moments
 from .watch import OutputWatch
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class PrecisionController:

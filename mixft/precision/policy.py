@@ -14,6 +14,7 @@ from .casting import cast_parameter, check_optimizer, widened
 from .report import ModulePrecision, PolicyReport
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class PrecisionPolicy:
@@ -65,8 +66,7 @@ class PrecisionPolicy:
         self.rules = {pattern: DTYPES.get(dtype, dtype) for pattern, dtype in rules.items()}
 
     def __repr__(self) -> str:
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        return f"PrecisionPolicy({ {pattern: names[dtype] for pattern, dtype in self.rules.items()} })"
+        return f"PrecisionPolicy({ {pattern: NAMES[dtype] for pattern, dtype in self.rules.items()} })"
 
     def apply(self, model: nn.Module, optimizer: MixedPrecisionOptimizer | None = None) -> PolicyReport:
         """Give every module of ``model`` its dtype. A policy that was applied before is replaced.
