@@ -23,7 +23,7 @@ from mixft.ops.grad import unscale_gradients_
 from mixft.ops.grad_scalars import gradient_scalars
 from mixft.ops.lion import lion_step_
 from mixft.ops.sgd import sgd_step_
-from mixft.optim import base, members
+from mixft.optim import learning_rate, members
 
 STEP_OPS = (accumulate_gradients_, adamw_step_, gradient_scalars, lion_step_, sgd_step_, unscale_gradients_)
 LAUNCHERS = {op._opoverload: op.without_dispatch["cuda"] for op in STEP_OPS}
@@ -60,7 +60,7 @@ class Graph(RefuseSync):
     @contextlib.contextmanager
     def capture(self):
         with contextlib.ExitStack() as stack:
-            for module in (device_cache, multi_tensor, members, base):
+            for module in (device_cache, multi_tensor, members, learning_rate):
                 stack.enter_context(mock.patch.object(module, "capturing", return_value=True))
             stack.enter_context(mock.patch.object(GridExecutor, "__call__", self._launcher()))
             stack.enter_context(self)

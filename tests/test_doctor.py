@@ -10,8 +10,8 @@ import torch
 
 from mixft import ops
 from mixft.cli import environment, main, serving
-from mixft.cli.self_test import run_case
-from mixft.cli.self_test_cases import CASES, ROUNDING
+from mixft.cli.self_test import ROUNDING, run_case
+from mixft.cli.self_test_cases import CASES
 from mixft.cpu import grad as cpu_grad
 from mixft.cpu import quantize as cpu_quantize
 from mixft.kernels.architecture import ARCHITECTURES

@@ -132,6 +132,28 @@ class GradAccumulator:
             self._extend(_parameters(self._optimizer)[len(self._params) :])
         inv_scale = None if self.scaler is None else self.scaler.inverse_scale()
         self._main_grads.check(self._params, inv_scale is not None)
+        work = self._launches()
+        for (device, is_first), positions in work.items():
+            found_inf, counts = self._findings(device, positions)
+            add_(
+                [self._params[position].grad for position in positions],
+                [self._buffers[position] for position in positions],
+                None if inv_scale is None else inv_scale.to(device, non_blocking=True),
+                found_inf,
+                counts,
+                overwrite=is_first,
+                clear=not set_to_none,
+            )
+        self._main_grads.collect(self._params, clear=not set_to_none)
+        self._keeps_gradients = not set_to_none
+        for positions in work.values():
+            self._summed.update(positions)
+        if set_to_none:
+            for param in self._params:
+                param.grad = None
+
+    def _launches(self) -> dict[tuple[torch.device, bool], list[int]]:
+        """Positions of the gradients to add, by device and whether theirs is the first of the sum; all are checked."""
         work: dict[tuple[torch.device, bool], list[int]] = defaultdict(list)
         for position, (param, buffer) in enumerate(zip(self._params, self._buffers, strict=True)):
             grad = param.grad
@@ -154,30 +176,16 @@ class GradAccumulator:
                 )
             if position not in self._main_grads:
                 work[grad.device, position not in self._summed].append(position)
-        for (device, is_first), positions in work.items():
-            found_inf = self._found_inf.get(device)
-            if found_inf is None:
-                found_inf = self._found_inf[device] = torch.zeros((), dtype=torch.float32, device=device)
-            counts = self._counts.get((device, *positions))
-            if counts is None:
-                counts = torch.zeros(len(positions), dtype=torch.int64, device=device)
-                self._counts[(device, *positions)] = counts
-            add_(
-                [self._params[position].grad for position in positions],
-                [self._buffers[position] for position in positions],
-                None if inv_scale is None else inv_scale.to(device, non_blocking=True),
-                found_inf,
-                counts,
-                overwrite=is_first,
-                clear=not set_to_none,
-            )
-        self._main_grads.collect(self._params, clear=not set_to_none)
-        self._keeps_gradients = not set_to_none
-        for positions in work.values():
-            self._summed.update(positions)
-        if set_to_none:
-            for param in self._params:
-                param.grad = None
+        return work
+
+    def _findings(self, device: torch.device, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """The flag and the counts of NaN and Inf that a launch on ``device`` adds to; zero where a sum begins."""
+        if device not in self._found_inf:
+            self._found_inf[device] = torch.zeros((), dtype=torch.float32, device=device)
+        key = (device, *positions)
+        if key not in self._counts:
+            self._counts[key] = torch.zeros(len(positions), dtype=torch.int64, device=device)
+        return self._found_inf[device], self._counts[key]
 
     def gradients(self) -> dict[Tensor, Tensor]:
         """The buffer of every parameter that has had a gradient since the last step; see :attr:`buffers`."""

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+# What one rounding of a result may cost, with room.
+ROUNDING = {FP16: 2e-3, BF16: 1.6e-2, FP32: 1e-5}
+
 
 @dataclass(frozen=True)
 class Case:

@@ -1,6 +1,5 @@
 """What every mixft optimizer shares: master weights, the check of the gradients, clipping, and state dictionaries."""
 
-import math
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -9,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, ParamsT
 
-from mixft.ops.capture import capturing
 from mixft.ops.optimizer_step import advance_
 
-from .hyperparameters import check_precision, check_rate_tensor, loaded_group
+from .hyperparameters import check_precision, loaded_group
+from .learning_rate import LearningRates
 from .members import GradientOf, Members, arrange, check_gradients, check_parameters, signature
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
@@ -40,6 +39,7 @@ class MixedPrecisionOptimizer(Optimizer):
             nothing looked.
         last_nonfinite: what the last step found where it looked: pairs of parameters and int64 [parameters], the number
             of NaN and Inf elements in the gradient of each.
+        releases_gradients: whether parameters are stepped inside backward, by :func:`mixft.optim.release_gradients`.
         main_grads: FP32 gradients by parameter, without a loss scale, to step with in place of ``.grad``; set around a
             step by ``mixft.amp.GradAccumulator``.
     """
@@ -52,17 +52,17 @@ class MixedPrecisionOptimizer(Optimizer):
     signed_state: ClassVar[dict[str, bool]]
     # Whether the rule cannot go on without knowing the number of steps taken.
     needs_step: ClassVar[bool] = False
-    # Whether mixft.optim.release_gradients is on: parameters are stepped inside backward.
-    releases_gradients: bool = False
-    main_grads: dict[Tensor, Tensor] | None = None
     # Whether weight decay leaves the gradients alone.
     decoupled: ClassVar[bool] = False
     # Whether a state tensor made late makes the next step the parameter's first.
     restarts_with_new_state: ClassVar[bool] = False
 
+    releases_gradients: bool = False
+    main_grads: dict[Tensor, Tensor] | None = None
+
     def __init__(
         self,
-        params,
+        params: ParamsT,
         defaults: dict[str, Any],
         *,
         max_grad_norm: float | None,
@@ -88,7 +88,7 @@ class MixedPrecisionOptimizer(Optimizer):
         self.last_nonfinite: list[tuple[list[Tensor], Tensor]] = []
         self._work: list[Members] = []
         self._work_signature: list[Any] | None = None
-        self._rates: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
+        self._rates = LearningRates()
         self._found_in_backward: Tensor | None = None
 
     @property
@@ -221,7 +221,7 @@ class MixedPrecisionOptimizer(Optimizer):
         """Change parameters and state of ``work``, or nothing where a gradient of any is not finite."""
         grads: dict[torch.device, list[Tensor]] = defaultdict(list)
         params: dict[torch.device, list[Tensor]] = defaultdict(list)
-        rates = [self._learning_rate(members.group, members.device) for members in work]
+        rates = [self._rates.of(members.group, members.device) for members in work]
         listed = [members.gradients(self._gradient_of) for members in work]
         for members, own in zip(work, listed, strict=True):
             grads[members.device] += own
@@ -243,27 +243,6 @@ class MixedPrecisionOptimizer(Optimizer):
             here = local[members.device]
             values = (lr, here.inv_scale, here.clip_coef, here.found_inf, *self.rule(members.group), rounding)
             advance_(self.op, members.tensors | {"grads": own}, values)
-
-    def _learning_rate(self, group: dict[str, Any], device: torch.device) -> Tensor:
-        rate = group["lr"]
-        if isinstance(rate, Tensor):
-            check_rate_tensor(rate)
-            if rate.device.type != "cpu" or device.type == "cpu":
-                return at(rate, device)
-            # As a number: copied at every step it would be pageable memory, which a driver may wait for and a graph
-            # cannot take.
-            rate = rate.item()
-        if capturing(device):
-            # The graph's own: what it writes at every replay is not for the steps that are taken outside of it.
-            return torch.full((), rate, dtype=torch.float32, device=device)
-        key = (id(group), device)
-        value, tensor = self._rates.get(key, (math.nan, None))
-        if tensor is None:
-            tensor = torch.full((), rate, dtype=torch.float32, device=device)
-        elif value != rate:
-            tensor.fill_(rate)
-        self._rates[key] = (rate, tensor)
-        return tensor
 
     def memory_report(self) -> MemoryReport:
         """Bytes of the parameters, of each kind of state and of the gradients as they are now."""

@@ -1,5 +1,6 @@
 """Gradient release: every parameter stepped inside backward, its gradient freed at once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class GradientRelease:
             if param.requires_grad
         ]
 
-    def _stepper(self, group: dict[str, Any]):
+    def _stepper(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def step_and_free(param: Tensor) -> None:
             self._optimizer.step_in_backward(group, param)

@@ -12,7 +12,7 @@ from .storage import MASTER_WEIGHTS, STATE_DTYPES
 
 
 def check_rate(group: dict[str, Any]) -> None:
-    """Raise TypeError unless ``lr`` is a number or a tensor, ValueError unless it is one, and not negative."""
+    """Raise TypeError unless ``lr`` is a number or a tensor, ValueError for several elements or a negative rate."""
     if not isinstance(group["lr"], (Real, Tensor)):
         raise TypeError(f"lr is {group['lr']!r}; it must be a number or a one-element tensor")
     if isinstance(group["lr"], Tensor):
