@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .activation import activation_derivative
 from .architecture import Architecture
-from .variant import Elementwise, Variant
+from .variant import BYTES, Elementwise, Variant
 
 
 @triton.jit
@@ -91,9 +91,6 @@ def activation_backward(
             )
     # Partial sums added by a second, ordered pass: atomics would make the gradient differ from run to run.
     return out, bias_partial.sum(0) if want_bias else bias_partial.new_empty(0)
-
-
-BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def variants(arch: Architecture) -> list[Variant]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
-from .quantize_tiles import BYTES, QuantizeConfig, batch_n_kept, strides, tile, warps
-from .variant import Elementwise, Variant, elementwise_variant
+from .quantize_tiles import QuantizeConfig, batch_n_kept, strides, tile, warps
+from .variant import BYTES, Elementwise, Variant, elementwise_variant
 
 
 @triton.jit(do_not_specialize=["blocks_kept", "blocks_n"])

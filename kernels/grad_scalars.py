@@ -30,7 +30,7 @@ FINISH_BLOCK = tl.constexpr(256)
 
 
 @triton.jit
-def finish(
+def finish_scalars(
     partial_sum,
     partials,
     counts,
@@ -109,7 +109,7 @@ def grad_scalars_kernel(
     tl.debug_barrier()
     tickets = counts + tensors
     if tl.atomic_add(tickets, 1) == partials - 1:
-        finish(
+        finish_scalars(
             partial_sum,
             partials,
             counts,

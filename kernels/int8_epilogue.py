@@ -53,7 +53,7 @@ class Epilogue:
 
 
 @triton.jit
-def finish(
+def apply_epilogue(
     total,
     rows,
     columns,

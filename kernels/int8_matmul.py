@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .architecture import Architecture, architecture_of
 from .configuration import configuration, configurations
-from .int8_epilogue import STRIDES, Epilogue, epilogue_signature, finish
+from .int8_epilogue import STRIDES, Epilogue, apply_epilogue, epilogue_signature
 from .int8_split_k import add_parts, split_count
 from .matmul import multiprocessors_of
 from .tile_order import tile_of_program
@@ -113,7 +113,7 @@ def scaled_matmul_kernel(
         part = parts_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
         tl.store(part, accumulator, mask=row_mask & (columns < N)[None, :])
     else:
-        finish(
+        apply_epilogue(
             accumulator,
             rows,
             columns,
@@ -168,7 +168,18 @@ def weight_only_matmul(
     return _launch("weight_only_matmul", a, b, None, b_scale, bias, activation, out_dtype)
 
 
-def _launch(op, a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point=None, b_sum=None):
+def _launch(
+    op: str,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor | None,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    a_zero_point: torch.Tensor | None = None,
+    b_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
     M, N = a.shape[0], b.shape[0]
     out = torch.empty((M, N), device=a.device, dtype=out_dtype)
     if out.numel() == 0:
@@ -248,7 +259,17 @@ def variants(arch: Architecture) -> list[Variant]:
     return found
 
 
-def _variant(op, bucket, config, a_type, out_type, epilogue, even, kind=None):
+def _variant(
+    op: str,
+    bucket: str,
+    config: Int8MatmulConfig,
+    a_type: str,
+    out_type: str,
+    epilogue: str,
+    even: bool,
+    kind: str | None = None,
+) -> Variant:
+    """One variant; ``kind`` is "affine" with zero points, "parts" of a split sum, None of neither."""
     w8a8 = op == "int8_matmul"
     types, lacking = epilogue_signature(out_type, a_scale=w8a8, affine=kind == "affine", bias=not even)
     pointers = {"a_ptr": f"*{a_type}", "b_ptr": "*i8"}

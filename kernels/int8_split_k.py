@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture
-from .int8_epilogue import STRIDES, Epilogue, epilogue_signature, finish
+from .int8_epilogue import STRIDES, Epilogue, apply_epilogue, epilogue_signature
 from .variant import Elementwise, Variant
 
 # Blocks of K that a program multiplies at the least: fewer do not pay for storing and reading its part.
@@ -49,7 +49,7 @@ def add_scaled_parts_kernel(
     for _ in range(splits):
         total += tl.load(pointers, mask=mask, other=0)
         pointers += step
-    finish(
+    apply_epilogue(
         total,
         rows,
         columns,

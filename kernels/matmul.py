@@ -29,8 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import activation_backward as slopes
 from . import matmul_persistent, matmul_split_k, matmul_tiles
+from .activation_backward import activation_backward
 from .architecture import Architecture, architecture_of
 from .configuration import configuration, configurations
 from .matmul_epilogue import Product
@@ -91,7 +91,7 @@ def matmul_activation_backward(
     arch = architecture_of(a.device)
     if a.dtype == torch.float32 or not arch.tensor_cores:
         grad = torch_matmul(a, b, None, "none", torch.float32, False)[0]
-        return slopes.activation_backward(grad, kept, activation, a.dtype, want_sum)
+        return activation_backward(grad, kept, activation, a.dtype, want_sum)
     out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
     product = Product(
         a, b, out, activation, preactivation=kept.contiguous().view(out.shape), access="read", column_sum=want_sum

@@ -62,7 +62,7 @@ class Product:
         )
 
     def flags(self) -> dict[str, bool | str]:
-        """The constants of :func:`finish`."""
+        """The constants of :func:`apply_epilogue`."""
         return {
             "HAS_BIAS": self.bias is not None,
             "HAS_RESIDUAL": self.residual is not None,
@@ -79,7 +79,7 @@ class Product:
 
 
 @triton.jit
-def finish(
+def apply_epilogue(
     total,
     bias,
     residual,
@@ -127,7 +127,6 @@ LAYOUTS = {
     "grad_a": (("a_stride_k", "b_stride_n"), "M"),
     "grad_b": (("a_stride_m", "b_stride_n"), "K"),
 }
-BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 # (M, N, K) of a product in each bucket, for which times are estimated.
 SHAPES = {
@@ -148,7 +147,7 @@ def _epilogue(activation: str = "none", *, residual: bool = False, access: str =
     }
 
 
-# The flags of :func:`finish` but for the bias, by a name.
+# The flags of :func:`apply_epilogue` but for the bias, by a name.
 EPILOGUES = {
     "none": _epilogue(),
     "split": _epilogue(),

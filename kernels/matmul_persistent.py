@@ -21,9 +21,9 @@ from torch import Tensor
 from .activation import activate, activation_derivative
 from .architecture import Architecture
 from .configuration import configurations
-from .matmul_epilogue import BYTES, EPILOGUES, LAYOUTS, SHAPES, Product
+from .matmul_epilogue import EPILOGUES, LAYOUTS, SHAPES, Product
 from .tile_order import tile_at
-from .variant import MatrixProduct, Variant
+from .variant import BYTES, MatrixProduct, Variant
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -228,7 +228,9 @@ def variants(arch: Architecture) -> list[Variant]:
     ]
 
 
-def _variant(config: PersistentMatmulConfig, bucket: str, layout: str, dtype: str, out_dtype: str, epilogue: str):
+def _variant(
+    config: PersistentMatmulConfig, bucket: str, layout: str, dtype: str, out_dtype: str, epilogue: str
+) -> Variant:
     constants = asdict(config)
     num_warps, num_stages, _ = (constants.pop(name) for name in ("num_warps", "num_stages", "PROGRAMS"))
     M, N, K = tile = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture
-from .matmul_epilogue import BYTES, EPILOGUES, Product, finish
+from .matmul_epilogue import EPILOGUES, Product, apply_epilogue
 from .matmul_tiles import MatmulConfig, launch_parts
-from .variant import Elementwise, Variant
+from .variant import BYTES, Elementwise, Variant
 
 # Blocks of K that a program multiplies at the least: fewer do not pay for storing and reading its part.
 LEAST_BLOCKS = 4
@@ -49,7 +49,7 @@ def add_parts_kernel(
     for _ in range(splits):
         total += tl.load(pointers, mask=mask, other=0.0)
         pointers += step
-    finish(
+    apply_epilogue(
         total,
         bias,
         residual,

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .configuration import configuration
-from .matmul_epilogue import BYTES, EPILOGUES, LAYOUTS, SHAPES, Product, finish
+from .matmul_epilogue import EPILOGUES, LAYOUTS, SHAPES, Product, apply_epilogue
 from .tile_order import tile_of_program
-from .variant import MatrixProduct, Variant
+from .variant import BYTES, MatrixProduct, Variant
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -83,7 +83,7 @@ def matmul_kernel(
         part = out + tl.program_id(1).to(tl.int64) * M * N
         tl.store(part + rows[:, None].to(tl.int64) * N + columns[None, :], accumulator, mask=row_mask & column_mask)
     else:
-        finish(
+        apply_epilogue(
             accumulator,
             bias,
             residual,
@@ -131,7 +131,15 @@ def launch_parts(product: Product, config: MatmulConfig, splits: int) -> Tensor:
     return parts
 
 
-def _launch(product: Product, config: MatmulConfig, out: Tensor, partials: Tensor, splits: int, depth: int, flags):
+def _launch(
+    product: Product,
+    config: MatmulConfig,
+    out: Tensor,
+    partials: Tensor,
+    splits: int,
+    depth: int,
+    flags: dict[str, bool | str],
+) -> None:
     a, b = product.a, product.b
     M, N, K = product.shape
     # A pointer that the kernel does not read still has to be one.

@@ -15,6 +15,8 @@ A group that fits a program's registers is read once. A longer one is read twice
 programs: the first leaves one partial range a program, the second reduces those and rounds.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,8 @@ from torch import Tensor
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
 from .int8_rounding import finite_range, round_to_int8, scale_of
-from .quantize_tiles import BYTES, QuantizeConfig, batch_n_kept, strides, tile, warps
-from .variant import Elementwise, Variant, elementwise_variant
+from .quantize_tiles import QuantizeConfig, batch_n_kept, strides, tile, warps
+from .variant import BYTES, Elementwise, Variant, elementwise_variant
 
 
 @triton.jit
@@ -195,40 +197,51 @@ def variants(arch: Architecture) -> list[Variant]:
     columns = {"x_stride_kept": 1, "values_stride_kept": 1}
     found = []
 
-    def add(name, function, x, symmetric, stochastic, tile, layout):
+    def add(
+        name: str,
+        function: Any,
+        x: str,
+        tile: tuple[int, int],
+        unit_strides: dict[str, int],
+        *,
+        symmetric: bool = True,
+        stochastic: bool = False,
+        factor: bool = False,
+        one_scale: bool = False,
+    ) -> None:
         types = {
             "x_ptr": f"*{x}", "values_ptr": "*i8", "scale_ptr": "*fp32", "zero_point_ptr": "*i32",
             "low_ptr": "*fp32", "high_ptr": "*fp32", "seed_ptr": "*i64", "factor_ptr": "*fp32",
         }  # fmt: skip
-        constants = {
+        constants = unit_strides | {
             "SYMMETRIC": symmetric,
-            "PROPAGATE": name.endswith("factor"),
+            "PROPAGATE": factor,
             "BLOCK_KEPT": tile[0],
             "BLOCK_N": tile[1],
             "BLOCK_SPLITS": 16,
         }
-        constants |= rows if layout == "rows" else columns
-        if name.split(",")[1] == "tensor":
+        if one_scale:
             constants |= {"kept": 1}
         if symmetric:
             constants |= {"zero_point_ptr": None, "low_ptr": None}
         if not stochastic:
             constants |= {"seed_ptr": None}
-        if not name.endswith("factor"):
+        if not factor:
             constants |= {"factor_ptr": None}
         indivisible = ("blocks_kept", "splits")
         work = Elementwise(tile[0] * tile[1], BYTES[x] + (0 if function is partial_ranges else 1))
         num_warps = warps(*tile, config, arch)
         found.append(elementwise_variant(function, name, types, constants, indivisible, num_warps=num_warps, work=work))
 
-    square = (config.columns, config.elements // config.columns)
-    add("fp16,row 4096", quantize_resident, "fp16", True, False, (1, 4096), "rows")
-    add("fp16,row 4096,factor", quantize_resident, "fp16", True, False, (1, 4096), "rows")
-    add("bf16,row 16384,affine,stochastic", quantize_resident, "bf16", False, True, (1, 16384), "rows")
-    add("fp32,group 128,stochastic", quantize_resident, "fp32", True, True, (32, 128), "rows")
-    add("bf16,columns of 256,factor", quantize_resident, "bf16", True, False, (config.columns, 256), "columns")
-    add("fp16,columns,factor", partial_ranges, "fp16", True, False, square, "columns")
-    add("fp32,tensor,affine", partial_ranges, "fp32", False, False, (1, config.elements), "rows")
-    add("fp16,columns,factor", quantize_split, "fp16", True, False, square, "columns")
-    add("fp32,tensor,affine,stochastic", quantize_split, "fp32", False, True, (1, config.elements), "rows")
+    square, flat = (config.columns, config.elements // config.columns), (1, config.elements)
+    add("fp16,row 4096", quantize_resident, "fp16", (1, 4096), rows)
+    add("fp16,row 4096,factor", quantize_resident, "fp16", (1, 4096), rows, factor=True)
+    affine = {"symmetric": False, "stochastic": True}
+    add("bf16,row 16384,affine,stochastic", quantize_resident, "bf16", (1, 16384), rows, **affine)
+    add("fp32,group 128,stochastic", quantize_resident, "fp32", (32, 128), rows, stochastic=True)
+    add("bf16,columns of 256,factor", quantize_resident, "bf16", (config.columns, 256), columns, factor=True)
+    add("fp16,columns,factor", partial_ranges, "fp16", square, columns, factor=True)
+    add("fp32,tensor,affine", partial_ranges, "fp32", flat, rows, symmetric=False, one_scale=True)
+    add("fp16,columns,factor", quantize_split, "fp16", square, columns, factor=True)
+    add("fp32,tensor,affine,stochastic", quantize_split, "fp32", flat, rows, **affine, one_scale=True)
     return found

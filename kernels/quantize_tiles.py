@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .architecture import Architecture
 
-BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
-
 
 @dataclass(frozen=True)
 class QuantizeConfig:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+# Of an element, by Triton's name of its type.
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
 
 @dataclass(frozen=True)
 class Elementwise:

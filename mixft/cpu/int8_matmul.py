@@ -10,7 +10,7 @@ from torch import Tensor
 from . import native
 from .activation import ACTIVATIONS, CODES
 from .instruction_set import has_bf16_dot, has_int8_dot
-from .int8_epilogue import finish
+from .int8_epilogue import apply_epilogue
 from .int8_layer import groups_bytes, rows_bytes, serves
 from .packed_weight import packed_product, packed_weight
 from .unsigned_rows import unsigned_limbs
@@ -54,7 +54,8 @@ def int8_matmul(
     """``mixft.kernels.int8_matmul.int8_matmul`` on the CPU."""
     if a.numel() and b.numel() and not int_mm_is_fast_and_exact() and serves(a.shape[0]):
         return _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
-    return finish(integer_product(a, b.t()), a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
+    product = integer_product(a, b.t())
+    return apply_epilogue(product, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
 
 
 def _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum) -> Tensor:
