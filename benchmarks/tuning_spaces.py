@@ -69,9 +69,9 @@ def by_kernel(launch: Callable[[Product], Any], case: Case, activation: str = "n
 def tiles_space(bucket: str, case: Case, *shapes: tuple[int, int, int, int, int], activation="none", group=8) -> Space:
     """A sweep of the kernel that computes one tile a program."""
 
-    def launch(product: Product) -> None:
-        arch = architecture_of(product.a.device)
-        matmul_tiles.launch(product, configuration("matmul", MatmulConfig, arch, bucket))
+    def launch(asked: Product) -> None:
+        arch = architecture_of(asked.a.device)
+        matmul_tiles.launch(asked, configuration("matmul", MatmulConfig, arch, bucket))
 
     candidates = tiles(MatmulConfig, *shapes, group=group)
     return Space("matmul", bucket, "matmul_tiles", by_kernel(launch, case, activation), candidates)
@@ -80,11 +80,11 @@ def tiles_space(bucket: str, case: Case, *shapes: tuple[int, int, int, int, int]
 def persistent_space(bucket: str, case: Case, *shapes: tuple[int, int, int, int, int], activation="none") -> Space:
     """A sweep of the persistent kernel: each tile shape with two or four groups of columns in the epilogue."""
 
-    def launch(product: Product) -> None:
-        device = product.a.device
+    def launch(asked: Product) -> None:
+        device = asked.a.device
         arch = architecture_of(device)
         config = configuration("matmul_persistent", PersistentMatmulConfig, arch, bucket)
-        matmul_persistent.launch(product, config, multiprocessors_of(device, arch))
+        matmul_persistent.launch(asked, config, multiprocessors_of(device, arch))
 
     programs = 2 if bucket == "medium" else 1
     candidates = [

@@ -37,6 +37,7 @@ def adamw_step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
+    """Step every parameter; see :func:`mixft.ops.adamw_` for the arguments, all checked there."""
     rule = _rule(beta1, beta2, eps, weight_decay, decoupled, maximize)
     launch_step(
         params,

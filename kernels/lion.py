@@ -28,6 +28,7 @@ def lion_step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
+    """Step every parameter; see :func:`mixft.ops.lion_` for the arguments, all checked there."""
     rule = UpdateRule("lion", maximize, weight_decay, one_minus_beta1=1.0 - beta1, one_minus_beta2=1.0 - beta2)
     launch_step(
         params,

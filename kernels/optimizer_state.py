@@ -212,6 +212,7 @@ def join_kernel(params, remainders, masters, size, TYPE: tl.constexpr, BLOCK: tl
 
 
 def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes of FP32 ``values``, int8 or uint8, and their uint8 scales, rounded to nearest."""
     codes = torch.empty_like(values, dtype=torch.int8 if signed else torch.uint8)
     groups = triton.cdiv(values.numel(), GROUP_SIZE.value)
     scales = torch.empty(groups, dtype=torch.uint8, device=values.device)
@@ -220,18 +221,21 @@ def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def decode_state(codes: Tensor, scales: Tensor) -> Tensor:
+    """The FP32 values of ``codes`` with their ``scales``."""
     values = torch.empty_like(codes, dtype=torch.float32)
     _launch(decode_kernel, codes, scales, values, SIGNED=codes.dtype == torch.int8)
     return values
 
 
 def split_weights(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """FP32 ``master`` as a parameter of ``dtype`` and its int16 remainder."""
     param, remainder = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int16)
     _launch(split_kernel, master, _bits_if_bf16(param), remainder, TYPE=TRITON_TYPES[dtype])
     return param, remainder
 
 
 def join_weights(param: Tensor, remainder: Tensor) -> Tensor:
+    """The FP32 weights of a 16-bit ``param`` and its int16 ``remainder``."""
     master = torch.empty_like(param, dtype=torch.float32)
     _launch(join_kernel, _bits_if_bf16(param), remainder, master, TYPE=TRITON_TYPES[param.dtype])
     return master

@@ -31,6 +31,7 @@ def sgd_step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
+    """Step every parameter; see :func:`mixft.ops.sgd_` for the arguments, all checked there."""
     rule = UpdateRule(
         "sgd", maximize, weight_decay, nesterov=nesterov, momentum=momentum, one_minus_dampening=1.0 - dampening
     )

@@ -4,11 +4,11 @@
 is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16, FP32 masters in the optimizer and
 a loss scaler. ``auto`` starts as ``fp16`` under a precision controller, which raises to FP32 what needs it. ``int8``
 multiplies in int8, forward and backward, from FP32 parameters; of a model frozen under adapters it keeps int8 weights
-alone. These three use mixft's layers, dropout included, and ``int8`` on a CPU its attention with dropout. What mixft's
-optimizer stores beside the parameters is a choice of its own, `Storage`.
+alone. ``fp16``, ``auto`` and ``int8`` use mixft's layers, dropout included, and ``int8`` on a CPU its attention with
+dropout. How mixft's optimizer stores masters and moments is chosen apart from the precision, by `Storage`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ import mixft
 from mixft.cli.attention import use_dropout_attention
 from mixft.cli.job import Recipe
 from mixft.nn.conv1d import is_conv1d
+from mixft.nn.noise_guard import NoiseGuard
 from mixft.nn.quantization import HEAD_NAMES, SMALLEST_SIDE, SMALLEST_WEIGHT
 from mixft.precision import PrecisionEvent
 
@@ -47,7 +48,8 @@ class Setup:
         max_grad_norm: clip to this norm before the step; None where the optimizer clips inside it.
         accumulator: sums the gradients of 16-bit parameters over micro-batches, None where ``.grad`` does it.
         controller: changes the precision of layers on the way, None for none.
-        events: the layers that the noise of int8 took back to floats, in the order they did.
+        events: the layers that the noise of int8 took back to floats, in that order.
+        steps: optimizer steps so far.
     """
 
     model: torch.nn.Module
@@ -112,8 +114,8 @@ class Setup:
         ]
         return [event for event in fallbacks if (event.layer, event.after) not in known]
 
-    def _guards(self):
-        """The guards of layers that train in int8, by the layers' names."""
+    def _guards(self) -> Iterator[tuple[str, NoiseGuard]]:
+        """The guard of each int8 layer, with the layer's name."""
         for name, module in self.model.named_modules():
             if isinstance(module, mixft.nn.QuantLinear):
                 yield name, module.guard

@@ -4,6 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -123,7 +124,7 @@ def switches(runs: list[dict]) -> list[str]:
     ]
 
 
-def _mark_switches(axes, events: list[dict], curve: list[float], color: str, precision: str) -> None:
+def _mark_switches(axes: Axes, events: list[dict], curve: list[float], color: str, precision: str) -> None:
     """A triangle on ``curve`` at every step that raised a layer, upside down where one was lowered."""
     up = "layer to floats" if precision == "int8" else "layer to FP32"
     for marker, raised, label in (("^", True, up), ("v", False, "layer back to FP16")):

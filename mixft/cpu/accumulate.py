@@ -23,6 +23,7 @@ def accumulate_gradients_(
     overwrite: bool,
     clear: bool,
 ) -> None:
+    """``mixft.kernels.accumulate.accumulate_gradients_`` on the CPU."""
     factor = 1.0 if inv_scale is None else inv_scale.item()
     if native.available():
         counts = torch.zeros(len(grads), dtype=torch.int64, device="cpu")

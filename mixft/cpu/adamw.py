@@ -35,6 +35,7 @@ def adamw_step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
+    """``mixft.kernels.adamw.adamw_step_`` on the CPU."""
     states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     scales = [exp_avg_scales, exp_avg_sq_scales, max_exp_avg_sq_scales]
     step = Step(params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf, stochastic_rounding)

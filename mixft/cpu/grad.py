@@ -30,6 +30,7 @@ compiled_statistics = native.Routine("gradient_statistics", *[c_void_p] * 3, c_i
 
 
 def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor, nonfinite: Tensor | None) -> None:
+    """``mixft.kernels.grad.unscale_gradients_`` on the CPU."""
     if native.available():
         counts = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
         described = native.addresses(grads), native.sizes(grads), native.dtypes(grads), len(grads)
@@ -56,6 +57,7 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
 
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """``mixft.kernels.grad.gradient_statistics`` on the CPU."""
     if native.available():
         squares = torch.empty(len(grads), dtype=torch.float32, device="cpu")
         nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")

@@ -13,6 +13,7 @@ LARGEST_FP32 = torch.finfo(torch.float32).max
 def gradient_scalars(
     grads: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None, max_norm: float | None
 ) -> tuple[Tensor, Tensor]:
+    """``mixft.kernels.grad_scalars.gradient_scalars`` on the CPU."""
     squares, nonfinite = gradient_statistics(grads)
     # From here on Python's own numbers, which cost less than tensors of one element.
     norm = math.sqrt(squares.sum().item())

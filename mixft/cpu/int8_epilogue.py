@@ -53,7 +53,16 @@ def apply_epilogue(
     return ACTIVATIONS[activation](out).to(out_dtype)
 
 
-def _scaled(product, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum) -> Tensor:
+def _scaled(
+    product: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    a_zero_point: Tensor | None,
+    b_sum: Tensor | None,
+) -> Tensor:
     """All but the activation, whose input stays in FP32."""
     in_place = activation != "none" or out_dtype == torch.float32
     out = product.view(torch.float32) if in_place else product.new_empty(product.shape, dtype=out_dtype)

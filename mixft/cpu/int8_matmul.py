@@ -58,7 +58,17 @@ def int8_matmul(
     return apply_epilogue(product, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
 
 
-def _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum) -> Tensor:
+def _compiled(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    a_zero_point: Tensor | None,
+    b_sum: Tensor | None,
+) -> Tensor:
     (M, K), N = a.shape, b.shape[0]
     by_row = not b.is_contiguous() and b.t().is_contiguous()
     # One scale for all columns goes with the rows'.

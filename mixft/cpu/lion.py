@@ -29,6 +29,7 @@ def lion_step_(
     maximize: bool,
     stochastic_rounding: bool,
 ) -> None:
+    """``mixft.kernels.lion.lion_step_`` on the CPU."""
     rate = lr.item()
     states, scales = [exp_avgs], [exp_avg_scales]
     step = Step(params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf, stochastic_rounding)

@@ -13,7 +13,6 @@ INFINITY_BITS = 0x7F800000
 # Steps of the dither for first moments, second moments and parameters (the R3 sequence), as int32.
 FIRST_MOMENT, SECOND_MOMENT, PARAMETER = (step - (1 << 32) for step in (0xD1B54A33, 0xABC98389, 0x8CB92BA7))
 
-
 ARGUMENTS = (*[c_void_p] * 3, c_int64, c_int)
 compiled_encode = native.Routine("encode_state", *ARGUMENTS)
 compiled_decode = native.Routine("decode_state", *ARGUMENTS)
@@ -22,6 +21,7 @@ compiled_join = native.Routine("join_master", *ARGUMENTS)
 
 
 def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes of ``values``, int8 or uint8, and their uint8 scales, rounded to nearest."""
     codes = torch.empty_like(values, dtype=torch.int8 if signed else torch.uint8)
     if native.available():
         scales = torch.empty(-(-values.numel() // GROUP_SIZE), dtype=torch.uint8, device="cpu")
@@ -36,6 +36,7 @@ def encode_state(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def decode_state(codes: Tensor, scales: Tensor) -> Tensor:
+    """The FP32 values of ``codes`` with their ``scales``."""
     values = torch.empty_like(codes, dtype=torch.float32)
     if native.available():
         _call(compiled_decode, codes, scales, values, codes.dtype == torch.int8)
@@ -48,6 +49,7 @@ def decode_state(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def split_weights(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """FP32 ``master`` as a parameter of ``dtype`` and its int16 remainder."""
     param, remainder = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int16)
     if native.available():
         _call(compiled_split, param, remainder, master, native.DTYPES[dtype])
@@ -57,6 +59,7 @@ def split_weights(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def join_weights(param: Tensor, remainder: Tensor) -> Tensor:
+    """The FP32 weights of a 16-bit ``param`` and its int16 ``remainder``."""
     if not native.available():
         return join(param, remainder)
     master = torch.empty_like(param, dtype=torch.float32)

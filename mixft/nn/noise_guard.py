@@ -51,7 +51,7 @@ class NoiseGuard:
         since: the pass after which it does.
     """
 
-    def __init__(self, minimum: float | None):
+    def __init__(self, minimum: float | None) -> None:
         self.minimum = minimum
         self.name = ""
         self.passes = 0
@@ -62,7 +62,7 @@ class NoiseGuard:
         self.read_at = 0
         self.backward_ran = False  # since the last forward, as far as figures wait to be read
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict:
         return {**self.__dict__, "measured": {}}
 
     def starts_forward(self) -> None:
@@ -85,7 +85,15 @@ class NoiseGuard:
         self.backward_ran = True
 
     @torch.no_grad()
-    def measure(self, x: Tensor, quantized_x, weight: Tensor, quantized_weight, output: Tensor, backward: str) -> None:
+    def measure(
+        self,
+        x: Tensor,
+        quantized_x: tuple[Tensor, Tensor],
+        weight: Tensor,
+        quantized_weight: tuple[Tensor, Tensor],
+        output: Tensor,
+        backward: str,
+    ) -> None:
         """Measure the input and the weight now, and the gradient of ``output`` when it comes.
 
         Args:

@@ -1,5 +1,8 @@
 """Calls of ops with a frozen int8 weight, differentiable in the input and the bias as if the input were not rounded."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +51,15 @@ def register_gradient(op, backward: str) -> None:
 
 
 def call_frozen(
-    op, x: Tensor, rows: Tensor, weight: Tensor, weight_scale: Tensor, bias, activation, *more, backward: str
+    op: Callable,
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    *more: Any,
+    backward: str,
 ) -> Tensor:
     """Call an op of a layer with a frozen int8 weight on ``rows``, those of ``x`` [..., K]; its result as [..., N].
 

@@ -98,7 +98,7 @@ def check_row_sums(row_sums: Tensor, b: Tensor) -> Tensor:
     return row_sums.contiguous()
 
 
-def check_operands(a, b, b_scale, bias, out_dtype) -> int:
+def check_operands(a: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> int:
     """Check what both products share; return the number of rows of ``a``."""
     check_dtype("b_scale", b_scale, (torch.float32,))
     check_out_dtype(out_dtype)

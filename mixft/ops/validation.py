@@ -58,5 +58,5 @@ def check_counts(nonfinite: Tensor, count: int, device: torch.device) -> None:
         )
 
 
-def _either(dtypes) -> str:
+def _either(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype) for dtype in dtypes)
