@@ -19,8 +19,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
 INSTRUCTION_SETS = {"avx2": AVX2, "avx_vnni": [*AVX2, "-mavxvnni"], "avx512_vnni": [*AVX2, *AVX512]}
 COMPILE = ["-std=gnu11", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
-
-# The libraries tell it, so that mixft/cpu/native.py knows one that the sources of a checkout have moved on from.
+# Compiled into the libraries, so that mixft/cpu/native.py can tell one that is older than the sources of its checkout.
 CHECKSUM = hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(glob("native/*.[ch]")))).hexdigest()
 
 

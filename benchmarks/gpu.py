@@ -226,10 +226,10 @@ def run_all(session: Session, quick: bool, patterns: Sequence[str] = ("*",)) -> 
     session.document["environment"] = found["environment"]
     session.add(inventory)
     session.stage("doctor", [*MIXFT, "doctor"])
-    # Most of the time goes into compiling, each kernel on one processor; a process holds half a gigabyte of the GPU.
+    # Most of the time goes into compiling, a kernel on one processor; each process holds half a gigabyte of the GPU.
     count = min(16, os.cpu_count() or 1)
     workers = ["-n", str(count)] if on_gpu and importlib.util.find_spec("xdist") else []
-    # Processes with as many threads each as the machine has processors would take turns.
+    # Else each process would start as many threads as the machine has processors, and they would wait for each other.
     threads = ["env", f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // count)}"] if workers else []
     # A file that cannot be imported here is an error of its own, and a process that hangs in the driver is ended.
     robust = ["--continue-on-collection-errors", f"--timeout={HUNG}", "--timeout-method=thread"]

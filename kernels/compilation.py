@@ -22,9 +22,9 @@ from .occupancy import Occupancy, occupancy
 from .traffic import Estimate, Tiling, bytes_per_element, estimate, tiling
 from .variant import Elementwise, MatrixProduct, Variant
 
-# Where Triton's wheel has it; not every supported release has the module that says so.
+# The path inside Triton's wheel, as not every supported release has a module that tells it.
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-# Older ones describe a kernel's arguments in another way, and build for no GPU newer than Hopper.
+# Before it ASTSource took a kernel's arguments in another form, and there was no target newer than Hopper.
 OLDEST_TRITON = (3, 3)
 
 

@@ -35,7 +35,7 @@ def cached(make: Callable[[Any, torch.device], Any], key: Hashable, device: torc
     if capturing(device):
         same = [value for other, value in _entries.items() if other[:3] == full_key[:3]]
         value = same[0] if same else make(key, device)
-        # Not for others: what is copied inside a graph is there only after a replay.
+        # Not put into the cache: what a graph copies is there only after a replay.
         _kept_for_graphs.append(value)
         return value
     value = _entries[full_key] = make(key, device)

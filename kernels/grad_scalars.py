@@ -134,8 +134,9 @@ def gradient_scalars(
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
         launches = [(kind, *plan(grads, positions, config)) for kind, positions in groups_of(grads).items()]
-        # One for all launches: the last of them finds what the others counted, and leaves zeros. Of several launches
-        # the last may never come, as after Ctrl-C while it compiles, so that theirs are not kept for another call.
+        # All launches share these counts: the last one reads what the others counted, and sets them back to zero. A
+        # last launch that never comes, as after Ctrl-C while it compiles, would leave them dirty, so counts that
+        # several launches share are made for this call alone.
         counts = (counts_for if len(launches) == 1 else zero_counts)(len(grads), device)
         grids = [min(programs.count, PROGRAMS) for *_, programs in launches]
         partial_sum = torch.empty(sum(grids), dtype=torch.float32, device=device)
@@ -153,7 +154,7 @@ def gradient_scalars(
                 len(grads),
                 inv_scale,
                 found_inf,
-                # An integer would be compiled for, apart from other numbers.
+                # A float always: Triton compiles the kernel once more for an integer.
                 None if max_norm is None else float(max_norm),
                 scalars,
                 nonfinite,

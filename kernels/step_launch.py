@@ -105,7 +105,7 @@ def launch_step(
     columns = (tuple(map(Tensor.numel, params)), *(tuple(addresses(listed)) if listed else None for listed in tensors))
     dtype = operator.attrgetter("dtype")
     groups = groups_of(tuple(map(dtype, params)), tuple(map(dtype, grads)), columns)
-    # Triton compiles integers, as torch's zeros for SGD are, apart, and once more for 1 and for multiples of 16.
+    # Floats always: Triton compiles the kernel once more for an integer, and again for 1 and for multiples of 16.
     hyperparameters = [None if (value := getattr(rule, name)) is None else float(value) for name in HYPERPARAMETERS]
     state = STATE_FORMATS[states[0][0].dtype] if states[0] else "none"
     with torch.cuda.device_of(params[0]):

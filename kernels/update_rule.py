@@ -61,7 +61,7 @@ def adam_rule(
         g = g + weight_decay * p
     m = m + one_minus_beta1 * (g - m)
     v = beta2 * v + one_minus_beta2 * g * g
-    # Comparison by hand: a maximum that drops NaN would hide one.
+    # Not tl.maximum, which may drop a NaN and so hide it.
     v_max = tl.where(v_max > v, v_max, v)
     p = p - step_size * (m / (tl.sqrt(v_max) / bias2_sqrt + eps))
     return p, m, v, v_max
@@ -90,6 +90,6 @@ def sgd_rule(
 @triton.jit
 def lion_rule(p, g, m, rate, decay, one_minus_beta1, one_minus_beta2):
     direction = m + one_minus_beta1 * (g - m)
-    # A NaN has no sign, and is to stay one.
+    # A NaN has no sign; it stays a NaN.
     sign = tl.where(direction > 0, 1.0, tl.where(direction < 0, -1.0, direction))
     return p * decay - rate * sign, m + one_minus_beta2 * (g - m)

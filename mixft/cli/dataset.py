@@ -147,7 +147,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(2**31 - 1)
     with path.open(newline="", encoding="utf-8-sig") as file:
-        # Strict, because a lenient reader takes all that follows an unclosed quote for one text.
+        # Strict: a lenient reader would take all that follows an unclosed quote for one text.
         reader = csv.DictReader(without_nul(file, path), strict=True)
         done = 0
         try:
@@ -184,7 +184,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, of which json would take the last of two values by one name."""
+    """A JSON object; ValueError where it names one key twice, of which json would keep the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -215,7 +215,7 @@ def _label(value, path: Path, line: int) -> str:
 
 
 def _unicode(value: str, path: Path, line: int) -> str:
-    """``value``, which JSON may have given half a character, that no tokenizer takes and no file, or a NUL."""
+    """``value``; raise InputError for a NUL, or for half a surrogate pair, which JSON can hold and UTF-8 cannot."""
     if "\0" in value:
         raise InputError(f"{path}, line {line}: a NUL character, which no text has; remove it")
     try:

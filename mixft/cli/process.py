@@ -14,9 +14,10 @@ from mixft.cli.job import LOG, Job
 # Not -m, which would look for mixft in the current folder first, where a checkout of that name may lie.
 CHILD = "import sys; sys.path[:] = filter(None, sys.path); from mixft.cli.training import main; main()"
 
-
-MAPPED = 2**20  # bytes from which on glibc maps a block, and unmaps it when it is freed, where memory counts
-KEPT = 2**26  # bytes of freed smaller blocks that it keeps then
+# For runs that save memory: blocks of so many bytes are given back to the system when they are freed,
+MAPPED = 2**20
+# and of smaller ones glibc keeps so many bytes.
+KEPT = 2**26
 
 
 class RunFailed(Exception):
@@ -68,10 +69,12 @@ def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
 
 
 def _memory_settings(job: Job) -> dict[str, str]:
-    """How glibc deals with freed memory. Adapters are trained to save it, so large blocks are given back, where glibc
-    would keep those of up to 32 MiB; giving back small ones too would spend half of the run's time on page faults.
-    Other runs keep all that they free, since each step asks for the same again: a twelfth less time of the processor,
-    and no higher peak."""
+    """How glibc deals with freed memory, as environment variables.
+
+    Adapters are trained to save memory, so large blocks are given back; glibc would keep those of up to 32 MiB. (Giving
+    back small ones too would spend half of the run's time on page faults.) Other runs keep all that they free, since
+    each step asks for the same again: that saves a twelfth of the processor's time, and the peak is no higher.
+    """
     if job.recipe.lora is not None:
         settings = {"MALLOC_MMAP_THRESHOLD_": MAPPED, "MALLOC_TRIM_THRESHOLD_": KEPT, "MALLOC_ARENA_MAX": 1}
         return {name: str(value) for name, value in settings.items()}

@@ -1,4 +1,4 @@
-"""What a tokenizer makes of texts: one without a token is refused by name, and a file that is all unknown words too."""
+"""Texts that a model cannot read: without a token, beyond its vocabulary, or of unknown words alone."""
 
 import sys
 from pathlib import Path
@@ -7,12 +7,11 @@ from mixft.cli.errors import InputError
 
 CHUNK = 1000  # texts
 SHOWN = 40  # characters
-MANY = 0.2  # of the tokens; of the language that a tokenizer was made for it lacks a few in a thousand
+MANY = 0.2  # share of unknown tokens that is warned of; in its own language a tokenizer has a few in a thousand
 
 
 def check_tokens(tokenizer, source: str, texts: list[str], special: bool, vocabulary: int | None = None) -> float:
-    """Hold every text to a token at least, as one of characters that the tokenizer drops has none, and every token to
-    the model's vocabulary.
+    """Refuse a text without a token, as one of characters that the tokenizer drops, and a token that the model lacks.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

@@ -14,7 +14,8 @@ from .activation import CODES
 # Beyond 64 every slope is 0 or 1 in FP32; without the limits an infinite pre-activation would give 0 * Inf.
 LIMIT = 64.0
 
-# The rows that are added up one after another: at least so many, and at most so many groups of them.
+# Column sums are taken over groups of rows, and the groups' sums added in order: rows in a group at least, and groups
+# at most.
 ROWS = 32
 GROUPS = 64
 

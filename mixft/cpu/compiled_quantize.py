@@ -10,11 +10,13 @@ from . import native
 # Up to this many elements the calls cost more than the memory that they pass over.
 SMALL = 1 << 16
 
-# Bytes of a panel of columns that is read once: half of a core's second-level cache. native/rounding_noise.h has PANEL.
+# Bytes of a panel of columns, at most: half of a core's second-level cache, so that it is read from memory once.
 CACHED = 1 << 19
+
+# Columns of a panel at most: PANEL of native/rounding_noise.h.
 PANEL = 512
 
-# Elements that are worth a part of their own.
+# Elements of a part at least, where a unit is split.
 PART = 1 << 14
 
 compiled = native.Routine(

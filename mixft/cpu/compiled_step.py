@@ -57,7 +57,8 @@ def compiled_step(routine: native.Routine, step: Step, maximize: bool, *rule) ->
         step.masters[0].dtype if step.masters else None,
         step.states[0][0].dtype if step.states[0] else torch.float32,
     )
-    # Gradients are often new at every step. Each variable lives until the routine has returned: these hold addresses.
+    # Not among what is kept, as gradients are often new at every step. ``grads`` and ``tensors`` hold what the routine
+    # reads, and so have to live until it returns.
     grads = native.addresses(step.grads)
     tensors = StepTensors.from_buffer_copy(kept)
     tensors.grads = ctypes.addressof(grads)
@@ -77,7 +78,8 @@ def _described(
     masters_dtype: torch.dtype | None,
     state_dtype: torch.dtype,
 ) -> StepTensors:
-    """All but the gradients and the step's numbers; kept under the very numbers that it holds, so never out of date.
+    """All but the gradients and the step's numbers. The cache's key is every address and size in it, so that a cached
+    description is never out of date.
 
     Args:
         addresses: of the parameters, masters, step counts, each state and the scales of each, one after the other.

@@ -13,7 +13,7 @@ from .packed_weight import packed_product, packed_weight, strips_of
 from .quantize import quantize
 from .unsigned_rows import unsigned_rows
 
-# oneDNN takes 20 us to start a packed product, in which a row times a weight of this size is done without.
+# oneDNN takes 20 us to start a packed product; one row times a weight of this size takes no longer without it.
 SMALL_WEIGHT = 1 << 20
 
 

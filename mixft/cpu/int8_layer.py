@@ -28,12 +28,12 @@ GROUP_BYTES = 1 << 18
 # Bytes beside its values that a row of the input needs: native/int8_rows.h.
 ROW_BYTES = 144
 
-# With AMX, oneDNN is faster from so many rows on.
+# Input rows from which on oneDNN is faster, on a processor with AMX.
 AMX_ROWS = 32
 
 
 def serves(rows: int) -> bool:
-    """Whether a layer of so many input rows is to run here."""
+    """Whether the compiled layer is exact here and, for ``rows`` input rows, the fastest there is."""
     return is_exact() and not (rows >= AMX_ROWS and has_amx())
 
 
@@ -103,7 +103,7 @@ def low_rank(left: Tensor | None, right: Tensor | None) -> tuple[int | None, int
 
 @functools.cache
 def _matches_exact_products() -> bool:
-    """Holds the compiled products to exact ones at the extremes, where saturated sums would show."""
+    """Compare the compiled products with exact ones at the extremes, where saturated sums would show."""
     generator = torch.Generator("cpu").manual_seed(0)
     for M, K, N in ((1, 64, 32), (33, 257, 65)):
         values = torch.randint(-127, 128, (M, K), dtype=torch.int8, device="cpu", generator=generator)
@@ -117,5 +117,5 @@ def _matches_exact_products() -> bool:
 
 
 def is_exact() -> bool:
-    """Whether there are compiled products here, and the first call found them exact."""
+    """Whether there are compiled products here that are exact; the first call tries them."""
     return native.available() and _matches_exact_products()

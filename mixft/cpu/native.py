@@ -50,13 +50,14 @@ def load() -> ctypes.CDLL:
     if chosen is not None and chosen not in builds:
         raise Unavailable(f"MIXFT_NATIVE is {chosen!r}; on this processor it can be 0, {', '.join(builds)}")
     builds = builds if chosen is None else (chosen,)
-    # Those of this Python: in an editable installation, one of another that lies beside it may be out of date.
+    # Only libraries built for this Python: beside them an editable installation may have outdated ones of another.
     names = [LIBRARIES[build] + suffix for build in builds for suffix in EXTENSION_SUFFIXES]
     found = [path for path in map(Path(__file__).parent.joinpath, names) if path.is_file()]
     if not found:
         raise Unavailable("not built, which takes gcc at installation on x86-64 Linux")
     try:
-        # Bound now, so that a missing symbol shows here: the OpenMP functions come from the library torch has loaded.
+        # RTLD_NOW shows a missing symbol here and not in a later call. The OpenMP functions are those of the library
+        # that torch has loaded.
         library = ctypes.CDLL(str(found[0]), os.RTLD_NOW)
     except OSError as error:
         raise Unavailable(f"not loadable: {error}") from None
@@ -81,7 +82,10 @@ def usable_builds() -> tuple[str, ...]:
 
 
 def _is_outdated(library: ctypes.CDLL) -> bool:
-    """Whether this is a checkout whose native/ has changed since, as after a pull: signatures may have, too."""
+    """Whether ``library`` was built from other sources than this checkout has now, as after a pull.
+
+    Its functions may then take other arguments than Python passes. Outside of a checkout there is nothing to compare.
+    """
     checkout = Path(__file__).parents[2]
     if not (checkout / "setup.py").is_file():
         return False
@@ -193,5 +197,5 @@ def dtype_codes(dtypes: Sequence[torch.dtype]) -> ctypes.Array:
 
 
 def integers(kind: type, values: Sequence[int]) -> ctypes.Array:
-    # array takes a list in half the time that ctypes takes; models have thousands of tensors.
+    # Through array, which converts a list in half the time of ctypes; models have thousands of tensors.
     return (kind * len(values)).from_buffer(array("i" if kind is c_int32 else "q", values))

@@ -1,6 +1,6 @@
-"""What the optimizer steps on the CPU share, and their frame: everything in FP32, a batch of elements at a time.
+"""The optimizer steps on torch's operators: what they share is here, everything in FP32, a batch of elements at a time.
 
-For where the compiled routines of ``compiled_step`` are not to be had: torch's operators and rules serve.
+They serve where there are no compiled routines; ``compiled_step`` calls those.
 """
 
 import functools

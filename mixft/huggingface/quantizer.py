@@ -200,7 +200,7 @@ def _relative(name: str, model: PreTrainedModel) -> str:
 
 
 def _unread(model: PreTrainedModel) -> dict[str, QuantLinear]:
-    """The int8 layers whose weight or scale the checkpoint lacks; transformers only warns of those."""
+    """The int8 layers whose weight or scale the checkpoint lacks, of which transformers only warns."""
     if len(getattr(model, "hf_device_map", {})) > 1:
         return {}  # tensors have moved since, without transformers' mark on those that were read
     return {

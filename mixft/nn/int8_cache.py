@@ -25,7 +25,7 @@ def _count_step(*_) -> None:
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Count the steps of every torch optimizer of the process: some write through ``.data``, which no version shows."""
+    """Count the steps of every torch optimizer of the process, as some write through ``.data``, unseen by versions."""
     register_optimizer_step_post_hook(_count_step)
 
 

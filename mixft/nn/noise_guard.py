@@ -1,12 +1,12 @@
 """How well int8 holds what one layer multiplies, measured now and then while it trains, and when floats take over.
 
-The measure is the signal-to-quantization-noise ratio of a feature, 10 log10(sum x^2 / sum (x - Q(x))^2) over rows, and
-of a tensor the median of its features. Not that of the whole tensor: an outlier that takes a row's scale leaves nothing
-of the other features, yet makes up nearly all of the norm; and the optimizer divides each weight's gradient by its own
-size, so that a feature lost in noise trains on noise, however small its share.
+The measure of a feature is its signal-to-quantization-noise ratio, 10 log10(sum x^2 / sum (x - Q(x))^2) over rows; of
+a tensor it is the median of its features. The ratio of the whole tensor would not do: where an outlier sets the scale
+of a row, the other features are lost, but the outlier makes up nearly all of the norm, so that the ratio stays high.
+And a lost feature matters however small it is, because the optimizer divides each weight's gradient by its own size.
 
-Figures are acted on by the first forward after a backward, and by no forward inside of one: what checkpointing computes
-again is then computed as it was at first.
+The first forward after a backward acts on the figures. A forward inside a backward, as checkpointing runs it, does not:
+it has to compute what the first one did.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""Whether a CUDA graph is being captured: what is made then would be made anew by every replay."""
+"""Whether a CUDA graph is being captured: every replay would repeat what is done then, such as making state."""
 
 import torch
 

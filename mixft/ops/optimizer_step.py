@@ -50,7 +50,7 @@ def _shaped(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _tell_autograd(params: list[Tensor], dispatched: bool) -> None:
-    """Count the change of ``params`` as one in place where the dispatcher has not; torch's fused routines do not."""
+    """Raise the version of ``params``, which were changed in place, unless the dispatcher has done so."""
     if not dispatched:
         torch.autograd.graph.increment_version(params)
 

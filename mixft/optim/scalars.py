@@ -80,5 +80,5 @@ def at(scalar: Tensor, device: torch.device) -> Tensor:
     """``scalar`` as FP32 on ``device``."""
     if scalar.dtype == torch.float32 and scalar.device == device:
         return scalar
-    # A copy to the host is read at once, so that one has to wait.
+    # A copy to the host has to wait, as it is read at once.
     return scalar.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")

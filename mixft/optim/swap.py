@@ -144,12 +144,12 @@ def _retire(optimizer: Optimizer, swapped: MixedPrecisionOptimizer) -> None:
     old = weakref.ref(optimizer)
 
     def note_step(*_: Any) -> None:
-        # What a scheduler made for the old optimizer looks at before it warns of a step that is missing.
+        # A scheduler made for the old optimizer looks at this, and warns where no step was taken.
         if old() is not None:
             old()._opt_called = True
 
     optimizer.register_step_pre_hook(refuse)
-    # A checkpoint of it would lack the state, and say nothing.
+    # A checkpoint of it would silently lack the state.
     optimizer.register_state_dict_pre_hook(refuse)
     optimizer.register_load_state_dict_pre_hook(refuse)
     swapped.register_step_post_hook(note_step)
