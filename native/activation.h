@@ -14,13 +14,10 @@ enum { NONE, RELU, GELU, GELU_TANH, SILU };
 /* Beyond 64 every slope is 0 or 1 in FP32; without the limit an infinity would give 0 * Inf. */
 #define SLOPE_LIMIT 64.0f
 
-/* Adding and subtracting it rounds to an integer, which the low bits hold in between. */
-#define ROUNDER 12582912.0f
-
 /* exp(x): 2^n e^r with |r| <= log(2) / 2. Infinity above 88, 0 below -87; a NaN stays one. */
 static inline float exponential(float x)
 {
-    float shifted = __builtin_fmaf(x, 1.44269504f, ROUNDER), n = shifted - ROUNDER;
+    float shifted = __builtin_fmaf(x, 1.44269504f, UNIT_ROUNDER), n = shifted - UNIT_ROUNDER;
     float r = __builtin_fmaf(n, -0.693359375f, x);
     r = __builtin_fmaf(n, 2.12194440e-4f, r);
     float p = 0.00138131445f;

@@ -14,6 +14,9 @@ enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 #define INFINITY_BITS 0x7F800000u
 
+/* 1.5 * 2^23: added to |y| < 2^22 it rounds y at the unit, ties to even, and the low bits are that integer. */
+#define UNIT_ROUNDER 12582912.0f
+
 static inline int64_t bytes_of(int dtype)
 {
     return dtype == FLOAT32 ? 4 : 2;

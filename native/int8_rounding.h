@@ -4,8 +4,6 @@
 
 #include "floats.h"
 
-/* 1.5 * 2^23: added to |y| < 2^22 it rounds y at the unit, ties to even, and the low byte is that integer. */
-#define UNIT_ROUNDER 12582912.0f
 #define SMALLEST_SCALE 0x1p-126f
 
 /* What of an element's bits counts for the range: the magnitude where symmetric, zero where not finite. */

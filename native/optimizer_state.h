@@ -233,8 +233,7 @@ static inline void split_weights(uint16_t *restrict params, int16_t *restrict re
     for (int64_t i = 0; i < length; i++) {
         /* An overflow has nothing left over: its units are infinite. */
         float units = (weights[i] - rounded[i]) * power_of_two(25 - half_exponent(params[i]));
-        /* Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits. */
-        int32_t whole = bits_of(units + 12582912.0f) - 0x4B400000;
+        int32_t whole = bits_of(units + UNIT_ROUNDER) - bits_of(UNIT_ROUNDER);
         remainders[i] = units >= -16384 && units <= 16384 ? whole : 0;
     }
 }
