@@ -39,7 +39,7 @@ def commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def named(base: str) -> str:
+def provider_name(base: str) -> str:
     """The provider's name of mixft at the revision ``base``."""
     return f"{OURS} {base}"
 
@@ -138,11 +138,11 @@ class Worker:
 
 def compare(case: Case, workers: Sequence[Worker], base: str, effort: Effort, machine: Machine) -> list[Row]:
     """A row of this revision and one of the base, whose ``speedup`` is the base's time over this one's."""
-    named = dict(zip((OURS, base), workers, strict=True))
+    by_name = dict(zip((OURS, base), workers, strict=True))
     if reason := too_large(case, workers[0].device):
-        return [case_row(case, name, "refused", reason) for name in named]
-    excuses = {name: worker.prepare(case) for name, worker in named.items()}
-    ready = {name: named[name].sample for name, excuse in excuses.items() if excuse is None}
+        return [case_row(case, name, "refused", reason) for name in by_name]
+    excuses = {name: worker.prepare(case) for name, worker in by_name.items()}
+    ready = {name: by_name[name].sample for name, excuse in excuses.items() if excuse is None}
     samples, failures = take_turns(ready, effort, (RuntimeError,))
     excuses |= {name: ("refused", first_line(failure)) for name, failure in failures.items()}
     return [

@@ -4,12 +4,13 @@ A sweep keeps what ships unless a candidate is faster by more than the spread of
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from mixft.kernels.architecture import Architecture, architecture_of
 from mixft.kernels.compilation import compile_variant, kernel_modules
@@ -97,11 +98,13 @@ def sweep(space: Space, device: torch.device, seconds: float, compiles: bool = T
         if config is not shipped and (shipped in discarded or time.perf_counter() - started > seconds / 2):
             untried += 1
             continue
-        reason = (compiled_fault(space, config, arch) if compiles else None) or _checked(
-            space, config, arch, inputs, exact, calls
-        )
-        if reason is not None:
-            discarded[config] = reason
+        fault = compiled_fault(space, config, arch) if compiles else None
+        if fault is None:
+            call, fault = _checked(space, config, arch, inputs, exact)
+        if fault is None:
+            calls[config] = call
+        else:
+            discarded[config] = fault
     effort = Effort(TIMED.rounds, max(0.1, seconds - (time.perf_counter() - started)))
     samples = interleaved({str(number): call for number, call in enumerate(calls.values())}, device, effort)
     timed = dict(zip(calls, samples.values(), strict=True))
@@ -145,8 +148,10 @@ def compiled_fault(space: Space, config: Any, arch: Architecture) -> str | None:
     return None
 
 
-def _checked(space: Space, config: Any, arch: Architecture, inputs, exact, calls: dict) -> str | None:
-    """Run once with ``config``; into ``calls`` where the output is right, else the reason why it is not."""
+def _checked(
+    space: Space, config: Any, arch: Architecture, inputs: Any, exact: Sequence[Tensor]
+) -> tuple[Callable[[], Any] | None, str | None]:
+    """The case's call with ``config`` after its first output was found right, or else what was wrong."""
 
     def substituted(run: Callable[[], Any]) -> Any:
         with substitute(space.op, config, arch, space.bucket):
@@ -156,7 +161,5 @@ def _checked(space: Space, config: Any, arch: Architecture, inputs, exact, calls
         call = substituted(lambda: space.case.providers[OURS](inputs))
         wrong = complaint(substituted(call.checked_result), exact, space.case.bound)
     except FAILURES as failure:
-        return first_line(failure)
-    if wrong is None:
-        calls[config] = lambda: substituted(call.run)
-    return wrong
+        return None, first_line(failure)
+    return (lambda: substituted(call.run), None) if wrong is None else (None, wrong)

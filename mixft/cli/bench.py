@@ -108,7 +108,7 @@ def measurement(stack: contextlib.ExitStack, base: str | None, device, effort) -
     except ValueError as error:
         raise InputError(f"--base {error}; a commit, tag or branch would do, in a git checkout of mixft") from error
     workers = [stack.enter_context(revision.Worker(root, device)) for root in (revision.checkout(), folder)]
-    return partial(revision.compare, workers=workers, base=revision.named(base), effort=effort)
+    return partial(revision.compare, workers=workers, base=revision.provider_name(base), effort=effort)
 
 
 def select(names: list[str], patterns: list[str]) -> list[str]:

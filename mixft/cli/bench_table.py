@@ -10,7 +10,7 @@ from rich.text import Text
 from mixft.benchmarks.case import OURS
 from mixft.benchmarks.growth import slopes
 from mixft.benchmarks.recording import Recording, Row
-from mixft.benchmarks.revision import named
+from mixft.benchmarks.revision import provider_name
 
 # A ratio this close to 1 is called neither faster nor slower.
 SAME = 0.03
@@ -84,7 +84,7 @@ def summary(rows: Sequence[Row]) -> Table:
 def remarks(rows: Sequence[Row], base: str | None) -> list[str]:
     """What the ratios do not say: growth, reasons, who was left out, and with ``base`` what moved."""
     # A case's reason is about its peers, and says nothing of another revision.
-    compared = reasons_if_slower(rows) if base is None else moved(rows, named(base))
+    compared = reasons_if_slower(rows) if base is None else moved(rows, provider_name(base))
     return [*growth_lines(rows), *compared, *left_out(rows)]
 
 

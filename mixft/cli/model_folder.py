@@ -241,13 +241,13 @@ def has_adapters(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def is_quantized(folder: Path) -> bool:
+def has_quantized_file(folder: Path) -> bool:
     """True for a folder that ``mixft.save_quantized`` filled."""
     return (folder / QUANTIZED_WEIGHTS).is_file()
 
 
 def load_quantized_model(folder: Path, config, task: str):
-    """The int8 model of a folder that `is_quantized`.
+    """The int8 model of a folder that `has_quantized_file`.
 
     Raises:
         InputError: its weights cannot be read or do not fit its configuration.

@@ -27,11 +27,11 @@ def predict(
         if not sentence.strip():
             raise InputError(f"sentence {number} is empty; give some text")
     folder = _model_in(folder)
-    if int8 and not model_folder.is_quantized(folder):
+    if int8 and not model_folder.has_quantized_file(folder):
         folder = folder / model_folder.QUANTIZED
-        if not model_folder.is_quantized(folder):
+        if not model_folder.has_quantized_file(folder):
             raise InputError(f"--int8 needs {folder / model_folder.QUANTIZED_WEIGHTS}, which is not there")
-    if model_folder.is_quantized(folder) or model_folder.has_adapters(folder):
+    if model_folder.has_quantized_file(folder) or model_folder.has_adapters(folder):
         model_folder.require_configuration(folder)
 
     from mixft.cli import saved_model
@@ -76,6 +76,6 @@ def _model_in(folder: Path) -> Path:
             return models[0]
         if models:
             raise InputError(f"{folder} holds {len(models)} models; name one of them: {', '.join(map(str, models))}")
-    if model_folder.is_quantized(folder) or model_folder.has_adapters(folder):
+    if model_folder.has_quantized_file(folder) or model_folder.has_adapters(folder):
         return folder
     return model_folder.find_model(str(folder))

@@ -70,7 +70,7 @@ def load(folder: Path, device: str) -> SavedModel:
     tokenizer = model_folder.load_tokenizer(folder)
     task = _task_of(folder)
     config = model_folder.load_config(folder, task)
-    if model_folder.is_quantized(folder):
+    if model_folder.has_quantized_file(folder):
         model = model_folder.load_quantized_model(folder, config, task)
     elif model_folder.has_adapters(folder):
         from mixft.cli.lora import load_adapted

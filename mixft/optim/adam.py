@@ -1,6 +1,6 @@
 """AdamW and Adam, with masters, gradient scaling, clipping and overflow skipping in one fused step."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Adam(MixedPrecisionOptimizer):
     """
 
     op = adamw_step_
-    signed_state = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}  # noqa: RUF012
+    signed_state: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
     needs_step = True
 
     def __init__(

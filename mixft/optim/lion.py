@@ -1,6 +1,6 @@
 """Lion, with masters, gradient scaling, clipping and overflow skipping in one fused step."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Lion(MixedPrecisionOptimizer):
     """
 
     op = lion_step_
-    signed_state = {"exp_avg": True}  # noqa: RUF012
+    signed_state: ClassVar[dict[str, bool]] = {"exp_avg": True}
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """SGD with momentum, with masters, gradient scaling, clipping and overflow skipping in one fused step."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class SGD(MixedPrecisionOptimizer):
     """
 
     op = sgd_step_
-    signed_state = {"momentum_buffer": True}  # noqa: RUF012
+    signed_state: ClassVar[dict[str, bool]] = {"momentum_buffer": True}
     restarts_with_new_state = True
 
     def __init__(
