@@ -56,7 +56,7 @@ SHARES = {"install": 120, "inventory": 90, "doctor": 80, "tests": 160, "bench": 
 GRACE = 8.0  # seconds that a process has to write what it has, after it was asked to stop
 OUTPUT = 20000  # characters of a stage's output that are kept, from its end
 NO_TESTS = 5  # pytest's exit code when nothing was collected, as on a machine without a GPU
-HUNG = 100  # seconds after which a test is taken to hang
+HUNG = 120  # seconds after which a test is taken to hang
 
 
 @dataclass
