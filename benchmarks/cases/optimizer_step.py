@@ -44,9 +44,11 @@ def optimizer_step(
     clip: bool = False,
     skip_nonfinite: bool = True,
     sizes: Sequence[tuple[int, ...]] | None = None,
+    name: str | None = None,
+    reason_if_slower: str | None = None,
     **options,
 ) -> Case:
-    """One step on the tensors of a small BERT, or on ``sizes``.
+    """One step on the tensors of a small BERT, or on ``sizes``; the case is named by its options unless by ``name``.
 
     ``clip``: the gradients are those of a scaled loss; the step unscales, checks and clips them. The peers of 16-bit
     parameters with masters are the usual steps by hand, on FP32 copies. ``skip_nonfinite``: as in mixft's optimizers;
@@ -73,7 +75,7 @@ def optimizer_step(
 
     mode = "" if master_weights == "auto" else f"-{master_weights}"
     mode += "" if state_dtype == torch.float32 else f"-{SHORT[state_dtype]}"
-    name = f"{optimizer}-{SHORT[dtype]}{mode}{'-clip' if clip else ''}{'' if skip_nonfinite else '-unchecked'}"
+    kind = f"{optimizer}-{SHORT[dtype]}{mode}{'-clip' if clip else ''}{'' if skip_nonfinite else '-unchecked'}"
     chosen = {} if master_weights == "auto" else {"master_weights": master_weights}
     chosen |= {} if state_dtype == torch.float32 else {"state_dtype": state_dtype}
     chosen |= {} if skip_nonfinite else {"skip_nonfinite": False}
@@ -81,13 +83,13 @@ def optimizer_step(
         "mixft": ours(optimizer, clip, **chosen),
         **_peers(optimizer, dtype, master_weights, state_dtype, clip),
     }
-    if sizes is None and optimizer in TORCH and name == f"{optimizer}-fp32":
+    if sizes is None and optimizer in TORCH and kind == f"{optimizer}-fp32":
         # Once an optimizer: it compiles for a minute.
         providers["torch.compile"] = compiled_step(torch_optimizer(optimizer, foreach=True))
     count = elements(sizes or shapes.BERT)
     narrow = master_weights == "split" or state_dtype != torch.float32
     return Case(
-        options.pop("name", f"optimizer_step/{name}"),
+        name or f"optimizer_step/{kind}",
         inputs=inputs,
         exact=exact,
         providers=providers,
@@ -95,7 +97,7 @@ def optimizer_step(
         bytes=int(
             count * (step_bytes(optimizer, dtype, master_weights, state_dtype) + skip_nonfinite * dtype.itemsize)
         ),
-        reason_if_slower=options.pop("reason_if_slower", PACKED if narrow else CHECKED if skip_nonfinite else None),
+        reason_if_slower=reason_if_slower or (PACKED if narrow else CHECKED if skip_nonfinite else None),
         needs=count * (4 * dtype.itemsize + 20 * len(providers)),
         **options,
     )

@@ -53,6 +53,13 @@ def quantize(
         quantized = quantize_nearest(x, overwrite=factor is not None, propagate=propagate)
         if quantized is not None:
             return quantized
+    return quantize_by_operators(x, symmetric, seed, propagate)
+
+
+def quantize_by_operators(
+    x: Tensor, symmetric: bool, seed: Tensor | None, propagate: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every case of ``quantize``, without a factor, in torch's operators."""
     outer, _, inner = x.shape
     values = torch.empty(x.shape, dtype=torch.int8, device="cpu")
     if values.numel() == 0:
