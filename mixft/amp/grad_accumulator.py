@@ -86,7 +86,7 @@ class GradAccumulator:
         else:
             self._extend(_parameters(self._optimizer))
         if not self._params:
-            raise ValueError("optimizer_or_params holds no parameters")
+            raise ValueError("optimizer_or_params holds no parameters; give an optimizer, or a list of its parameters")
         self._aside: list[tuple[Tensor, Tensor | None]] = []
         self._keeps_gradients = False
         self._lends_finding = False
@@ -244,7 +244,10 @@ class GradAccumulator:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if any(map(callable, (*args[1:], *kwargs.values()))):
-            raise RuntimeError("a closure cannot be used with a GradAccumulator: its gradients would not be added up")
+            raise RuntimeError(
+                "a closure cannot be used with a GradAccumulator: its gradients would not be added up; run backward "
+                "and accumulate() before step()"
+            )
         # After a launch that cleared in place, gradients that are there may be the zeros that it left.
         missed = 0 if self._keeps_gradients else sum(param.grad is not None for param in self._params)
         missed += len(self._main_grads.unseen())

@@ -152,7 +152,10 @@ class LossScaler(torch.amp.GradScaler):
         if not self._enabled:
             return optimizer.step(*args, **kwargs)
         if any(map(callable, args)):
-            raise RuntimeError("a closure cannot be used with an enabled LossScaler: it would scale no loss")
+            raise RuntimeError(
+                "a closure cannot be used with an enabled LossScaler: it would scale no loss; run the backward of the "
+                "scaled loss before step"
+            )
         accumulator = self._accumulator_of(optimizer)
         if accumulator is not None:
             self._check_scale_growth_tracker("step")

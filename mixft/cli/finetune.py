@@ -187,7 +187,9 @@ def _precisions(given: str, source: Path, task: str, lora: int | None) -> list[s
             )
     outline = model_folder.outline(source, task)
     if lora is not None and not adapted_layers(outline):
-        raise InputError(f"--lora puts adapters into linear layers, and the model in {source} has none below its top")
+        raise InputError(
+            f"--lora puts adapters into linear layers, and the model in {source} has none below its top; leave it out"
+        )
     if "int8" in names and not inner_linear_layers(outline):
         others = ", ".join(name for name in PRECISIONS if name != "int8")
         raise InputError(

@@ -91,4 +91,4 @@ def load_adapted(folder: Path, config, task: str) -> torch.nn.Module:
     try:
         return PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"the adapters in {folder} do not load: {error}") from error
+        raise InputError(f"the adapters in {folder} do not load: {error}; save them again") from error

@@ -211,7 +211,9 @@ def _require_weights(model, found: dict, folder: Path, fresh_head: bool) -> None
     prefix = f"{model.base_model_prefix}."
     made_up = [name for name in sorted(found["missing_keys"]) if not fresh_head and not name.startswith(prefix)]
     if made_up:
-        raise InputError(f"the model in {folder} has no tensor {made_up[0]!r}, which its config.json calls for")
+        raise InputError(
+            f"the model in {folder} has no tensor {made_up[0]!r}, which its config.json calls for; save the model again"
+        )
     misfits = [entry for entry in found["mismatched_keys"] if not fresh_head or entry[0].startswith(prefix)]
     if misfits:
         name, stored, expected = min(misfits)

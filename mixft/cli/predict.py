@@ -30,7 +30,10 @@ def predict(
     if int8 and not model_folder.has_quantized_file(folder):
         folder = folder / model_folder.QUANTIZED
         if not model_folder.has_quantized_file(folder):
-            raise InputError(f"--int8 needs {folder / model_folder.QUANTIZED_WEIGHTS}, which is not there")
+            raise InputError(
+                f"--int8 needs {folder / model_folder.QUANTIZED_WEIGHTS}, which is not there; leave --int8 out or "
+                "name the folder of a run"
+            )
     if model_folder.has_quantized_file(folder) or model_folder.has_adapters(folder):
         model_folder.require_configuration(folder)
 

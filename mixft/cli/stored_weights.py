@@ -25,7 +25,7 @@ def find_weights(name: str) -> Path:
     if not any((folder / weights).is_file() for weights in model_folder.SAFETENSORS):
         pickled = next((weights for weights in model_folder.WEIGHTS if (folder / weights).is_file()), None)
         if pickled is None:
-            raise InputError(f"the model folder {folder} has no weights (model.safetensors)")
+            raise InputError(f"the model folder {folder} has no weights (model.safetensors); save the model into it")
         raise InputError(
             f"the model in {folder} has {pickled}, a pickle, which is not read tensor by tensor; "
             "load it with from_pretrained and save it with save_pretrained, which writes safetensors"

@@ -74,7 +74,9 @@ class Int8Config(QuantizationConfigMixin):
         known = {name: value for name, value in config_dict.items() if name != "quant_method"}
         unknown = known.keys() - {*SETTINGS, *TRAINING_SETTINGS}
         if unknown:
-            raise ValueError(f"quantization_config has {sorted(unknown)}, which this version of mixft does not know")
+            raise ValueError(
+                f"quantization_config has {sorted(unknown)}, which this version of mixft does not know; a newer one may"
+            )
         return super().from_dict(known, return_unused_kwargs, **kwargs)
 
 

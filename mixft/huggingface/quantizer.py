@@ -117,7 +117,7 @@ class Int8Quantizer(HfQuantizer):
         if unread and self.pre_quantized:
             raise ValueError(
                 f"the checkpoint has no int8 weight and scale of {next(iter(unread))!r}, which quantization_config in "
-                "config.json names"
+                "config.json names; save the model again"
             )
         # A layer that the checkpoint lacks is new, and is left to be trained.
         replace_modules(model, {layer: _initialized(layer, model) for layer in unread.values()})

@@ -64,7 +64,10 @@ def calibrate(model: nn.Module, batches: Iterable) -> dict[str, InputRange]:
         raise ValueError("model has no dynamic QuantLinear layers; call mixft.quantize_(model, 'dynamic') first")
     extremes = _extremes(model, layers, batches)
     if not extremes:
-        raise ValueError(f"no batch reached an int8 layer of the model ({', '.join(layers)})")
+        raise ValueError(
+            f"no batch reached an int8 layer of the model ({', '.join(layers)}); give batches that are not empty and "
+            "that the forward takes through them"
+        )
     ranges = {name: input_range(*extremes[name]) for name in layers if name in extremes}
     for name, found in ranges.items():
         layers[name].to_static(found.scale, found.zero_point)
@@ -115,7 +118,7 @@ def _extremes(model: nn.Module, layers: dict[str, QuantLinear], batches: Iterabl
     found = {name: (-negated, high) for name, (negated, high) in ((n, pair.tolist()) for n, pair in seen.items())}
     for name, (low, high) in found.items():
         if not (isfinite(low) and isfinite(high)):
-            raise ValueError(f"the input of layer {name!r} holds NaN or Inf on the batches")
+            raise ValueError(f"the input of layer {name!r} holds NaN or Inf on the batches; leave those batches out")
     return found
 
 

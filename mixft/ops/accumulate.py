@@ -50,7 +50,7 @@ def accumulate_(
     """
     grads, buffers = checked_gradients(grads), list(buffers)
     if len(grads) != len(buffers):
-        raise ValueError(f"buffers has {len(buffers)} tensors for {len(grads)} gradients")
+        raise ValueError(f"buffers has {len(buffers)} tensors for {len(grads)} gradients; it must have one for each")
     if not grads:
         return
     device = grads[0].device

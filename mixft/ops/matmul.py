@@ -87,7 +87,7 @@ def backward(ctx, grad, grad_preactivation):
         grad = grad.to(ctx.dtype)
     elif kept is None:
         raise RuntimeError(
-            f"the gradient of {activation!r} needs the pre-activation: call mixft.ops.matmul, or pass "
+            f"the gradient of {activation!r} needs the pre-activation; call mixft.ops.matmul, or pass "
             "keep_preactivation=True"
         )
     else:

@@ -128,6 +128,8 @@ def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     check_dtype("remainder", remainder, (torch.int16,))
     check_same_device(param=param, remainder=remainder)
     if param.shape != remainder.shape:
-        raise ValueError(f"remainder has shape {tuple(remainder.shape)} and param {tuple(param.shape)}")
+        raise ValueError(
+            f"remainder has shape {tuple(remainder.shape)} and param {tuple(param.shape)}; they must be equal"
+        )
     param = dense_copy(param.detach())
     return join_weights(param, in_layout_of(param, remainder))

@@ -90,7 +90,9 @@ def check_step(
     scales = {name: name.removesuffix("s") + "_scales" for name in states}
     for name, listed in tensors.items():
         if len(listed) != len(params) and (listed or name not in ("masters", *optional, *scales.values())):
-            raise ValueError(f"{name} has {len(listed)} tensors for {len(params)} parameters")
+            raise ValueError(
+                f"{name} has {len(listed)} tensors for {len(params)} parameters; it must have one for each"
+            )
     allowed = {"params": FLOATS, "grads": FLOATS, "masters": (torch.float32, torch.int16), **states}
     allowed |= dict.fromkeys(scales.values(), (torch.uint8,))
     for name, listed in tensors.items():
@@ -101,7 +103,7 @@ def check_step(
             position = next(i for i, t in enumerate(tensors[name]) if t.shape != shapes[i])
             raise ValueError(
                 f"{name}[{position}] has shape {tuple(tensors[name][position].shape)} and its parameter "
-                f"{tuple(shapes[position])}"
+                f"{tuple(shapes[position])}; they must be equal"
             )
     if set(map(Tensor.numel, tensors["steps"])) != {1}:
         raise ValueError("every one of steps must hold one element")

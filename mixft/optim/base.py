@@ -135,7 +135,8 @@ class MixedPrecisionOptimizer(Optimizer):
         """
         for name in (*PRECISION_OPTIONS, *TORCH_IMPLEMENTATION_OPTIONS):
             if name in param_group:
-                raise ValueError(f"{name} is not an option of a parameter group of {type(self).__name__}")
+                remedy = "give it to the optimizer" if name in PRECISION_OPTIONS else "leave it out"
+                raise ValueError(f"{name} is not an option of a parameter group of {type(self).__name__}; {remedy}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

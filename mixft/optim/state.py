@@ -40,12 +40,15 @@ def check_loaded_state(
         names = state_names({**group, **saved_group})
         missing = [name for name in (*["step"] * needs_step, *names) if state.get(name) is None]
         if missing:
-            raise ValueError(f"the loaded state of parameter {key} lacks {', '.join(missing)}")
+            raise ValueError(
+                f"the loaded state of parameter {key} lacks {', '.join(missing)}; load that of an optimizer of the "
+                "same kind and options"
+            )
         for name in (*storage.signed, "master"):
             if state.get(name) is not None and state[name].shape != param.shape:
                 raise ValueError(
                     f"the loaded {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter "
-                    f"{tuple(param.shape)}"
+                    f"{tuple(param.shape)}; give the parameters in the order in which they were saved"
                 )
 
 

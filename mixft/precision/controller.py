@@ -249,7 +249,9 @@ class PrecisionController:
         """
         unknown = [name for name in state_dict["raised"] if name not in self._layout.modules]
         if unknown:
-            raise ValueError(f"the loaded state has {unknown[0]!r} raised, which the model does not have")
+            raise ValueError(
+                f"the loaded state has {unknown[0]!r} raised, which the model lacks; build it as the saved one was"
+            )
         rows = Rows(**state_dict["rows"])
         self._record.load(rows)
         self._layout.set_raised(state_dict["raised"])
