@@ -31,7 +31,7 @@ DEMO = Recipe(
 )
 NAME = "demo"
 
-SetUp = Callable[[torch.nn.Module, float, precision.Storage], precision.Setup]
+SetUp = Callable[[torch.nn.Module, float, precision.OptimizerStorage], precision.Setup]
 
 
 def demo_recipe() -> Recipe:

@@ -18,7 +18,9 @@ STEP = 20
 LAYER = "encoder.layer.0.attention.output.dense"
 
 
-def with_an_infinity(model: torch.nn.Module, learning_rate: float, storage: precision.Storage) -> precision.Setup:
+def with_an_infinity(
+    model: torch.nn.Module, learning_rate: float, storage: precision.OptimizerStorage
+) -> precision.Setup:
     """``fp16`` with a hook that makes one element of a weight's gradient infinite in backward pass ``STEP``."""
     setup = precision.PRECISIONS["fp16"](model, learning_rate, storage)
     weight = next(value for name, value in model.named_parameters() if name.endswith(f"{LAYER}.weight"))

@@ -21,15 +21,15 @@ from mixft.cli import precision
 from .demo_runs import demo_recipe, seeds, train
 
 
-def fp32(model: torch.nn.Module, learning_rate: float, storage: precision.Storage) -> precision.Setup:
+def fp32(model: torch.nn.Module, learning_rate: float, storage: precision.OptimizerStorage) -> precision.Setup:
     """torch's layers, AdamW and clipping; dropout as in ``fp16`` runs."""
     precision.replace_layers(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     return precision.PRECISIONS["fp32"](model, learning_rate, storage)
 
 
-def int8_states(model: torch.nn.Module, learning_rate: float, storage: precision.Storage) -> precision.Setup:
+def int8_states(model: torch.nn.Module, learning_rate: float, storage: precision.OptimizerStorage) -> precision.Setup:
     """``fp16`` with 4.06 bytes a parameter for what remains of the master and both moments."""
-    return precision.PRECISIONS["fp16"](model, learning_rate, precision.Storage("split", "int8"))
+    return precision.PRECISIONS["fp16"](model, learning_rate, precision.OptimizerStorage("split", "int8"))
 
 
 SETUPS = {"FP32 AdamW": fp32, "split masters, int8 moments": int8_states}

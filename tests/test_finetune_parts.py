@@ -19,7 +19,7 @@ from mixft.cli.batching import Batches
 from mixft.cli.dataset import Examples, hold_out, load_dataset, read_examples
 from mixft.cli.job import Job, Recipe
 from mixft.cli.model_folder import UNLIMITED, load_classifier, load_tokenizer, longest_input
-from mixft.cli.precision import PRECISIONS, Storage, quantize, set_up
+from mixft.cli.precision import PRECISIONS, OptimizerStorage, quantize, set_up
 from mixft.cli.progress import describe
 from mixft.cli.training import learning_rate, micro_batches, train_epochs
 
@@ -155,7 +155,7 @@ def test_job_survives_its_journey(model):
 
 @pytest.mark.parametrize(("changes", "steps"), [({}, 102), ({"max_steps": 3}, 3), ({"epochs": 1, "max_steps": 60}, 51)])
 def test_steps(model, batches, changes, steps):
-    setup = PRECISIONS["fp32"](load_classifier(model, ["a", "b", "c"]), 1e-3, Storage())
+    setup = PRECISIONS["fp32"](load_classifier(model, ["a", "b", "c"]), 1e-3, OptimizerStorage())
     events = []
     result = train_epochs(
         setup, batches, job(model, **changes), torch.device("cpu"), lambda kind, **fields: events.append((kind, fields))
@@ -173,7 +173,7 @@ def test_fp32_is_plain_torch(model, batches):
     recipe = job(model, max_steps=3)
     torch.manual_seed(1)
     plain = load_classifier(model, ["a", "b", "c"])
-    setup = PRECISIONS["fp32"](trained, 1e-3, Storage())
+    setup = PRECISIONS["fp32"](trained, 1e-3, OptimizerStorage())
     train_epochs(setup, batches, recipe, torch.device("cpu"), lambda *_, **__: None)
 
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.01)
@@ -219,7 +219,7 @@ def test_accumulated_gradients_train_as_whole_batches_do(model, batches, precisi
 
 
 def test_the_optimizer_stores_what_was_asked_for(model):
-    storage = Storage(master_weights="split", state_dtype="int8")
+    storage = OptimizerStorage(master_weights="split", state_dtype="int8")
     optimizer = PRECISIONS["fp16"](load_classifier(model, ["a", "b", "c"]), 1e-3, storage).optimizer
     assert (optimizer.master_weights, optimizer.state_dtype) == ("split", torch.int8)
 
@@ -235,7 +235,7 @@ def test_the_optimizer_stores_what_was_asked_for(model):
     ],
 )
 def test_what_a_precision_trains_with(model, precision, linear, dropout, dtype, autocast, scaler, optimizer, clips):
-    setup = PRECISIONS[precision](load_classifier(model, ["a", "b", "c"]), 1e-3, Storage())
+    setup = PRECISIONS[precision](load_classifier(model, ["a", "b", "c"]), 1e-3, OptimizerStorage())
     layers = dict(setup.model.named_modules())
     head = layers.pop("classifier")
     inner = [layer for layer in layers.values() if hasattr(layer, "in_features")]
@@ -346,7 +346,7 @@ def test_switches_of_precision_are_listed_and_marked(tmp_path, monkeypatch):
 
 
 def test_a_controller_that_raises_a_layer_trains_on(model, batches):
-    setup = PRECISIONS["auto"](load_classifier(model, ["a", "b", "c"]), 1e-3, Storage())
+    setup = PRECISIONS["auto"](load_classifier(model, ["a", "b", "c"]), 1e-3, OptimizerStorage())
     setup.controller._layout.raise_("classifier")
     result = train_epochs(setup, batches, job(model, max_steps=4), torch.device("cpu"), lambda *_, **__: None)
     assert result["precision_events"] == []

@@ -5,7 +5,7 @@ is torch's autocast with mixft's optimizer. ``fp16`` has all parameters in FP16,
 a loss scaler. ``auto`` starts as ``fp16`` under a precision controller, which raises to FP32 what needs it. ``int8``
 multiplies in int8, forward and backward, from FP32 parameters; of a model frozen under adapters it keeps int8 weights
 alone. ``fp16``, ``auto`` and ``int8`` use mixft's layers, dropout included, and ``int8`` on a CPU its attention with
-dropout. How mixft's optimizer stores masters and moments is chosen apart from the precision, by `Storage`.
+dropout. How mixft's optimizer stores masters and moments is chosen apart from the precision, by `OptimizerStorage`.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int
 
 
 @dataclass(frozen=True)
-class Storage:
+class OptimizerStorage:
     """How mixft's optimizer keeps master weights and moments: its ``master_weights``, and a key of STATE_DTYPES."""
 
     master_weights: str = "auto"
@@ -163,7 +163,7 @@ def adapted_layers(model: torch.nn.Module) -> list[str]:
 
 def set_up(precision: str, model: torch.nn.Module, recipe: Recipe) -> Setup:
     """What trains ``model`` in that precision."""
-    storage = Storage(recipe.master_weights, recipe.state_dtype)
+    storage = OptimizerStorage(recipe.master_weights, recipe.state_dtype)
     precisions = PRECISIONS if recipe.lora is None else LORA_PRECISIONS
     setup = precisions[precision](model, recipe.learning_rate, storage)
     if recipe.grad_accumulation > 1 and setup.widest_dtype().itemsize < 4:
@@ -171,34 +171,34 @@ def set_up(precision: str, model: torch.nn.Module, recipe: Recipe) -> Setup:
     return setup
 
 
-def _fp32(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+def _fp32(model: torch.nn.Module, learning_rate: float, storage: OptimizerStorage) -> Setup:
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     return Setup(model, optimizer, max_grad_norm=MAX_GRAD_NORM)
 
 
-def _bf16(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+def _bf16(model: torch.nn.Module, learning_rate: float, storage: OptimizerStorage) -> Setup:
     return Setup(model, _fused_adamw(model, learning_rate, storage), autocast=torch.bfloat16)
 
 
-def _fp16(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+def _fp16(model: torch.nn.Module, learning_rate: float, storage: OptimizerStorage) -> Setup:
     model.half()
     replace_layers(model, torch.nn.Linear, mixft.nn.Linear.from_linear)
     replace_layers(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     return Setup(model, _fused_adamw(model, learning_rate, storage), scaler=mixft.amp.LossScaler())
 
 
-def _auto(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+def _auto(model: torch.nn.Module, learning_rate: float, storage: OptimizerStorage) -> Setup:
     setup = _fp16(model, learning_rate, storage)
     setup.controller = mixft.PrecisionController(setup.model, setup.optimizer, setup.scaler)
     return setup
 
 
-def _int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+def _int8(model: torch.nn.Module, learning_rate: float, storage: OptimizerStorage) -> Setup:
     quantize(model, mode="train")
     return _around_int8(model, learning_rate, storage)
 
 
-def _around_int8(model: torch.nn.Module, learning_rate: float, storage: Storage) -> Setup:
+def _around_int8(model: torch.nn.Module, learning_rate: float, storage: OptimizerStorage) -> Setup:
     replace_layers(model, torch.nn.Dropout, mixft.nn.Dropout.from_dropout)
     on_gpu = next(model.parameters()).is_cuda
     if not on_gpu:
@@ -220,7 +220,7 @@ def replace_layers(model: torch.nn.Module, kind: type, make: Callable[[torch.nn.
                 setattr(module, name, make(child))
 
 
-def _fused_adamw(model: torch.nn.Module, learning_rate: float, storage: Storage) -> torch.optim.Optimizer:
+def _fused_adamw(model: torch.nn.Module, learning_rate: float, storage: OptimizerStorage) -> torch.optim.Optimizer:
     return mixft.optim.AdamW(
         trainable(model).items(),
         lr=learning_rate,
@@ -231,7 +231,7 @@ def _fused_adamw(model: torch.nn.Module, learning_rate: float, storage: Storage)
     )
 
 
-PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
+PRECISIONS: dict[str, Callable[[torch.nn.Module, float, OptimizerStorage], Setup]] = {
     "fp32": _fp32,
     "bf16": _bf16,
     "fp16": _fp16,
@@ -240,7 +240,7 @@ PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
 }
 
 # With adapters on a frozen model, whose weights keep what the others would change.
-LORA_PRECISIONS: dict[str, Callable[[torch.nn.Module, float, Storage], Setup]] = {
+LORA_PRECISIONS: dict[str, Callable[[torch.nn.Module, float, OptimizerStorage], Setup]] = {
     "fp32": _fp32,
     "bf16": _bf16,
     "int8": _around_int8,

@@ -37,7 +37,7 @@ def cast_parameter(param: Tensor, dtype: torch.dtype, optimizer: MixedPrecisionO
     if param.dtype == dtype:
         return
     value = widened(param, optimizer)
-    owned = optimizer is not None and any(param is member for member in members(optimizer))
+    owned = optimizer is not None and any(param is member for member in parameters_of(optimizer))
     for name in ("master", "remainder"):
         if owned and param in optimizer.state:
             optimizer.state[param].pop(name, None)
@@ -54,6 +54,6 @@ def cast_parameter(param: Tensor, dtype: torch.dtype, optimizer: MixedPrecisionO
         param.grad = grad.to(dtype)
 
 
-def members(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
+def parameters_of(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:
     """All parameters of ``optimizer``, in order."""
     return [param for group in optimizer.param_groups for param in group["params"]]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixft.optim.base import MixedPrecisionOptimizer
 
-from .casting import check_optimizer, members
+from .casting import check_optimizer, parameters_of
 from .diagnosis import Diagnosis, Symptom, Thresholds
 from .event import PrecisionEvent
 from .layout import Layout
@@ -126,7 +126,7 @@ class PrecisionController:
                 f"snr_drop needs second moments, which {type(optimizer).__name__} does not keep; pass None"
             )
         self._layout = Layout(model, optimizer)
-        layers = self._layout.layers({param for param in members(optimizer) if param.requires_grad})
+        layers = self._layout.layers({param for param in parameters_of(optimizer) if param.requires_grad})
         if not layers:
             raise ValueError("optimizer trains no 16-bit parameter of model; apply a PrecisionPolicy to it first")
         self._diagnosis = Diagnosis(
