@@ -15,6 +15,8 @@ from mixft.nn import QuantLinear
 
 TOKENS = torch.arange(14).view(2, 7)
 
+pytestmark = pytest.mark.usefixtures("without_interpreter", "one_thread")
+
 
 def gpt2():
     torch.manual_seed(1)

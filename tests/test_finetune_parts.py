@@ -23,7 +23,7 @@ from mixft.cli.precision import PRECISIONS, OptimizerStorage, quantize, set_up
 from mixft.cli.progress import describe
 from mixft.cli.training import learning_rate, micro_batches, train_epochs
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("without_interpreter", "one_thread")
 
 TEXTS = ["plain", 'said "so", twice', "two\nlines", " padded ", "naïve 映画 🎬", ",,,", "#", "a" * 200_000]
 
