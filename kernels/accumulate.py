@@ -10,8 +10,6 @@ tensor. Gradients are FP16, BF16 or FP32 tensors of any size, ``buffers`` FP32 t
 order without gaps, ``inv_scale`` and ``found_inf`` one-element FP32 tensors, ``nonfinite`` int64 [tensors].
 """
 
-from collections import defaultdict
-
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +22,12 @@ from .multi_tensor import (
     TRITON_TYPES,
     addresses,
     chunk_of_program,
+    dtypes_of,
+    groups_of,
     load,
     programs_for,
-    table_for,
+    sizes_of,
+    table_of,
     tensor_pointer,
 )
 from .variant import Elementwise, Variant
@@ -100,18 +101,15 @@ def accumulate_gradients_(
 ) -> None:
     """Launch ``accumulate_kernel`` once for each (dtype, alignment) among ``grads``."""
     device = grads[0].device
-    sizes = map(Tensor.numel, grads)
-    rows = zip(sizes, addresses(grads), addresses(buffers), range(len(grads)), strict=True)
-    groups = defaultdict(list)
-    for grad, row in zip(grads, rows, strict=True):
-        groups[grad.dtype, (row[GRAD.value] | row[BUFFER.value]) % 16 == 0].append(row)
+    columns = sizes_of(grads), addresses(grads), addresses(buffers), range(len(grads))
+    groups = groups_of((dtypes_of(grads),), columns, (GRAD.value, POSITION.value))
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        for (dtype, is_aligned), members in groups.items():
-            columns = list(zip(*members, strict=True))
-            programs = programs_for(columns[SIZE.value], config.chunk, device)
+        for group in groups:
+            (dtype,) = group.dtypes
+            programs = programs_for(group.columns[SIZE.value], config.chunk, device)
             accumulate_kernel[(programs.count,)](
-                table_for(columns, device),
+                table_of(group, device),
                 programs.tensor,
                 programs.chunk,
                 inv_scale,
@@ -120,7 +118,7 @@ def accumulate_gradients_(
                 GRAD_TYPE=TRITON_TYPES[dtype],
                 OVERWRITE=overwrite,
                 CLEAR=clear,
-                ALIGNED=is_aligned,
+                ALIGNED=group.is_aligned,
                 CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,

@@ -9,7 +9,7 @@ Gradients are FP16, BF16 or FP32 tensors of any size whose elements fill their s
 The statistics are deterministic: every chunk writes its partial result, and a second launch adds them in order.
 """
 
-from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -21,13 +21,16 @@ from .configuration import configuration
 from .multi_tensor import (
     TRITON_NAMES,
     TRITON_TYPES,
+    Group,
     MultiTensorConfig,
-    Programs,
     addresses,
     chunk_of_program,
+    dtypes_of,
+    groups_of,
     load,
     programs_for,
-    table_for,
+    sizes_of,
+    table_of,
     tensor_pointer,
 )
 from .variant import Elementwise, Variant
@@ -146,10 +149,12 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
     """Launch ``unscale_kernel`` once for each (dtype, alignment) among ``grads``."""
     if not grads:
         return
+    device = grads[0].device
     with torch.cuda.device_of(grads[0]):
-        config = multi_tensor_config(architecture_of(grads[0].device))
-        for (dtype, is_aligned), positions in groups_of(grads).items():
-            table, programs = plan(grads, positions, config)
+        config = multi_tensor_config(architecture_of(device))
+        for group in groups_of_gradients(grads):
+            (dtype,) = group.dtypes
+            table, programs = table_of(group, device), programs_for(group.columns[SIZE.value], config.chunk, device)
             unscale_kernel[(programs.count,)](
                 table,
                 programs.tensor,
@@ -158,7 +163,7 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
                 found_inf,
                 nonfinite,
                 GRAD_TYPE=TRITON_TYPES[dtype],
-                ALIGNED=is_aligned,
+                ALIGNED=group.is_aligned,
                 CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
@@ -173,8 +178,9 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     nonfinite = torch.empty(len(grads), dtype=torch.int64, device=device)
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        for (dtype, is_aligned), positions in groups_of(grads).items():
-            table, programs = plan(grads, positions, config)
+        for group in groups_of_gradients(grads):
+            (dtype,) = group.dtypes
+            table, programs = table_of(group, device), programs_for(group.columns[SIZE.value], config.chunk, device)
             partial_sum = torch.empty(programs.count, dtype=torch.float32, device=device)
             partial_count = torch.empty(programs.count, dtype=torch.int32, device=device)
             partial_stats_kernel[(programs.count,)](
@@ -184,13 +190,13 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
                 partial_sum,
                 partial_count,
                 GRAD_TYPE=TRITON_TYPES[dtype],
-                ALIGNED=is_aligned,
+                ALIGNED=group.is_aligned,
                 CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
                 num_stages=1,
             )
-            reduce_stats_kernel[(len(positions),)](
+            reduce_stats_kernel[(len(table),)](
                 table,
                 programs.first,
                 partial_sum,
@@ -263,18 +269,7 @@ def multi_tensor_config(arch: Architecture) -> MultiTensorConfig:
     return configuration("grad", MultiTensorConfig, arch, "all")
 
 
-def groups_of(grads: list[Tensor]) -> dict[tuple[torch.dtype, bool], list[int]]:
-    """The positions of the gradients that one launch takes, by (dtype, whether aligned for 128-bit loads)."""
-    groups = defaultdict(list)
-    for position, grad in enumerate(grads):
-        groups[grad.dtype, grad.data_ptr() % 16 == 0].append(position)
-    return groups
-
-
-def plan(grads: list[Tensor], positions: list[int], config: MultiTensorConfig) -> tuple[Tensor, Programs]:
-    """The table and the programs of a launch over the gradients at ``positions``."""
-    members = [grads[position] for position in positions]
-    sizes = [grad.numel() for grad in members]
-    device = members[0].device
-    table = table_for([sizes, addresses(members), positions], device)
-    return table, programs_for(sizes, config.chunk, device)
+def groups_of_gradients(grads: Sequence[Tensor]) -> list[Group]:
+    """The launches over ``grads``; the table's last column is the tensor's place in the list."""
+    columns = sizes_of(grads), addresses(grads), range(len(grads))
+    return groups_of((dtypes_of(grads),), columns, (GRAD.value, POSITION.value))

@@ -19,8 +19,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture, architecture_of
-from .grad import COLUMNS, GRAD, POSITION, SIZE, add_statistics, groups_of, is_nonfinite, multi_tensor_config, plan
-from .multi_tensor import TRITON_NAMES, TRITON_TYPES, counts_for, tensor_pointer, zero_counts
+from .grad import (
+    COLUMNS,
+    GRAD,
+    POSITION,
+    SIZE,
+    add_statistics,
+    groups_of_gradients,
+    is_nonfinite,
+    multi_tensor_config,
+)
+from .multi_tensor import (
+    TRITON_NAMES,
+    TRITON_TYPES,
+    counts_for,
+    programs_for,
+    table_of,
+    tensor_pointer,
+    zero_counts,
+)
 from .variant import Elementwise, Variant
 
 # Programs of one launch: enough to fill every supported GPU, few enough for one program to add what they leave.
@@ -133,17 +150,19 @@ def gradient_scalars(
     nonfinite = torch.empty(len(grads), dtype=torch.int64, device=device)
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        launches = [(kind, *plan(grads, positions, config)) for kind, positions in groups_of(grads).items()]
+        groups = groups_of_gradients(grads)
+        launches = [programs_for(group.columns[SIZE.value], config.chunk, device) for group in groups]
         # All launches share these counts: the last one reads what the others counted, and sets them back to zero. A
         # last launch that never comes, as after Ctrl-C while it compiles, would leave them dirty, so counts that
         # several launches share are made for this call alone.
-        counts = (counts_for if len(launches) == 1 else zero_counts)(len(grads), device)
-        grids = [min(programs.count, PROGRAMS) for *_, programs in launches]
+        counts = (counts_for if len(groups) == 1 else zero_counts)(len(grads), device)
+        grids = [min(programs.count, PROGRAMS) for programs in launches]
         partial_sum = torch.empty(sum(grids), dtype=torch.float32, device=device)
         first_partial = 0
-        for ((dtype, is_aligned), table, programs), grid in zip(launches, grids, strict=True):
+        for group, programs, grid in zip(groups, launches, grids, strict=True):
+            (dtype,) = group.dtypes
             grad_scalars_kernel[(grid,)](
-                table,
+                table_of(group, device),
                 programs.tensor,
                 programs.chunk,
                 programs.count,
@@ -159,7 +178,7 @@ def gradient_scalars(
                 scalars,
                 nonfinite,
                 GRAD_TYPE=TRITON_TYPES[dtype],
-                ALIGNED=is_aligned,
+                ALIGNED=group.is_aligned,
                 CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,

@@ -6,8 +6,14 @@ tensor. Column 0 is the number of elements. Program ``i`` works on elements ``[c
 
 Both are cached on the device under the very numbers that they hold (addresses and sizes), so a cached table cannot be
 stale: a gradient that moves makes a new key (see ``device_cache.py``).
+
+A model has a thousand tensors and a step a millisecond, so the host asks each tensor as little as it can: of a list
+that has the attributes ``sizes`` and ``dtypes``, one for each tensor, only the addresses.
 """
 
+import functools
+import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_cache import cached, capturing, to_device
+
+# A table's column of all tensors: a number each, or None for zeros.
+Column = Sequence[int] | None
 
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -30,6 +39,21 @@ class MultiTensorConfig:
     chunk: int
     block: int
     num_warps: int
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The tensors of one launch; hashed by identity, which costs nothing.
+
+    Attributes:
+        dtypes: theirs, one of each list of tensors that the kernel is compiled for the dtype of.
+        is_aligned: whether every address allows 128-bit accesses.
+        columns: of the launch's table.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    is_aligned: bool
+    columns: tuple[tuple[int, ...], ...]
 
 
 class Programs(NamedTuple):
@@ -78,16 +102,51 @@ def chunk_of_program(table, program_tensor, program_chunk, COLUMNS: tl.constexpr
     return row, start, tl.load(row)
 
 
+def sizes_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The number of elements of each."""
+    known = getattr(tensors, "sizes", None)
+    return tuple(map(Tensor.numel, tensors)) if known is None else known
+
+
+def dtypes_of(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    known = getattr(tensors, "dtypes", None)
+    return tuple(map(operator.attrgetter("dtype"), tensors)) if known is None else known
+
+
+def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(Tensor.data_ptr, tensors))
+
+
+@functools.lru_cache(maxsize=64)
+def groups_of(
+    dtypes: tuple[tuple[torch.dtype, ...], ...], columns: tuple[Column, ...], vectors: tuple[int, int]
+) -> list[Group]:
+    """The launches over some tensors: one for each (dtypes, whether aligned).
+
+    Args:
+        dtypes: of each list of tensors that the kernel is compiled for the dtype of, the dtypes.
+        columns: of the table, of all tensors; None for zeros.
+        vectors: the first of the columns of addresses that are accessed in vectors, and the first that is not again.
+    """
+    absent = (0,) * len(dtypes[0])
+    rows = list(zip(*(absent if column is None else column for column in columns), strict=True))
+    groups = defaultdict(list)
+    for kinds, row in zip(zip(*dtypes, strict=True), rows, strict=True):
+        is_aligned = functools.reduce(operator.or_, row[slice(*vectors)]) % 16 == 0
+        groups[kinds, is_aligned].append(row)
+    return [Group(*kind, tuple(zip(*members, strict=True))) for kind, members in groups.items()]
+
+
+def table_of(group: Group, device: torch.device) -> Tensor:
+    """The cached int64 table [tensors, columns] of ``group`` on ``device``."""
+    return cached(_table, group, device)
+
+
 def programs_for(sizes: Sequence[int], chunk: int, device: torch.device) -> Programs:
     """The cached programs over tensors of ``sizes`` elements."""
     programs = cached(_programs, (tuple(sizes), chunk), device)
     # Two replays at once must not count on one another's tickets.
     return programs._replace(tickets=_zeros(len(sizes), device)) if capturing(device) else programs
-
-
-def table_for(columns: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """The cached int64 table [tensors, columns] on ``device``."""
-    return cached(make_table, tuple(map(tuple, columns)), device)
 
 
 def counts_for(number: int, device: torch.device) -> Tensor:
@@ -98,10 +157,6 @@ def counts_for(number: int, device: torch.device) -> Tensor:
 def zero_counts(number: int, device: torch.device) -> Tensor:
     """As ``counts_for``, for this call alone."""
     return _zeros(number + 1, device)
-
-
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
 
 
 def _programs(key: tuple[tuple[int, ...], int], device: torch.device) -> Programs:
@@ -117,9 +172,8 @@ def _programs(key: tuple[tuple[int, ...], int], device: torch.device) -> Program
     )
 
 
-def make_table(columns: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """An int64 table [tensors, columns] on ``device``."""
-    return to_device(torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous(), device)
+def _table(group: Group, device: torch.device) -> Tensor:
+    return to_device(torch.tensor(group.columns, dtype=torch.int64, device="cpu").t().contiguous(), device)
 
 
 def _zeros(number: int, device: torch.device) -> Tensor:

@@ -1,11 +1,5 @@
-"""The host's side of the optimizer step: one launch for each (parameter dtype, gradient dtype, alignment).
+"""The host's side of the optimizer step: one launch for each (parameter dtype, gradient dtype, alignment)."""
 
-What a launch needs of a thousand tensors is their addresses; all that follows from those is kept under them.
-"""
-
-import functools
-import operator
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +7,25 @@ from torch import Tensor
 
 from .architecture import Architecture, architecture_of
 from .configuration import configuration
-from .device_cache import cached
-from .multi_tensor import TRITON_NAMES, TRITON_TYPES, MultiTensorConfig, addresses, make_table, programs_for
+from .multi_tensor import (
+    TRITON_NAMES,
+    TRITON_TYPES,
+    MultiTensorConfig,
+    addresses,
+    dtypes_of,
+    groups_of,
+    programs_for,
+    sizes_of,
+    table_of,
+)
 from .optimizer_state import GROUP_SIZE
-from .optimizer_step import SIZE, optimizer_step_kernel
+from .optimizer_step import COLUMNS, PARAM, SIZE, optimizer_step_kernel
 from .variant import Elementwise, Variant
 
 STATE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "code", torch.uint8: "code"}
 MASTER_FORMATS = {torch.float32: "fp32", torch.int16: "split"}
+# Columns of the table: all but the size and the step count.
+VECTORS = PARAM.value, COLUMNS.value
 HYPERPARAMETERS = (
     "log_beta1",
     "log_beta2",
@@ -32,7 +37,6 @@ HYPERPARAMETERS = (
     "one_minus_dampening",
     "weight_decay",
 )
-Column = tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -52,31 +56,6 @@ class UpdateRule:
     eps: float | None = None
     momentum: float | None = None
     one_minus_dampening: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """The tensors of one launch, ``columns`` as in its table; hashed by identity, which costs nothing."""
-
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    is_aligned: bool
-    columns: tuple[tuple[int, ...], ...]
-
-
-@functools.lru_cache(maxsize=64)
-def groups_of(
-    param_dtypes: tuple[torch.dtype, ...], grad_dtypes: tuple[torch.dtype, ...], columns: tuple[Column, ...]
-) -> list[Group]:
-    """The launches that a step takes, from the dtypes and the table's columns; a column of no tensors is None."""
-    absent = (0,) * len(param_dtypes)
-    rows = list(zip(*(absent if column is None else column for column in columns), strict=True))
-    groups = defaultdict(list)
-    for param_dtype, grad_dtype, row in zip(param_dtypes, grad_dtypes, rows, strict=True):
-        # All but the size and the step count are accessed in vectors.
-        is_aligned = functools.reduce(operator.or_, row[2:]) % 16 == 0
-        groups[param_dtype, grad_dtype, is_aligned].append(row)
-    return [Group(*kind, tuple(zip(*members, strict=True))) for kind, members in groups.items()]
 
 
 def launch_step(
@@ -102,18 +81,18 @@ def launch_step(
     device = params[0].device
     none = [[]] * (3 - len(states))
     tensors = [steps, params, grads, masters, *states, *none, *scales, *none]
-    columns = (tuple(map(Tensor.numel, params)), *(tuple(addresses(listed)) if listed else None for listed in tensors))
-    dtype = operator.attrgetter("dtype")
-    groups = groups_of(tuple(map(dtype, params)), tuple(map(dtype, grads)), columns)
+    columns = (sizes_of(params), *(addresses(listed) if listed else None for listed in tensors))
+    groups = groups_of((dtypes_of(params), dtypes_of(grads)), columns, VECTORS)
     # Floats always: Triton compiles the kernel once more for an integer, and again for 1 and for multiples of 16.
     hyperparameters = [None if (value := getattr(rule, name)) is None else float(value) for name in HYPERPARAMETERS]
     state = STATE_FORMATS[states[0][0].dtype] if states[0] else "none"
     with torch.cuda.device_of(params[0]):
         config = _config(architecture_of(device), state)
         for group in groups:
+            param_dtype, grad_dtype = group.dtypes
             programs = programs_for(group.columns[SIZE.value], config.chunk, device)
             optimizer_step_kernel[(programs.count,)](
-                cached(_table, group, device),
+                table_of(group, device),
                 programs.tensor,
                 programs.chunk,
                 programs.tickets,
@@ -123,8 +102,8 @@ def launch_step(
                 found_inf,
                 *hyperparameters,
                 RULE=rule.rule,
-                PARAM_TYPE=TRITON_TYPES[group.param_dtype],
-                GRAD_TYPE=TRITON_TYPES[group.grad_dtype],
+                PARAM_TYPE=TRITON_TYPES[param_dtype],
+                GRAD_TYPE=TRITON_TYPES[grad_dtype],
                 MASTER=MASTER_FORMATS[masters[0].dtype] if masters else "none",
                 STATE=state,
                 AMSGRAD=len(states) == 3 and bool(states[2]),
@@ -138,10 +117,6 @@ def launch_step(
                 num_warps=config.num_warps,
                 num_stages=1,
             )
-
-
-def _table(group: Group, device: torch.device) -> Tensor:
-    return make_table(group.columns, device)
 
 
 def step_variant(

@@ -6,7 +6,7 @@ from conftest import HAS_GPU
 from step_problems import RULES, Problem, scalar
 
 from mixft.kernels import device_cache
-from mixft.kernels.multi_tensor import counts_for, programs_for, table_for
+from mixft.kernels.multi_tensor import counts_for, groups_of, programs_for, table_of
 from mixft.ops import grad_scalars
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -112,7 +112,9 @@ def test_chunks_beyond_2_to_the_31_elements():
     assert programs.chunk[2**17].item() == 2**17
     assert programs.chunk[2**17].item() * 16384 == 2**31
     assert programs.tensor[-1].item() == 1
-    assert table_for([[2**31 + 5, 7], [2**40, 2**41]], CPU).tolist() == [[2**31 + 5, 2**40], [7, 2**41]]
+    columns = (2**31 + 5, 7), (2**40, 2**41)
+    (group,) = groups_of(((torch.float32, torch.float32),), columns, (1, 2))
+    assert table_of(group, CPU).tolist() == [[2**31 + 5, 2**40], [7, 2**41]]
 
 
 if HAS_GPU:

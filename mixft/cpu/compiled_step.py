@@ -4,10 +4,8 @@ import ctypes
 import functools
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from itertools import chain, islice
-from operator import attrgetter
 
 import torch
-from torch import Tensor
 
 from . import native
 from .optimizer_step import Step
@@ -18,8 +16,6 @@ STATES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 # Descriptions that are kept; one of a thousand tensors takes half a megabyte.
 KEPT = 64
-
-DTYPE = attrgetter("dtype")
 
 
 class StepTensors(ctypes.Structure):
@@ -51,9 +47,9 @@ def compiled_step(routine: native.Routine, step: Step, maximize: bool, *rule) ->
     kept = _described(
         tuple(native.starts(list(chain.from_iterable(lists)))),
         tuple(map(len, lists)),
-        tuple(map(Tensor.numel, step.params)),
-        tuple(map(DTYPE, step.params)),
-        tuple(map(DTYPE, step.grads)),
+        native.sizes_of(step.params),
+        native.dtypes_of(step.params),
+        native.dtypes_of(step.grads),
         step.masters[0].dtype if step.masters else None,
         step.states[0][0].dtype if step.states[0] else torch.float32,
     )

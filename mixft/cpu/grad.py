@@ -5,7 +5,6 @@ import functools
 import math
 from collections import defaultdict
 from ctypes import c_float, c_int64, c_void_p
-from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -22,8 +21,6 @@ BLOCK = 1024
 
 # Descriptions of lists of gradients that are kept.
 KEPT = 64
-
-DTYPE = attrgetter("dtype")
 
 compiled_unscale = native.Routine("unscale_gradients", *[c_void_p] * 3, c_int64, c_float, c_void_p)
 compiled_statistics = native.Routine("gradient_statistics", *[c_void_p] * 3, c_int64, *[c_void_p] * 3)
@@ -61,7 +58,7 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     if native.available():
         squares = torch.empty(len(grads), dtype=torch.float32, device="cpu")
         nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
-        sizes, dtypes, blocks = _described(tuple(map(Tensor.numel, grads)), tuple(map(DTYPE, grads)))
+        sizes, dtypes, blocks = _described(native.sizes_of(grads), native.dtypes_of(grads))
         partial = native.scratch(8 * blocks)
         results = partial.data_ptr(), squares.data_ptr(), nonfinite.data_ptr()
         compiled_statistics(native.addresses(grads), sizes, dtypes, len(grads), *results)

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -180,12 +181,24 @@ def _refuse_missing_memory(tensor: Tensor) -> None:
         )
 
 
+def sizes_of(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """The number of elements of each; a list that has them as ``sizes`` is taken at its word."""
+    known = getattr(tensors, "sizes", None)
+    return tuple(map(Tensor.numel, tensors)) if known is None else known
+
+
+def dtypes_of(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """As ``sizes_of``, with ``dtypes``."""
+    known = getattr(tensors, "dtypes", None)
+    return tuple(map(attrgetter("dtype"), tensors)) if known is None else known
+
+
 def sizes(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return integers(c_int64, list(map(Tensor.numel, tensors)))
+    return integers(c_int64, sizes_of(tensors))
 
 
 def dtypes(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return dtype_codes([tensor.dtype for tensor in tensors])
+    return dtype_codes(dtypes_of(tensors))
 
 
 def pointers(values: Sequence[int]) -> ctypes.Array:

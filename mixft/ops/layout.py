@@ -1,10 +1,11 @@
 """Layouts of tensors for kernels that walk storage element by element."""
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
+
+from .tensor_list import TensorList
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -41,4 +42,7 @@ def without_negation(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def all_contiguous(*lists: Sequence[Tensor]) -> bool:
-    return all(map(Tensor.is_contiguous, chain.from_iterable(lists)))
+    return all(
+        listed.contiguous if isinstance(listed, TensorList) else all(map(Tensor.is_contiguous, listed))
+        for listed in lists
+    )

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from mixft.ops.optimizer_step import advance_
 
 from .hyperparameters import check_precision, loaded_group
 from .learning_rate import LearningRates
-from .members import GradientOf, Members, arrange, check_gradients, check_parameters, signature
+from .members import Arrangement, Gradients, Members, arrange, check_gradients, check_parameters
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
@@ -86,8 +86,7 @@ class MixedPrecisionOptimizer(Optimizer):
         self.last_grad_norm: Tensor | None = None
         self.last_found_inf: Tensor | None = None
         self.last_nonfinite: list[tuple[list[Tensor], Tensor]] = []
-        self._work: list[Members] = []
-        self._work_signature: list[Any] | None = None
+        self._arrangement: Arrangement | None = None
         self._rates = LearningRates()
         self._found_in_backward: Tensor | None = None
 
@@ -97,7 +96,7 @@ class MixedPrecisionOptimizer(Optimizer):
         return self.max_grad_norm is not None
 
     @property
-    def _gradient_of(self) -> GradientOf:
+    def _gradient_of(self) -> Callable[[Tensor], Tensor | None]:
         return attrgetter("grad") if self.main_grads is None else self.main_grads.get
 
     @property
@@ -180,12 +179,14 @@ class MixedPrecisionOptimizer(Optimizer):
     # One op does all the work, so that there is nothing for a compiler to fuse.
     @torch._disable_dynamo
     def _step(self) -> None:
-        work = self._arranged()
-        if work:
-            self._update(work)
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = list(map(self._gradient_of, params))
+        members = self._arranged(params, grads)
+        if members:
+            self._update(members, grads)
         found, self._found_in_backward = self._found_in_backward, None
         if found is not None:
-            self.last_found_inf = torch.maximum(found, at(self.last_found_inf, found.device)) if work else found
+            self.last_found_inf = torch.maximum(found, at(self.last_found_inf, found.device)) if members else found
 
     def step_in_backward(self, group: dict[str, Any], param: Tensor) -> None:
         """Step ``param`` of ``group`` alone; for :func:`mixft.optim.release_gradients`.
@@ -193,39 +194,34 @@ class MixedPrecisionOptimizer(Optimizer):
         Raises:
             TypeError: as ``step``.
         """
-        check_gradients([param], self._gradient_of, type(self).__name__)
-        self._update(self._arrange(group, [param]))
+        params, grads = [param], [self._gradient_of(param)]
+        check_gradients(params, grads, type(self).__name__)
+        names = self.state_names(group)
+        restarts = self.restarts_with_new_state
+        self._update(arrange(group, [0], params, grads, self.state, self.storage, names, restarts), grads)
         found = self.last_found_inf
         if found is not None and self._found_in_backward is not None:
             found = torch.maximum(found, at(self._found_in_backward, found.device))
         self._found_in_backward = found
 
-    def _arranged(self) -> list[Members]:
-        """All parameters that have a gradient, arranged anew where anything has changed since the last step."""
-        found = self._signature()
-        if found != self._work_signature:
-            params = [param for group in self.param_groups for param in group["params"]]
-            check_gradients(params, self._gradient_of, type(self).__name__)
-            self._work = [members for group in self.param_groups for members in self._arrange(group, group["params"])]
-            self._work_signature = self._signature()
-        return self._work
-
-    def _signature(self) -> list[Any]:
+    def _arranged(self, params: list[Tensor], grads: Gradients) -> list[Members]:
+        """The parameters that have a gradient, arranged anew where anything has changed since the last step."""
         names = list(map(self.state_names, self.param_groups))
-        return signature(self.param_groups, names, self._gradient_of, self.state, self.state_dtype == torch.int8)
+        of_step = self.param_groups, names, params, grads, self.state
+        if self._arrangement is None or not self._arrangement.holds(*of_step):
+            check_gradients(params, grads, type(self).__name__)
+            self._arrangement = Arrangement(*of_step, self.storage, self.restarts_with_new_state)
+        return self._arrangement.members
 
-    def _arrange(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[Members]:
-        names = self.state_names(group)
-        return arrange(group, params, self._gradient_of, self.state, self.storage, names, self.restarts_with_new_state)
-
-    def _update(self, work: list[Members]) -> None:
+    def _update(self, work: list[Members], of_all: Gradients) -> None:
         """Change parameters and state of ``work``, or nothing where a gradient of any is not finite."""
-        grads: dict[torch.device, list[Tensor]] = defaultdict(list)
+        grads: dict[torch.device, list[Tensor]] = {}
         params: dict[torch.device, list[Tensor]] = defaultdict(list)
         rates = [self._rates.of(members.group, members.device) for members in work]
-        listed = [members.gradients(self._gradient_of) for members in work]
+        listed = [members.gradients(of_all) for members in work]
         for members, own in zip(work, listed, strict=True):
-            grads[members.device] += own
+            before = grads.get(members.device)
+            grads[members.device] = own if before is None else before + own
             params[members.device] += members.tensors["params"]
         scalars = step_scalars(
             grads,

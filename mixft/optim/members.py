@@ -1,22 +1,25 @@
 """Which parameters are updated together, and the lists of their tensors that an op takes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixft.ops.capture import capturing
+from mixft.ops.tensor_list import TensorList
 from mixft.ops.validation import FLOATS
 
+from .metadata import Metadata
 from .state import lay_steps_side_by_side
 from .storage import SCALE, Storage
 
 State = dict[Tensor, dict[str, Any]]
-# The gradient that a parameter is to be stepped with, None for none.
-GradientOf = Callable[[Tensor], Tensor | None]
+# The gradients that the parameters of a list are to be stepped with, None for none.
+Gradients = list[Tensor | None]
 
 
 @dataclass
@@ -25,18 +28,98 @@ class Members:
 
     Attributes:
         group: their parameter group.
+        positions: their places in the list of parameters that they were arranged from.
         tensors: the op's lists by argument name and in its order, without the gradients, which would be kept alive.
+        like_grads: no tensors, with what is known of the gradients'.
     """
 
     group: dict[str, Any]
+    positions: list[int]
     tensors: dict[str, list[Tensor]]
+    like_grads: TensorList
 
     @property
     def device(self) -> torch.device:
         return self.tensors["params"][0].device
 
-    def gradients(self, gradient_of: GradientOf) -> list[Tensor]:
-        return list(map(gradient_of, self.tensors["params"]))
+    def gradients(self, grads: Gradients) -> TensorList:
+        """Those of ``grads``, one for each parameter that these were arranged from, that are of these."""
+        return TensorList(map(grads.__getitem__, self.positions), self.like_grads)
+
+
+class Arrangement:
+    """The members of all parameters, and whether they still hold.
+
+    Args:
+        param_groups: the optimizer's.
+        names: of each group, the state tensors that its rule keeps.
+        params: all parameters, in order.
+        grads: theirs.
+        state: the optimizer's; what it lacks is made.
+        storage: how it is kept.
+        restarts: whether a new state tensor makes the next step the first: SGD's momentum begins with a gradient.
+
+    Attributes:
+        members: the parameters that have a gradient, by what can go in one call.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        names: list[tuple[str, ...]],
+        params: list[Tensor],
+        grads: Gradients,
+        state: State,
+        storage: Storage,
+        restarts: bool,
+    ) -> None:
+        self.members: list[Members] = []
+        first = 0
+        for group, named in zip(param_groups, names, strict=True):
+            positions = range(first, first := first + len(group["params"]))
+            self.members += arrange(group, positions, params, grads, state, storage, named, restarts)
+        self._groups = _described(param_groups, names)
+        self._params = params
+        self._has_gradient = [grad is not None for grad in grads]
+        self._metadata = Metadata(_with_gradient(params, grads))
+        self._state = _tensors(state)
+
+    def holds(
+        self,
+        param_groups: list[dict[str, Any]],
+        names: list[tuple[str, ...]],
+        params: list[Tensor],
+        grads: Gradients,
+        state: State,
+    ) -> bool:
+        """Whether these are the groups, parameters and state arranged, and the gradients differ in address alone."""
+        return (
+            _same(params, self._params)
+            and [grad is not None for grad in grads] == self._has_gradient
+            and self._metadata.describes(_with_gradient(params, grads))
+            and _same(_tensors(state), self._state)
+            and _described(param_groups, names) == self._groups
+        )
+
+
+def _described(param_groups: list[dict[str, Any]], names: list[tuple[str, ...]]) -> list[tuple]:
+    return [(id(group), len(group["params"]), named) for group, named in zip(param_groups, names, strict=True)]
+
+
+def _with_gradient(params: list[Tensor], grads: Gradients) -> list[Tensor]:
+    """The parameters that have a gradient, and the gradients."""
+    having = [grad for grad in grads if grad is not None]
+    if len(having) == len(params):
+        return params + having
+    return [param for param, grad in zip(params, grads, strict=True) if grad is not None] + having
+
+
+def _tensors(state: State) -> list[Any]:
+    return [*state, *chain.from_iterable(map(dict.values, state.values()))]
+
+
+def _same(found: list[Any], expected: list[Any]) -> bool:
+    return len(found) == len(expected) and all(map(is_, found, expected))
 
 
 def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
@@ -60,11 +143,10 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
             )
 
 
-def check_gradients(params: Iterable[Tensor], gradient_of: GradientOf, optimizer: str) -> None:
+def check_gradients(params: list[Tensor], grads: Gradients, optimizer: str) -> None:
     """Raise TypeError for a gradient that no op takes, ValueError for one of another shape than its parameter
     or a view of negated numbers."""
-    for param in params:
-        grad = gradient_of(param)
+    for param, grad in zip(params, grads, strict=True):
         if grad is None:
             continue
         if grad.layout != torch.strided or grad.dtype not in FLOATS:
@@ -86,25 +168,28 @@ def check_gradients(params: Iterable[Tensor], gradient_of: GradientOf, optimizer
 
 def arrange(
     group: dict[str, Any],
-    params: Iterable[Tensor],
-    gradient_of: GradientOf,
+    positions: Iterable[int],
+    params: list[Tensor],
+    grads: Gradients,
     state: State,
     storage: Storage,
     names: tuple[str, ...],
     restarts: bool,
 ) -> list[Members]:
-    """``params`` of ``group`` that have a gradient, by what can go in one call; what their state lacks is made.
-
-    Args:
-        names: the state tensors that the group's rule keeps.
-        restarts: whether a new state tensor makes the next step the first: SGD's momentum begins with a gradient.
-    """
-    alike: dict[tuple[torch.device, str | None], list[Tensor]] = {}
-    for param in params:
-        if gradient_of(param) is not None:
-            alike.setdefault((param.device, storage.master_name(param)), []).append(param)
+    """Those of ``group``, which are at ``positions`` of ``params``, that have a gradient; else as ``Arrangement``."""
+    alike: dict[tuple[torch.device, str | None], list[int]] = {}
+    for position in positions:
+        if grads[position] is not None:
+            param = params[position]
+            alike.setdefault((param.device, storage.master_name(param)), []).append(position)
     return [
-        Members(group, _lists(together, kept, state, storage, names, restarts)) for (_, kept), together in alike.items()
+        Members(
+            group,
+            together,
+            _lists([params[position] for position in together], kept, state, storage, names, restarts),
+            TensorList([], TensorList(grads[position] for position in together)),
+        )
+        for (_, kept), together in alike.items()
     ]
 
 
@@ -126,7 +211,7 @@ def _lists(
     if any("step" not in values for values in states):
         lay_steps_side_by_side(states, params[0].device)
     coded = [name for name in names if states[0].get(name + SCALE) is not None]
-    return {
+    lists = {
         "params": params,
         "grads": [],
         "masters": [values[kept] for values in states] if kept else [],
@@ -137,30 +222,4 @@ def _lists(
         },
         "steps": [values["step"] for values in states],
     }
-
-
-def signature(
-    param_groups: list[dict[str, Any]],
-    names: list[tuple[str, ...]],
-    gradient_of: GradientOf,
-    state: State,
-    with_strides: bool,
-) -> list[Any]:
-    """What the lists of all members depend on, to tell at every step whether they still hold.
-
-    Identities are compared, not tensors: while the lists are kept nothing else can take an identity.
-    """
-    params = list(chain.from_iterable(group["params"] for group in param_groups))
-    return [
-        [(id(group), len(group["params"]), named) for group, named in zip(param_groups, names, strict=True)],
-        list(map(id, params)),
-        [
-            (param.dtype, param.shape, None)
-            if (grad := gradient_of(param)) is None
-            else (param.dtype, param.shape, grad.dtype, grad.numel(), grad.layout, grad.is_neg())
-            for param in params
-        ],
-        [param.stride() for param in params] if with_strides else None,
-        list(map(id, state)),
-        list(map(id, chain.from_iterable(map(dict.values, state.values())))),
-    ]
+    return {name: TensorList(listed) for name, listed in lists.items()}
