@@ -113,7 +113,7 @@ def test_the_commit_says_where_files_differ(repository, monkeypatch):
     assert revision.commit() == f"{clean}-dirty"
 
 
-def test_a_revision_that_fails_has_a_row_and_the_next_case_a_process(repository, monkeypatch):
+def test_a_revision_that_fails_has_a_row_and_the_next_case_a_process(without_interpreter, repository, monkeypatch):
     device, case = torch.device("cpu"), find("dequantize/512x4096-fp32")
     with revision.Worker(repository, device) as ours, revision.Worker(repository, device) as base:
         take = base.sample
