@@ -33,7 +33,7 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 @pytest.fixture(autouse=True)
-def quiet(native_device):
+def quiet(without_interpreter):
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

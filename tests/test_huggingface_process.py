@@ -48,7 +48,7 @@ print(json.dumps(found))
 """
 
 
-def test_quantized_saved_loaded_in_a_fresh_process_and_fine_tuned(native_device, tmp_path):
+def test_quantized_saved_loaded_in_a_fresh_process_and_fine_tuned(without_interpreter, tmp_path):
     llama().save_pretrained(tmp_path / "llama")
     expected = {}
     for name, folder in (("minilm", find_model("minilm")), ("llama", tmp_path / "llama")):

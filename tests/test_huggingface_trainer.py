@@ -14,7 +14,7 @@ from mixft.optim import AdamW
 
 # The Trainer calls what transformers deprecates.
 pytestmark = [
-    pytest.mark.usefixtures("native_device"),
+    pytest.mark.usefixtures("without_interpreter"),
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
 ]
 

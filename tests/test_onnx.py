@@ -30,7 +30,7 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def native(native_device, monkeypatch):
+def native(without_interpreter, monkeypatch):
     # torch's exporter warns of operators of torchvision, which is not installed.
     monkeypatch.setattr(logging.getLogger("torch.onnx._internal.exporter._registration"), "disabled", True)
 
