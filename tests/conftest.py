@@ -42,6 +42,12 @@ SERVERS = [
 ]
 
 
+def pytest_collection_modifyitems(items):
+    """On a GPU the tests of the kernels go before those of what calls them: a run that is cut off has had them."""
+    if HAS_GPU:
+        items.sort(key=lambda item: "native_device" in item.fixturenames)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid):
     """After an illegal access a GPU serves its process no more: end it at the test that did it, which has reported.

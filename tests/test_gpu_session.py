@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import pytest
@@ -109,6 +110,17 @@ def test_the_tests_of_a_gpu_name_every_file_that_fails_to_load_and_end_a_process
     command, whole = commands["tests"]
     assert {"--continue-on-collection-errors", "--timeout-method=thread"} <= set(command)
     assert whole == session.path.with_suffix(".log")
+
+
+def test_kernels_are_tested_before_what_calls_them(monkeypatch):
+    above, first, second = (
+        SimpleNamespace(fixturenames=names) for names in (["native_device"], ["device"], ["device", "monkeypatch"])
+    )
+    for on_gpu, expected in ((False, [above, first, second]), (True, [first, second, above])):
+        monkeypatch.setattr(conftest, "HAS_GPU", on_gpu)
+        items = [above, first, second]
+        conftest.pytest_collection_modifyitems(items)
+        assert items == expected
 
 
 @pytest.mark.parametrize("worker", [False, True])
