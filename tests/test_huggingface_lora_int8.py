@@ -13,6 +13,7 @@ from torch import nn
 import mixft
 from mixft.huggingface import lora as adapters
 from mixft.nn import QuantLinear
+from mixft.nn.noise_guard import GPU_LAG
 from mixft.ops import dynamic_int8_linear, lora_int8_linear
 from mixft.ops.int8_input_gradient import input_gradient
 
@@ -141,9 +142,10 @@ def test_a_layer_of_peft_gives_what_its_own_code_gives(native_device, calls, aut
 
 def test_a_layer_measures_its_gradient(native_device, calls):
     model, layer = adapted(native_device)
-    for _ in range(2):
+    passes = 1 + (GPU_LAG if native_device.type == "cuda" else 1)
+    for _ in range(passes):
         model(torch.randn(40, 66, device=native_device, requires_grad=True)).square().sum().backward()
-    assert len(calls) == 2
+    assert len(calls) == passes
     assert layer.base_layer.guard.sqnr["gradient"] > 20
 
 
