@@ -196,17 +196,17 @@ def decode_kernel(codes, scales, values, size, SIGNED: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def split_kernel(masters, params, remainders, size, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def split_kernel(masters, parameters, remainders, size, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     param, remainder = split_weight(tl.load(masters + at, mask=at < size, other=0.0), TYPE)
-    tl.store(params + at, param, mask=at < size)
+    tl.store(parameters + at, param, mask=at < size)
     tl.store(remainders + at, remainder, mask=at < size)
 
 
 @triton.jit
-def join_kernel(params, remainders, masters, size, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+def join_kernel(parameters, remainders, masters, size, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    param = tl.load(params + at, mask=at < size, other=0)
+    param = tl.load(parameters + at, mask=at < size, other=0)
     weight = join_weight(param, tl.load(remainders + at, mask=at < size, other=0), TYPE)
     tl.store(masters + at, weight, mask=at < size)
 
@@ -259,8 +259,8 @@ def variants(arch: Architecture) -> list[Variant]:
     tensors = {
         "encode": (encode_kernel, {"values": "*fp32", "codes": "*{}", "scales": "*u8"}),
         "decode": (decode_kernel, {"codes": "*{}", "scales": "*u8", "values": "*fp32"}),
-        "split": (split_kernel, {"masters": "*fp32", "params": "*{}", "remainders": "*i16"}),
-        "join": (join_kernel, {"params": "*{}", "remainders": "*i16", "masters": "*fp32"}),
+        "split": (split_kernel, {"masters": "*fp32", "parameters": "*{}", "remainders": "*i16"}),
+        "join": (join_kernel, {"parameters": "*{}", "remainders": "*i16", "masters": "*fp32"}),
     }
     listed = []
     for name, (function, pointers) in tensors.items():

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import triton
+from triton.backends.amd.compiler import HIPOptions
+from triton.backends.nvidia.compiler import CUDAOptions
 
 from mixft.kernels import compilation
 from mixft.kernels.architecture import ARCHITECTURES
@@ -114,6 +116,16 @@ def test_every_kernel_ships_variants():
     }
     without = kernels_of(sources) - shipped
     assert not without, "no variants() lists these, so nothing compiles them; those of their module should"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_argument_has_a_name_of_triton_s_own(module):
+    """At a launch Triton writes a function with a kernel's argument names in it beside its own, which would hide them;
+    and it takes a keyword that is an option for one. Only a launch on a GPU goes that way."""
+    names = {"params", "specialization", "options", "backend", "specialize_impl", "grid", "warmup"}
+    options = set(CUDAOptions.__dataclass_fields__) | set(HIPOptions.__dataclass_fields__)
+    for variant in kernel_modules()[module].variants(ARCHITECTURES["sm_90"]):
+        assert not (names | options) & set(variant.function.arg_names), variant.name
 
 
 def test_a_kernel_is_told_from_its_helpers():
