@@ -173,3 +173,21 @@ def test_gradients_of_negated_numbers_behind_others_keep_their_sign(device):
     steps = [torch.zeros((), device=device) for _ in range(2)]
     mixft.ops.sgd_(params, given, [], [], steps, lr=torch.ones((), device=device))
     assert params[1].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "gaps"])
+@pytest.mark.parametrize("change", ["unscale", "accumulate"])
+def test_autograd_hears_of_gradients_changed_in_place(device, change, strided):
+    grads = [torch.ones(4, 6, device=device)[:, :3] if strided else torch.ones(4, 3, device=device) for _ in range(2)]
+    x = torch.ones(4, 3, device=device, requires_grad=True)
+    losses = [(x * grad).sum() for grad in grads]
+    one = torch.ones((), device=device)
+    if change == "unscale":
+        mixft.ops.unscale_(grads, one, torch.zeros_like(one))
+    else:
+        buffers = list(map(torch.zeros_like, grads))
+        counts = torch.zeros(2, dtype=torch.int64, device=device)
+        mixft.ops.accumulate_(grads, buffers, found_inf=torch.zeros_like(one), nonfinite=counts, clear=True)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mixft.ops import grad_scalars, unscale_
+from mixft.ops import unscale_
+from mixft.ops.grad import served_together
+from mixft.ops.grad_scalars import scalars_of
 from mixft.ops.validation import FLOATS
 
 Parameters = Tensor | Iterable[Tensor]
@@ -72,12 +74,9 @@ def clip_grad_norm_(
     grads = _gradients(_listed(parameters))
     norm = _total_norm(grads, float(norm_type), error_if_nonfinite)
     coefficient = (float(max_norm) / (norm + 1e-6)).clamp(max=1.0)
-    ours: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for grad in grads:
-        if _is_ours(grad):
-            ours[grad.device].append(grad)
-        else:
-            grad.mul_(coefficient.to(grad.device, non_blocking=True))
+    ours, others = _sorted(grads)
+    for grad in others:
+        grad.mul_(coefficient.to(grad.device, non_blocking=True))
     for device, listed in ours.items():
         local = coefficient.to(device, torch.float32, non_blocking=True).reshape(())
         unscale_(listed, local, torch.zeros((), dtype=torch.float32, device=device))
@@ -94,31 +93,34 @@ def _listed(parameters: Parameters) -> list[Tensor]:
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [grad for parameter in parameters if (grad := parameter.grad) is not None]
     for grad in grads:
         if grad.layout != torch.strided:
             raise TypeError(f"a gradient of shape {tuple(grad.shape)} is a {grad.layout} tensor; it must be dense")
     return grads
 
 
-def _is_ours(grad: Tensor) -> bool:
-    return type(grad) is Tensor and grad.dtype in FLOATS
+def _sorted(grads: list[Tensor]) -> tuple[dict[torch.device, list[Tensor]], list[Tensor]]:
+    """Those that mixft's ops take, by device, and the others."""
+    if set(map(type, grads)) == {Tensor} and served_together(grads):
+        return {grads[0].device: grads}, []
+    ours, others = defaultdict(list), []
+    for grad in grads:
+        if type(grad) is Tensor and grad.dtype in FLOATS:
+            ours[grad.device].append(grad)
+        else:
+            others.append(grad)
+    return ours, others
 
 
 def _total_norm(grads: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     if not grads:
         return torch.tensor(0.0)
-    by_device: dict[torch.device, list[Tensor]] = defaultdict(list)
-    others = []
-    for grad in grads:
-        if _is_ours(grad):
-            by_device[grad.device].append(grad)
-        else:
-            others.append(grad)
+    ours, others = _sorted(grads)
     norms = [torch.linalg.vector_norm(grad, norm_type) for grad in others]
-    for listed in by_device.values():
+    for listed in ours.values():
         if norm_type == 2.0:
-            norms.append(grad_scalars(listed).norm)
+            norms.append(scalars_of(listed, None, None, None).norm)
         else:
             norms += torch._foreach_norm(listed, norm_type, dtype=torch.float32)
     home = grads[0].device

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mixft.ops import grad_scalars, unscale_
+from mixft.ops import unscale_
+from mixft.ops.grad import served_together
+from mixft.ops.grad_scalars import scalars_of
 from mixft.ops.validation import FLOATS
 
 from .overflow import Counts
@@ -38,27 +40,27 @@ class Gradients:
 @torch.no_grad()
 def gradients_of(optimizer: torch.optim.Optimizer) -> dict[torch.device, Gradients]:
     """The gradients of ``optimizer`` by device; sparse ones by their values."""
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    grads = [param.grad for param in params]
+    if set(map(type, grads)) == {Tensor} and served_together(grads):
+        return {grads[0].device: Gradients(params, grads)}
     found: dict[torch.device, Gradients] = {}
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                if grad.dtype is torch.float16:
-                    # The values of one index may overflow only in their sum, so that is what has to be checked.
-                    grad = param.grad = grad.coalesce()
-                grad = grad._values()
-            here = found.get(grad.device)
-            if here is None:
-                here = found[grad.device] = Gradients()
-            if grad.dtype in FLOATS and type(grad) is Tensor:
-                here.params.append(param)
-                here.ours.append(grad)
-            else:
-                here.others.setdefault(grad.dtype, []).append(grad)
-                if type(grad) is Tensor:
-                    here.plain.append((param, grad))
+    for param, grad in zip(params, grads, strict=True):
+        if grad.is_sparse:
+            if grad.dtype is torch.float16:
+                # The values of one index may overflow only in their sum, so that is what has to be checked.
+                grad = param.grad = grad.coalesce()
+            grad = grad._values()
+        here = found.get(grad.device)
+        if here is None:
+            here = found[grad.device] = Gradients()
+        if grad.dtype in FLOATS and type(grad) is Tensor:
+            here.params.append(param)
+            here.ours.append(grad)
+        else:
+            here.others.setdefault(grad.dtype, []).append(grad)
+            if type(grad) is Tensor:
+                here.plain.append((param, grad))
     return found
 
 
@@ -88,7 +90,7 @@ def find_overflows(optimizer: torch.optim.Optimizer) -> tuple[dict[torch.device,
     for device, gradients in gradients_of(optimizer).items():
         found[device] = torch.zeros((), dtype=torch.float32, device=device)
         if gradients.ours:
-            _, _, found[device], counts = grad_scalars(gradients.ours)
+            _, _, found[device], counts = scalars_of(gradients.ours, None, None, None)
             nonfinite.append((gradients.params, counts))
         nonfinite += gradients.count_others()
         for same in gradients.others.values():

@@ -9,7 +9,7 @@ from mixft.cpu import accumulate as routines
 
 from .grad import checked_gradients
 from .layout import all_contiguous, in_layout_of, is_dense, without_negation
-from .registration import define_in_place_op, without_dispatch
+from .registration import change_in_place, define_in_place_op
 from .validation import check_counts, check_dtype, check_scalar
 
 accumulate_gradients_ = define_in_place_op(
@@ -82,8 +82,9 @@ def add_(
     arranged = without_negation(grads)
     if not all_contiguous(arranged, buffers):
         arranged = [in_layout_of(buffer, grad) for buffer, grad in zip(buffers, arranged, strict=True)]
-    add = without_dispatch(accumulate_gradients_, arranged[0])
-    add(arranged, buffers, inv_scale, found_inf, nonfinite, overwrite, clear)
+    changed = [*arranged, *buffers] if clear else buffers
+    arguments = arranged, buffers, inv_scale, found_inf, nonfinite, overwrite, clear
+    change_in_place(accumulate_gradients_, changed, *arguments)
     if clear:
         for grad, copy in zip(grads, arranged, strict=True):
             if copy is not grad:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .layout import all_contiguous, in_layout_of, is_dense, same_layout, without_negation
-from .registration import without_dispatch
+from .registration import change_in_place
 from .validation import FLOATS, check_scalar
 
 # Elements of an 8-bit state tensor that share one scale.
@@ -22,11 +22,9 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
     An optimizer makes them itself; checking a hundred parameters again would be a tenth of a millisecond a step.
     """
     params = tensors["params"]
-    advance = without_dispatch(op, params[0])
     shaped = _shaped(tuple(tensors))
     if all_contiguous(*[tensors[name] for name in shaped]):
-        advance(*tensors.values(), *scalars)
-        _tell_autograd(params, advance is op)
+        change_in_place(op, params, *tensors.values(), *scalars)
         return
     references = list(map(dense_copy, params))
     arranged = tensors | {
@@ -34,8 +32,7 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
         for name in shaped
     }
     arranged["params"] = references
-    advance(*arranged.values(), *scalars)
-    _tell_autograd(params, advance is op)
+    change_in_place(op, references, *arranged.values(), *scalars)
     for name in shaped:
         if name != "grads":
             for tensor, worked_on in zip(tensors[name], arranged[name], strict=True):
@@ -47,12 +44,6 @@ def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
 def _shaped(names: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the op's lists whose tensors have their parameter's shape."""
     return tuple(name for name in names if not (name == "steps" or name.endswith("_scales")))
-
-
-def _tell_autograd(params: list[Tensor], dispatched: bool) -> None:
-    """Raise the version of ``params``, which were changed in place, unless the dispatcher has done so."""
-    if not dispatched:
-        torch.autograd.graph.increment_version(params)
 
 
 def dense_copy(param: Tensor) -> Tensor:

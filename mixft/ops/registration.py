@@ -151,6 +151,14 @@ def is_observed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def change_in_place(op, changed: list[Tensor], *arguments) -> None:
+    """Call an op that changes the tensors ``changed``, as :func:`without_dispatch` would, and tell autograd."""
+    change = without_dispatch(op, changed[0])
+    change(*arguments)
+    if change is not op:
+        torch.autograd.graph.increment_version(changed)
+
+
 def needs_dispatch(*tensors: Tensor | None) -> bool:
     """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None."""
     if is_observed() or torch._C._get_tracing_state() is not None:
