@@ -93,6 +93,24 @@ def test_options(device, maximize, amsgrad, weight_decay, betas):
     assert_follows_formula(before, after, 2.0**-7, **options)
 
 
+def test_each_tensor_has_a_step_count_of_its_own(device):
+    after = problem(device, [3, 17, 5, 4], torch.float32, masters=False, step=1.0)
+    for step, count in zip(after["steps"], (1.0, 40.0, 40.0, 0.0), strict=True):
+        step.fill_(count)
+    before = clone(after)
+    adamw_(**after, lr=scalar(2.0**-7, device), **HYPERPARAMETERS)
+    assert_follows_formula(before, after, 2.0**-7, **HYPERPARAMETERS)
+
+
+def test_a_nan_reaches_the_weight_and_every_state(device):
+    # Of less than a vector torch's fused routine takes a maximum that passes over NaN.
+    after = problem(device, [64], torch.float32, masters=False, amsgrad=True, step=3.0)
+    after["grads"][0][2] = torch.nan
+    adamw_(**after, lr=scalar(2.0**-7, device), **HYPERPARAMETERS)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"):
+        assert after[name][0].isnan().nonzero().tolist() == [[2]], name
+
+
 @pytest.mark.parametrize(("dtype", "grad_dtype"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_gradients_of_another_dtype(device, dtype, grad_dtype):
     after = problem(device, SIZES, dtype, masters=dtype != torch.float32, grad_dtype=grad_dtype)

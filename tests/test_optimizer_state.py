@@ -131,6 +131,19 @@ def test_every_code_decodes_to_a_value_of_its_own(device, signed):
     assert torch.equal(scales_again, scales)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_under_every_scale(device, signed):
+    """Those together that no encoder makes too; the formula is that of ``mixft.kernels.optimizer_state``, in int64."""
+    kinds = torch.arange(-127, 129).clamp(max=127) if signed else torch.arange(256)
+    codes, scales = kinds.repeat(256), torch.arange(256).repeat_interleave(8)
+    exponents = scales.repeat_interleave(32)
+    bits = (codes.abs() + 8 * exponents - (120 if signed else 248)).clamp(min=1) << 20
+    exact = bits.int().view(torch.float32).copysign(codes).where(codes != 0, 0).where(exponents != 255, torch.nan)
+    dtype = torch.int8 if signed else torch.uint8
+    decoded = dequantize_state(codes.to(device, dtype), scales.to(device, torch.uint8))
+    assert torch.equal(decoded.cpu().nan_to_num(nan=-1e39), exact.nan_to_num(nan=-1e39))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_group_with_a_nonfinite_value_is_nan_and_its_neighbours_are_not(device, value):
     values = torch.ones(96, device=device)
@@ -143,7 +156,8 @@ def test_a_group_with_a_nonfinite_value_is_nan_and_its_neighbours_are_not(device
 
 def hard_groups():
     """Groups in which a rounding to Inf, a NaN with a sign, a denormal or a value beside zeros is a case of its own."""
-    largest = torch.tensor([0x7F7FFFFF, 0x7F780000, 0x7F800000, -0x400000, 0x7FF00001, 1, 0x200000, 0x8000000, 0])
+    nonfinite = [0x7F800000, -0x400000, 0x7FF00001, 0x7FFFFFFF, -1]
+    largest = torch.tensor([0x7F7FFFFF, 0x7F780000, *nonfinite, 1, 0x200000, 0x8000000, 0])
     values = torch.zeros(len(largest), 32)
     values[:, 1] = largest.int().view(torch.float32)
     values[:, 2] = -0.0

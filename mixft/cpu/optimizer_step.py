@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .optimizer_state import (
     FIRST_MOMENT,
+    GROUP_SIZE,
     PARAMETER,
     SECOND_MOMENT,
     decode,
@@ -153,6 +154,10 @@ def _decoded(tensors: list[Tensor], scales: list[Tensor], batch: Batch) -> Tenso
 def _store(values: Tensor, tensors: list[Tensor], scales: list[Tensor], batch: Batch, dither: Tensor) -> None:
     """Round one batch of FP32 state to the list's own dtype."""
     if scales:
+        for (begin, end), piece in zip(batch.spans, batch.pieces, strict=True):
+            if piece.size % GROUP_SIZE:
+                # A group that held a NaN was decoded as NaN up to its end, beyond the tensor's.
+                values[begin + piece.size : end].zero_()
         narrow, exponents = encode(values, tensors[0].dtype == torch.int8, dither)
         stored = batch.of_scales(scales)
         torch._foreach_copy_(stored, list(exponents.split([scale.numel() for scale in stored])))
