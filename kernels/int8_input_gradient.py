@@ -18,7 +18,7 @@ def int8_input_gradient(
     grad: Tensor, weight: Tensor, weight_scale: Tensor, left: Tensor | None, right: Tensor | None
 ) -> Tensor:
     """Launch them. A row of ``grad`` with a NaN or Inf gives a row that is not finite."""
-    values, scale, _ = quantize(grad.unsqueeze(-1), True, None, weight_scale.view(-1), True)
+    values, scale, _ = quantize(grad.unsqueeze(-1), True, None, weight_scale.contiguous().view(-1), True)
     one = scale.new_ones(1, 1).expand(weight.shape[1], 1)
     out = int8_matmul(values.view(grad.shape), weight.t(), scale.view(-1, 1), one, None, "none", grad.dtype)
     return out if left is None else out.addmm_(left, right)

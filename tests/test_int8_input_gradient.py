@@ -124,6 +124,16 @@ def test_strides_and_misaligned_weights(device):
     torch.testing.assert_close(input_gradient(grad, across, scale, "int8", left, right), expected)
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_scales_are_read_where_they_lie(device, monkeypatch, amx):
+    """One for all rows, and every other of a tensor; also where, with AMX, the quantizer is a routine of its own."""
+    monkeypatch.setattr("mixft.cpu.int8_layer.has_amx", lambda: amx)
+    grad, weight, *_ = operands((40, 50, 20), device=device)
+    for scale in (torch.full((1, 1), 0.01, device=device).expand(50, 1), torch.rand(50, 2, device=device)[:, 1:]):
+        expected = input_gradient(grad, weight, scale.contiguous(), "int8")
+        assert torch.equal(input_gradient(grad, weight, scale, "int8"), expected)
+
+
 def test_nan_and_infinity_stay_in_their_rows(device):
     grad, weight, scale, *_ = operands((6, 50, 20), device=device)
     clean = input_gradient(grad, weight, scale, "int8")

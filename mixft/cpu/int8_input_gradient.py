@@ -24,7 +24,7 @@ def int8_input_gradient(
     """``mixft.kernels.int8_input_gradient.int8_input_gradient`` on the CPU."""
     left, right = (None if factor is None else factor.float().contiguous() for factor in (left, right))
     if not (grad.numel() and weight.numel() and serves(grad.shape[0])):
-        values, scale, _ = quantize(grad.unsqueeze(-1), True, None, weight_scale.view(-1), True)
+        values, scale, _ = quantize(grad.unsqueeze(-1), True, None, weight_scale.contiguous().view(-1), True)
         one = scale.new_ones(1, 1).expand(weight.shape[1], 1)
         out = int8_matmul(values.view(grad.shape), weight.t(), scale.view(-1, 1), one, None, "none", torch.float32)
         return (out if left is None else out.addmm_(left, right)).to(grad.dtype)
