@@ -145,6 +145,19 @@ def test_non_contiguous_and_misaligned_operands(device):
     assert_within_budget(out, exact, exact.float(), 2**-22)
 
 
+@pytest.mark.parametrize(
+    "overlapping",
+    [lambda x: x[:1].expand(40, -1), lambda x: x[:, :1].expand(-1, 48), lambda x: x.flatten().unfold(0, 48, 3)[:40]],
+    ids=["one row", "one column", "windows"],
+)
+def test_operands_whose_elements_overlap(device, overlapping):
+    a, b, ones = int8(40, 48, device=device), int8(40, 48, device=device), torch.ones(40, device=device)
+    for left, right in ((overlapping(a), b), (a, overlapping(b))):
+        exact = exact_product(left, right, ones, ones, None, None)
+        assert torch.equal(int8_matmul(left, right, ones, ones, out_dtype=torch.float32).cpu(), exact.float())
+        assert torch.equal(integer_product(left.cpu(), right.cpu().t()).double(), exact)
+
+
 def test_leading_dimensions_are_kept(device):
     a, b = int8(2, 3, 16, device=device), int8(5, 16, device=device)
     a_scale, b_scale = torch.rand(2, 3, 1, device=device), torch.rand(5, device=device)

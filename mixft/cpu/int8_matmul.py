@@ -143,17 +143,21 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     if a.numel() == 0 or b.numel() == 0:
         return torch.zeros((a.shape[0], b.shape[1]), dtype=torch.int32, device="cpu")
     if int_mm_is_fast_and_exact():
-        return torch._int_mm(_with_row_stride(a), _with_row_stride(b))
+        return torch._int_mm(_with_true_strides(a), _with_true_strides(b))
     return fp32_integer_product(a, b)
 
 
-def _with_row_stride(matrix: Tensor) -> Tensor:
-    """``matrix`` with a row's length as the stride of its rows, if it is a single row or column.
+def _with_true_strides(matrix: Tensor) -> Tensor:
+    """``matrix``, or a copy of it where its strides would mislead oneDNN, to which ``torch._int_mm`` hands them as such.
 
-    Torch leaves the stride of a dimension of size 1 open, and ``torch._int_mm`` hands it to oneDNN, which then returns
-    without a product and without an error (pytorch #195066).
+    Torch leaves the stride of a dimension of size 1 open: then there may be neither a product nor an error (pytorch
+    #195066). Of rows or columns that overlap, as those of an expanded tensor do, the product is wrong.
     """
-    return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1)) if 1 in matrix.shape else matrix
+    if 1 in matrix.shape:
+        return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1))
+    down, across = matrix.stride()
+    overlap = down < matrix.shape[1] if across == 1 else across < matrix.shape[0] if down == 1 else False
+    return matrix.contiguous() if overlap else matrix
 
 
 def fp32_integer_product(a: Tensor, b: Tensor) -> Tensor:
