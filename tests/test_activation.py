@@ -67,6 +67,19 @@ def test_values_that_are_not_finite(activation):
     assert activation == "relu" or slopes[0, 2].isnan()
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:2])
+def test_every_tie_is_rounded_to_even_and_every_nan_stays_one(dtype):
+    """Of BF16, and among these of FP16, whose spacing is 8 times as small; in lengths that are no whole vectors too."""
+    upper = torch.arange(2**16) << 16
+    low = torch.tensor([[0x8000], [0x7FFF], [0x8001], [0xFFFF], [0x1000], [0x3000]])
+    product = (upper + low).flatten().int().view(torch.float32)
+    for part in (product, product[2**16 - 29 :], *product.split(61)[1050:1060]):
+        out, _ = finish_product(part.clone(), "none", dtype)
+        expected = part.to(dtype)
+        assert torch.equal(out.isnan(), part.isnan())
+        assert torch.equal(out.nan_to_num(nan=1.0).view(torch.int16), expected.nan_to_num(nan=1.0).view(torch.int16))
+
+
 @pytest.mark.parametrize("activation", NAMED)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backward(shape, activation):

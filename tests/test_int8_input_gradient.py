@@ -1,10 +1,7 @@
 """The gradient through a frozen int8 weight in each kind of product, against FP64, and when floats take over."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -77,28 +74,6 @@ def test_the_compiled_product_is_exact_in_its_bytes(shape, without_interpreter):
     grad[0], weight[:, 0] = -127, -128
     found = int8_input_gradient(grad, weight, torch.ones(N, 1), None, None)
     assert torch.equal(found, (grad.double() @ weight.double()).float())
-
-
-# Operands that end where memory does which nobody may read.
-LAST = """
-import ctypes, mmap, torch
-from mixft.ops.int8_input_gradient import input_gradient
-mappings = []
-def at_the_end(*shape, dtype):
-    page, size = mmap.PAGESIZE, shape[0] * shape[1]
-    memory = mmap.mmap(-1, 2 * page)
-    mappings.append(memory)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + page), page, 0) == 0
-    return torch.frombuffer(memory, dtype=dtype, count=size, offset=page - size * dtype.itemsize).view(shape)
-weight, right = at_the_end(5, 33, dtype=torch.int8), at_the_end(2, 33, dtype=torch.float32)
-assert not input_gradient(torch.ones(2, 5), weight, torch.ones(5, 1), "int8", torch.ones(2, 2), right).any()
-"""
-
-
-@needs_compiled_layer
-def test_nothing_is_read_beyond_the_operands(without_interpreter):
-    subprocess.run([sys.executable, "-c", LAST], check=True, env={**os.environ, "TRITON_INTERPRET": "0"})
 
 
 @needs_compiled_layer

@@ -8,7 +8,9 @@ from mixft.cpu import int8_layer as compiled
 from mixft.cpu import native
 from mixft.cpu import packed_weight as packing
 from mixft.cpu.activation import ACTIVATIONS
+from mixft.cpu.dynamic_int8_linear import dynamic_int8_linear as on_cpu
 from mixft.cpu.int8_layer import int8_layer, packed_strips, serves
+from mixft.cpu.quantize import quantize
 from mixft.cpu.static_int8_linear import static_bytes
 from mixft.ops import dynamic_int8_linear
 
@@ -79,6 +81,38 @@ def test_the_epilogue(activation, bias_dtype):
     exact = ACTIVATIONS[activation](exact)
     found = int8_layer(x, packed_strips(weight), scale, bias, activation)
     assert (found - exact).abs().max() <= 2**-22 * exact.abs().max()
+
+
+@needs_compiled_layer
+def test_every_number_of_rows_is_exact():
+    """Of a tile, and of what is left of two."""
+    weight, scale = int8(33, 70), torch.ones(33, 1)
+    for M in range(1, 25):
+        x = integers(M, 70)
+        assert torch.equal(int8_layer(x, packed_strips(weight), scale, None, "none"), x @ weight.float().t())
+
+
+@needs_compiled_layer
+def test_rows_are_rounded_as_the_quantizer_rounds_them():
+    """To the last bit of what is near a tie, over all magnitudes; an identity as the weight shows the values."""
+    high = torch.rand(40, 1) * 10.0 ** torch.linspace(-38, 37, 40)[:, None]
+    x = torch.cat([torch.arange(-253, 254, 2) / 254 * high, high], 1)
+    x[0], x[1] = 0, 1e-42
+    values, scale, _ = quantize(x.unsqueeze(-1), True, None, None, True)
+    found = int8_layer(x, packed_strips(torch.eye(x.shape[1]).to(torch.int8)), torch.ones(x.shape[1], 1), None, "none")
+    assert torch.equal(found, (values * scale).squeeze(-1))
+
+
+@needs_compiled_layer
+@pytest.mark.parametrize("served_elsewhere", [False, True])
+@pytest.mark.parametrize("N", [5, 32, 77])
+def test_the_activation_is_that_of_the_whole_sum(N, served_elsewhere, monkeypatch):
+    x, weight, scale, bias = integers(7, 40), int8(N, 40), torch.rand(N, 1) / 1000, torch.randn(N)
+    left, right = torch.randn(7, 3), torch.randn(3, N)
+    exact = x.double() @ (weight.double() * scale).t() + bias + left.double() @ right.double()
+    monkeypatch.setattr(compiled, "has_amx", lambda: served_elsewhere)
+    found = on_cpu(x.repeat(6, 1), weight, scale, bias, "gelu", left.repeat(6, 1), right)[:7]
+    assert (found - ACTIVATIONS["gelu"](exact)).abs().max() <= 2**-20 * exact.abs().max()
 
 
 @needs_compiled_layer

@@ -118,6 +118,12 @@ def test_the_int8_products_of_every_build_are_exact(build):
     assert "passed" in run_with(build, "-m", "pytest", "-k", "not (interpreter or torch)", *files)
 
 
+@built_here
+@pytest.mark.parametrize("build", native.BUILDS)
+def test_no_build_touches_memory_beyond_its_operands(build):
+    assert run_with(build, str(ROOT / "tests" / "operands_at_the_edge.py")) == "done\n"
+
+
 def unavailable(monkeypatch, tmp_path) -> str:
     """Why the library of ``tmp_path`` is not to be had."""
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))

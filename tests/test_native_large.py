@@ -10,6 +10,7 @@ from mixft.cpu.activation_backward import column_sums
 from mixft.cpu.dequantize import dequantize
 from mixft.cpu.dropout import dropout
 from mixft.cpu.grad import gradient_statistics, unscale_gradients_
+from mixft.cpu.quantize import quantize
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled routines")
 
@@ -90,6 +91,16 @@ def test_the_least_probabilities_of_dropping_and_of_keeping(grads):
     ones = torch.ones(2**20, dtype=grads[0].dtype)
     assert 0 < (dropout(ones, 1, 3) == 0).sum() < 28
     assert 0 < (dropout(ones, 2**16 - 1, 3) != 0).sum() < 28
+
+
+@pytest.mark.parametrize("shape", [(1, SIZES[0], 1), (1, 2049, 513)])
+def test_stochastic_rounding_keeps_every_integer(shape):
+    """Of some million elements a few draw the most extreme noise, which is within a half."""
+    x = torch.arange(shape[1] * shape[2]).remainder(255).sub(127).float().view(shape)
+    x[0, 0] = 127
+    values, scale, _ = quantize(x, True, torch.tensor(5))
+    assert (scale == 1).all()
+    assert torch.equal(values.float(), x)
 
 
 @pytest.mark.parametrize("shape", [(1, SIZES[0], 1), (1025, 1, 2049), (3, 341, 1027)])

@@ -32,7 +32,7 @@ def dynamic_int8_linear(
         return int8_layer(x, strips_of(weight), weight_scale, bias, activation, **added)
     if left is not None:
         out = dynamic_int8_linear(x.float(), weight, weight_scale, bias, "none")
-        return out.addmm_(left.float(), right.float()).to(x.dtype)
+        return ACTIVATIONS[activation](out.addmm_(left.float(), right.float())).to(x.dtype)
     packed = None
     if x.shape[0] > 1 or weight.numel() > SMALL_WEIGHT:
         packed = packed_weight(weight) if x.numel() else None

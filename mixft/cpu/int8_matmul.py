@@ -148,7 +148,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _with_true_strides(matrix: Tensor) -> Tensor:
-    """``matrix``, or a copy of it where its strides would mislead oneDNN, to which ``torch._int_mm`` hands them as such.
+    """``matrix``, or a copy where its strides, which ``torch._int_mm`` hands to oneDNN as they are, would mislead that.
 
     Torch leaves the stride of a dimension of size 1 open: then there may be neither a product nor an error (pytorch
     #195066). Of rows or columns that overlap, as those of an expanded tensor do, the product is wrong.
