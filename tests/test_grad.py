@@ -80,8 +80,10 @@ def test_a_nonfinite_element_is_found_and_counted(device, dtype, value, size, wh
     assert found_inf.item() == 1.0, "found_inf must never be reset"
 
 
-def test_an_overflow_by_the_multiplication_is_not_a_nonfinite_gradient(device):
-    grads, found_inf = [torch.full((17,), 60000.0, dtype=torch.float16, device=device)], scalar(0.0, device)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_overflow_by_the_multiplication_is_not_a_nonfinite_gradient(device, dtype):
+    grads = [torch.full((17,), torch.finfo(dtype).max, dtype=dtype, device=device)]
+    found_inf = scalar(0.0, device)
     unscale_(grads, scalar(2.0, device), found_inf)
     assert grads[0].isinf().all()
     assert found_inf.item() == 0.0
