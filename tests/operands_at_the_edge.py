@@ -1,7 +1,7 @@
 """Run as a script: the compiled routines on operands, results and scratch memory beside pages that nobody may touch.
 
 Each tensor ends, and in a second round begins, where such a page begins or ends: a read or a write beyond it is a
-crash, which no test of values can see.
+crash, which no test of values can see. Prints the names of the routines that it called.
 """
 
 import ctypes
@@ -111,7 +111,14 @@ def steps(size, dtype):
         lion_step_([param], grads, [remainder], [first], [first_scale], count, lr, *rest, 0.9, 0.99, 0.1, False, False)
 
 
+def note(routine: native.Routine, *arguments) -> None:
+    called.add(routine.name)
+    call(routine, *arguments)
+
+
 if __name__ == "__main__":
+    called, call = set(), native.Routine.__call__
+    native.Routine.__call__ = note
     torch.empty = lambda *shape, **options: place(empty(*shape, **options))
     torch.empty_like = lambda *like, **options: place(empty_like(*like, **options))
     native.scratch = lambda size: torch.empty(size, dtype=torch.uint8)
@@ -122,4 +129,4 @@ if __name__ == "__main__":
                 passes(*shape, kind)
             for length in (1, 31, 32, 33, 257, 1025):
                 steps(length, kind)
-    print("done")
+    print(*sorted(called))
