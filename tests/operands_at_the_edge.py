@@ -17,7 +17,7 @@ from mixft.cpu.adamw import adamw_step_
 from mixft.cpu.dequantize import dequantize
 from mixft.cpu.dropout import dropout
 from mixft.cpu.grad import gradient_statistics, unscale_gradients_
-from mixft.cpu.int8_epilogue import finish
+from mixft.cpu.int8_epilogue import apply_epilogue
 from mixft.cpu.int8_input_gradient import int8_input_gradient
 from mixft.cpu.int8_layer import int8_layer, packed_strips
 from mixft.cpu.int8_matmul import _compiled, weight_only_matmul
@@ -72,7 +72,7 @@ def products(M, K, N, dtype):
     for b in (int8(N, K), int8(K, N).t()):
         _compiled(a, b, a_scale, scale, bias, "none", dtype, zeros, sums)
     weight_only_matmul(x, int8(N, K), scale, bias, "silu", dtype)
-    finish(int32(M, N), a_scale, scale, bias, "none", dtype, zeros, sums)
+    apply_epilogue(int32(M, N), a_scale, scale, bias, "none", dtype, zeros, sums)
 
 
 def passes(M, K, N, dtype):
