@@ -137,12 +137,13 @@ def test_the_parts_of_a_sum(tiles, blocks, parts):
 
 def test_non_contiguous_and_misaligned_operands(device):
     a = int8(70, 37, device=device).t()
-    b = int8(23 * 70 + 3, device=device)[3:].view(23, 70)
+    misaligned = int8(23 * 70 + 3, device=device)[3:].view(23, 70)
     a_scale = torch.rand(37, 4, device=device)[:, 1]
     b_scale = torch.rand(1, device=device)
-    exact = exact_product(a, b, a_scale, b_scale.expand(23), None, None)
-    out = int8_matmul(a, b, a_scale, b_scale, out_dtype=torch.float32)
-    assert_within_budget(out, exact, exact.float(), 2**-22)
+    for b in (misaligned, misaligned.t().contiguous().t(), int8(46, 140, device=device)[::2, ::2]):
+        exact = exact_product(a, b, a_scale, b_scale.expand(23), None, None)
+        out = int8_matmul(a, b, a_scale, b_scale, out_dtype=torch.float32)
+        assert_within_budget(out, exact, exact.float(), 2**-22)
 
 
 @pytest.mark.parametrize(
