@@ -97,6 +97,15 @@ def test_a_skipped_step_leaves_every_bit(device, rule, master, dtype, state):
     assert_unchanged(before, problem.tensors)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_nan_that_is_not_skipped_stays_one_where_it_is(device, rule):
+    problem = Problem(RULES[rule], device, [(40,)], torch.float32)
+    problem.tensors["grads"][0][5] = torch.nan
+    problem.run()
+    for tensors in (problem.weights(), *problem.states()):
+        assert tensors[0].isnan().nonzero().tolist() == [[5]]
+
+
 @pytest.mark.parametrize(("master", "state"), [("split", "codes"), ("none", "bf16")])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_the_same_step_gives_the_same_bits_whatever_its_neighbours(device, dtype, master, state):

@@ -1,5 +1,6 @@
 """Lion on the CPU: compiled, or by torch's operators over lists of tensors."""
 
+import math
 from ctypes import c_double, c_void_p
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from . import native
 from .compiled_step import compiled_step
+from .optimizer_state import may_hold_nan
 from .optimizer_step import Step, optimizer_step_
 
 compiled = native.Routine("lion_step", c_void_p, *[c_double] * 4)
@@ -44,9 +46,13 @@ def lion_step_(
         if maximize:
             gradients = torch._foreach_neg(gradients)
         directions = torch._foreach_lerp(averages, gradients, 1 - beta1)
-        torch._foreach_sign_(directions)
+        signs = torch._foreach_sign(directions)
+        for direction, sign in zip(directions, signs, strict=True):
+            # torch's sign of a NaN is 0.
+            if may_hold_nan(direction):
+                sign.masked_fill_(direction.isnan(), math.nan)
         torch._foreach_mul_(weights, 1 - rate * weight_decay)
-        torch._foreach_add_(weights, directions, alpha=-rate)
+        torch._foreach_add_(weights, signs, alpha=-rate)
         torch._foreach_lerp_(averages, gradients, 1 - beta2)
 
     optimizer_step_(step, update)
