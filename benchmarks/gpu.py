@@ -52,7 +52,7 @@ print(tables.machine(recording), tables.summary(recording), sep="\\n")
 """
 # Shares of the time, in the order that the stages run. The first two are part of every run: without them there is no
 # other, so theirs are several times what compiling and a first import of torch take; what they leave is the others'.
-SHARES = {"install": 120, "inventory": 90, "doctor": 80, "tests": 160, "bench": 200, "tune": 80}
+SHARES = {"install": 120, "inventory": 90, "doctor": 120, "tests": 160, "bench": 200, "tune": 80}
 GRACE = 8.0  # seconds that a process has to write what it has, after it was asked to stop
 OUTPUT = 20000  # characters of a stage's output that are kept, from its end
 NO_TESTS = 5  # pytest's exit code when nothing was collected, as on a machine without a GPU
