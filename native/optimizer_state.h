@@ -71,7 +71,7 @@ INLINE void decode_any_group(float *restrict values, const uint8_t *codes, uint8
     for (int i = 0; i < GROUP; i++) {
         int32_t code = is_signed ? (int8_t)codes[i] : codes[i];
         int32_t eighths = greatest_of((code < 0 ? -code : code) + lift, 1);
-        int32_t bits = code == 0 ? 0 : eighths << 20;
+        int32_t bits = code == 0 ? 0 : (uint32_t)eighths << 20;
         bits = eighths >= 0x1000 ? 0x7FC00000 : bits;
         values[i] = float_of(bits | (is_signed && code < 0 ? 0x80000000u : 0));
     }

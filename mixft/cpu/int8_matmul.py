@@ -98,7 +98,7 @@ def weight_only_matmul(
     to within 2^-22 of their row's largest magnitude, in less time than an FP32 product. Other weights, and
     activations with a NaN or Inf, are multiplied in floating point.
     """
-    if 0 < a.shape[0] <= FEW_ROWS and b.is_contiguous() and native.available():
+    if a.numel() and a.shape[0] <= FEW_ROWS and b.is_contiguous() and native.available():
         return _few_rows(a, b, b_scale, bias, activation, out_dtype)
     out = _product_of_limbs(a, b, b_scale)
     if out is None:
