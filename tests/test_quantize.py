@@ -132,6 +132,21 @@ def test_ties_go_to_even(device, dtype, exponent):
     assert torch.equal(values[:-1].double(), halves.double().round())
 
 
+@pytest.mark.skipif(not native.available(), reason="needs the compiled routines")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_kernel_and_the_compiled_routine_round_alike_near_ties(monkeypatch, symmetric):
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    high = torch.rand(20, 1) * 10.0 ** torch.linspace(-38, 37, 20)[:, None]
+    x = torch.cat([torch.arange(-253, 254, 2) / 254 * high, high], 1)
+    for along in (x.unsqueeze(-1), x.t().contiguous().unsqueeze(0)):
+        results = []
+        for interpreted in ("1", "0"):
+            monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+            results.append(_quantize(along, symmetric, None))
+        assert all(map(torch.equal, *results))
+
+
 def test_affine_ties_go_to_even(device):
     x = torch.arange(511, device=device) / 2
     values, scale, zero_point = quantize(x, symmetric=False)
