@@ -3,6 +3,7 @@
 All else is in pyproject.toml.
 """
 
+import copy
 import hashlib
 import platform
 import sys
@@ -40,16 +41,22 @@ def native_libraries() -> list[Extension]:
     ]
 
 
-class OneAfterTheOther(build_ext):
-    """The libraries have the same sources, so their object files share names: they must not be compiled at once."""
+class SideBySide(build_ext):
+    """Compiles the libraries at once; their sources are the same, so each has a folder for its object files."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.parallel = None
+        if self.parallel is None:
+            self.parallel = True
+
+    def build_extension(self, extension: Extension) -> None:
+        alone = copy.copy(self)
+        alone.build_temp = str(Path(self.build_temp, extension.name))
+        super(SideBySide, alone).build_extension(extension)
 
 
 setup(
-    cmdclass={"build_ext": OneAfterTheOther},
+    cmdclass={"build_ext": SideBySide},
     packages=[
         *find_packages(include=["mixft", "mixft.*"]),
         "mixft.kernels",
