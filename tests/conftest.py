@@ -98,6 +98,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def poisoned_memory():
+    """Every ``torch.empty`` starts as NaN, or the largest integer, so that an unwritten element shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

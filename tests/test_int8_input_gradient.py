@@ -19,6 +19,8 @@ SHAPES = [(1, 1, 1), (3, 66, 17), (17, 31, 66), (13, 130, 70), (0, 8, 4), (3, 0,
 # Least signal to noise in dB of normal numbers; floats of 16 bits round the result too.
 LEAST = {"int8": 34, "16bit": 45, "exact": {torch.float32: 120, torch.bfloat16: 45, torch.float16: 60}}
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 
 def operands(shape, dtype=torch.float32, device="cpu", rank=3):
     M, N, K = shape

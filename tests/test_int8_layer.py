@@ -16,6 +16,8 @@ from mixft.ops import dynamic_int8_linear
 
 SHAPES = [(1, 1, 1), (3, 66, 17), (11, 4, 33), (12, 128, 64), (25, 1001, 70), (13, 4099, 40)]
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 needs_compiled_layer = pytest.mark.skipif(not native.available(), reason="needs the compiled routines")
 
 

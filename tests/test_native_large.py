@@ -12,7 +12,10 @@ from mixft.cpu.dropout import dropout
 from mixft.cpu.grad import gradient_statistics, unscale_gradients_
 from mixft.cpu.quantize import quantize
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled routines")
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="needs the compiled routines"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 SIZES = (2**20 + 17, 5, 2**21 - 3)
 

@@ -35,12 +35,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Every ``torch.empty`` starts as NaN, or the largest integer, so that an unwritten element shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def reduced(x, dim, how):

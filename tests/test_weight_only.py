@@ -8,7 +8,10 @@ from conftest import assert_within_budget
 from mixft.cpu import int8_matmul, native
 from mixft.ops import weight_only_matmul
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="needs the compiled routines")
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="needs the compiled routines"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 SHAPES = [(1, 1, 1), (2, 7, 3), (3, 40, 33), (4, 66, 5), (5, 1001, 70), (11, 17, 31), (16, 128, 64)]
 
