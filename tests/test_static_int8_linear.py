@@ -130,7 +130,7 @@ def test_calls_that_a_static_layer_refuses():
         static_int8_linear(x, *rest, **scale, weight_sum=torch.ones(3).int())
     with pytest.raises(ValueError, match="only a dynamic layer"):
         QuantLinear(8, 4, mode="weight_only").to_static(0.1, 0)
-    for bad in ((0.0, 0), (float("nan"), 0), (0.1, 128)):
+    for bad in ((0.0, 0), (1e-50, 0), (1e39, 0), (float("nan"), 0), (0.1, 128)):
         with pytest.raises(ValueError, match="scale must be positive and finite"):
             QuantLinear(8, 4).to_static(*bad)
 

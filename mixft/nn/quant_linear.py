@@ -256,18 +256,20 @@ class QuantLinear(nn.Module):
 
         Raises:
             ValueError: a layer of another mode or with an ``outlier_threshold``, a scale that is not positive and
-                finite, or a zero point outside [-128, 127].
+                finite in FP32, or a zero point outside [-128, 127].
         """
         if self.mode not in ("dynamic", "static") or self.outlier_threshold is not None:
             raise ValueError(f"only a dynamic layer without outlier_threshold can become static; this is {self}")
-        if not 0 < scale < float("inf") or not -128 <= zero_point <= 127:
+        kept_scale = torch.tensor(scale, dtype=torch.float32, device="cpu")
+        if not 0 < kept_scale < float("inf") or not -128 <= zero_point <= 127:
             raise ValueError(
-                f"scale must be positive and finite, zero_point in [-128, 127]; they are {scale!r} and {zero_point!r}"
+                f"scale must be positive and finite in FP32, zero_point in [-128, 127]; they are {scale!r} and "
+                f"{zero_point!r}"
             )
         device = self.weight.device
         int8_weight.register_input_range(
             self,
-            torch.tensor(scale, dtype=torch.float32, device=device),
+            kept_scale.to(device),
             torch.tensor(zero_point, dtype=torch.int32, device=device),
             self.weight.sum(1, dtype=torch.int32),
         )
