@@ -51,6 +51,17 @@ def test_many_multiplications(device):
     assert error(matmul(a, b, bias), exact(a, b, bias, None)) < 1e-5
 
 
+@pytest.mark.parametrize("strides", [(4, 1), (1, 4), (0, 1), (1, 0), (0, 0)])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_many_multiplications_of_elements_that_overlap(native_device, dtype, strides):
+    a, b, bias = operands(600, 400, 512, dtype, native_device)
+    windows = b.flatten()[:3000].as_strided((512, 400), strides).t()
+    for with_bias in (None, bias):
+        exact_sum = exact(a, windows, with_bias, None)
+        assert error(matmul(a, windows, with_bias, out_dtype=torch.float32), exact_sum) < 1e-5
+        assert_within_budget(matmul(a, windows, with_bias), exact_sum, torch_result(a, windows, with_bias, None), 1e-5)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("keep", [False, True])
 def test_bf16_is_rounded_once(native_device, activation, keep):

@@ -12,6 +12,7 @@ from .activation import ACTIVATIONS, CODES
 from .instruction_set import has_bf16_dot, has_int8_dot
 from .int8_epilogue import apply_epilogue
 from .int8_layer import groups_bytes, rows_bytes, serves
+from .overlap import without_overlap
 from .packed_weight import packed_product, packed_weight
 from .unsigned_rows import unsigned_limbs
 
@@ -151,13 +152,11 @@ def _with_true_strides(matrix: Tensor) -> Tensor:
     """``matrix``, or a copy where its strides, which ``torch._int_mm`` hands to oneDNN as they are, would mislead that.
 
     Torch leaves the stride of a dimension of size 1 open: then there may be neither a product nor an error (pytorch
-    #195066). Of rows or columns that overlap, as those of an expanded tensor do, the product is wrong.
+    #195066). Of rows or columns that overlap the product is wrong.
     """
     if 1 in matrix.shape:
         return matrix.contiguous().as_strided(matrix.shape, (matrix.shape[1], 1))
-    down, across = matrix.stride()
-    overlap = down < matrix.shape[1] if across == 1 else across < matrix.shape[0] if down == 1 else False
-    return matrix.contiguous() if overlap else matrix
+    return without_overlap(matrix)
 
 
 def fp32_integer_product(a: Tensor, b: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from . import native
 from .activation import finish_product
 from .activation_backward import activation_backward, one_pass
 from .instruction_set import has_avx512, has_bf16_dot
+from .overlap import without_overlap
 
 
 @functools.cache
@@ -38,7 +39,7 @@ ONEDNN_MULTIPLICATIONS = 2**26
 def fp32_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """``a @ b + bias`` of FP32 tensors [M, K], [K, N] and [N]."""
     if a.shape[0] * b.numel() >= ONEDNN_MULTIPLICATIONS and has_onednn_linear():
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(a, without_overlap(b.t()), bias, "none", [], "")
     return F.linear(a, b.t(), bias)
 
 
@@ -55,7 +56,7 @@ def bf16_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.mm(a, b)
     if a.shape[0] * b.shape[1] >= FUSED_BIAS and a.shape[1] > 0 and has_onednn_linear():
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(a, without_overlap(b.t()), bias, "none", [], "")
     return F.linear(a, b.t(), bias)
 
 
@@ -71,9 +72,9 @@ def bf16_linear(
         return None
     if residual is None:
         operation, variant = FUSED[activation]
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, operation, [], variant)
+        return torch.ops.mkldnn._linear_pointwise(a, without_overlap(b.t()), bias, operation, [], variant)
     if activation == "none":
-        return torch.ops.mkldnn._linear_pointwise.binary(a, residual, b.t(), bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(a, residual, without_overlap(b.t()), bias, "add")
     return None
 
 
