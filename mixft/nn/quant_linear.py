@@ -19,14 +19,15 @@ from .linear import Linear
 from .noise_guard import NoiseGuard
 
 Mode = Literal["weight_only", "dynamic", "train"]
+MODES = get_args(Mode)
 FROZEN = {field.name for field in fields(FrozenOptions)}
 
 
 def check_mode(mode: str) -> None:
     """Raise ValueError for a mode that a layer cannot be converted to."""
-    if mode not in get_args(Mode):
+    if mode not in MODES:
         hint = "; mixft.calibrate(model, batches) makes static layers of dynamic ones" if mode == "static" else ""
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}; it is {mode!r}{hint}")
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; it is {mode!r}{hint}")
 
 
 def check_outlier_threshold(threshold: float | None, mode: str) -> None:

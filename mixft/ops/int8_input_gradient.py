@@ -9,6 +9,8 @@ from .int8_linear import float_dtype
 from .registration import composition, define_op, needs_dispatch, server, without_dispatch
 
 FrozenBackward = Literal["int8", "16bit", "exact"]
+# Not asked for in a function, which torch 2.6 could not compile.
+FROZEN_BACKWARDS = get_args(FrozenBackward)
 
 
 @define_op("int8_input_gradient", name="int8_input_gradient")
@@ -32,8 +34,8 @@ def weight_only_product(
 
 def check_frozen_backward(backward: str) -> None:
     """Raise ValueError for a backward that a layer with a frozen weight does not have."""
-    if backward not in get_args(FrozenBackward):
-        choices = ", ".join(get_args(FrozenBackward))
+    if backward not in FROZEN_BACKWARDS:
+        choices = ", ".join(FROZEN_BACKWARDS)
         raise ValueError(f"backward must be one of {choices} with a frozen int8 weight; it is {backward!r}")
 
 

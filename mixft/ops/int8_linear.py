@@ -34,6 +34,8 @@ from .registration import composition, is_observed, server
 from .validation import FLOATS, check_dtype
 
 Backward = Literal["int8", "weight_grad_16bit", "16bit"]
+# Not asked for in a function, which torch 2.6 could not compile.
+BACKWARDS = get_args(Backward)
 
 # The weight gradient sums over rows; more of them are summed in parts, since int32 holds no more products than this.
 MOST_ROWS = MOST_TERMS // 64 * 64
@@ -41,8 +43,8 @@ MOST_ROWS = MOST_TERMS // 64 * 64
 
 def check_backward(backward: str) -> None:
     """Raise ValueError for a backward that there is not."""
-    if backward not in get_args(Backward):
-        raise ValueError(f"backward must be one of {', '.join(get_args(Backward))}; it is {backward!r}")
+    if backward not in BACKWARDS:
+        raise ValueError(f"backward must be one of {', '.join(BACKWARDS)}; it is {backward!r}")
 
 
 def float_dtype(x: Tensor) -> torch.dtype:
