@@ -117,6 +117,15 @@ def test_chunks_beyond_2_to_the_31_elements():
     assert table_of(group, CPU).tolist() == [[2**31 + 5, 2**40], [7, 2**41]]
 
 
+def test_an_address_that_16_does_not_divide_is_launched_apart():
+    columns = (5, 6, 7), (64, 72, 96), range(3)
+    groups = groups_of(((torch.float32,) * 3,), columns, (1, 2))
+    assert [(group.is_aligned, group.columns) for group in groups] == [
+        (True, ((5, 7), (64, 96), (0, 2))),
+        (False, ((6,), (72,), (1,))),
+    ]
+
+
 if HAS_GPU:
 
     @pytest.mark.gpu

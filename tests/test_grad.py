@@ -205,3 +205,8 @@ def test_opcheck(device):
     torch.library.opcheck(unscale, (grads, scalar(0.5, device), scalar(0.0, device), None))
     torch.library.opcheck(unscale, (grads, scalar(0.5, device), scalar(0.0, device), counts))
     torch.library.opcheck(torch.ops.mixft.gradient_statistics.default, (grads,))
+
+
+def test_gradients_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match=r"grads\[1\] is on meta and grads\[0\] on cpu; pass one device at a time"):
+        grad_stats([torch.ones(3), torch.ones(3, device="meta")])

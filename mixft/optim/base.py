@@ -14,7 +14,7 @@ from mixft.ops.optimizer_step import advance_
 
 from .hyperparameters import check_precision, loaded_group
 from .learning_rate import LearningRates
-from .members import Arrangement, Gradients, Members, arrange, check_gradients, check_parameters
+from .members import Arrangement, Gradients, Members, Stepped, arrange, check_gradients, check_parameters
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
@@ -207,10 +207,10 @@ class MixedPrecisionOptimizer(Optimizer):
     def _arranged(self, params: list[Tensor], grads: Gradients) -> list[Members]:
         """The parameters that have a gradient, arranged anew where anything has changed since the last step."""
         names = list(map(self.state_names, self.param_groups))
-        of_step = self.param_groups, names, params, grads, self.state
-        if self._arrangement is None or not self._arrangement.holds(*of_step):
+        step = Stepped(self.param_groups, names, params, grads, self.state)
+        if self._arrangement is None or not self._arrangement.holds(step):
             check_gradients(params, grads, type(self).__name__)
-            self._arrangement = Arrangement(*of_step, self.storage, self.restarts_with_new_state)
+            self._arrangement = Arrangement(step, self.storage, self.restarts_with_new_state)
         return self._arrangement.members
 
     def _update(self, work: list[Members], of_all: Gradients) -> None:

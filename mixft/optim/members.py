@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,58 +47,56 @@ class Members:
         return TensorList(map(grads.__getitem__, self.positions), self.like_grads)
 
 
-class Arrangement:
-    """The members of all parameters, and whether they still hold.
+class Stepped(NamedTuple):
+    """What a step is taken with.
 
-    Args:
+    Attributes:
         param_groups: the optimizer's.
         names: of each group, the state tensors that its rule keeps.
         params: all parameters, in order.
         grads: theirs.
-        state: the optimizer's; what it lacks is made.
-        storage: how it is kept.
+        state: the optimizer's.
+    """
+
+    param_groups: list[dict[str, Any]]
+    names: list[tuple[str, ...]]
+    params: list[Tensor]
+    grads: Gradients
+    state: State
+
+
+class Arrangement:
+    """The members of all parameters, and whether they still hold.
+
+    Args:
+        step: what they are arranged from; what its state lacks is made.
+        storage: how state is kept.
         restarts: whether a new state tensor makes the next step the first: SGD's momentum begins with a gradient.
 
     Attributes:
         members: the parameters that have a gradient, by what can go in one call.
     """
 
-    def __init__(
-        self,
-        param_groups: list[dict[str, Any]],
-        names: list[tuple[str, ...]],
-        params: list[Tensor],
-        grads: Gradients,
-        state: State,
-        storage: Storage,
-        restarts: bool,
-    ) -> None:
+    def __init__(self, step: Stepped, storage: Storage, restarts: bool) -> None:
         self.members: list[Members] = []
         first = 0
-        for group, named in zip(param_groups, names, strict=True):
+        for group, named in zip(step.param_groups, step.names, strict=True):
             positions = range(first, first := first + len(group["params"]))
-            self.members += arrange(group, positions, params, grads, state, storage, named, restarts)
-        self._groups = _described(param_groups, names)
-        self._params = params
-        self._has_gradient = [grad is not None for grad in grads]
-        self._metadata = Metadata(_with_gradient(params, grads))
-        self._state = _tensors(state)
+            self.members += arrange(group, positions, step.params, step.grads, step.state, storage, named, restarts)
+        self._groups = _described(step.param_groups, step.names)
+        self._params = step.params
+        self._has_gradient = [grad is not None for grad in step.grads]
+        self._metadata = Metadata(_with_gradient(step.params, step.grads))
+        self._state = _tensors(step.state)
 
-    def holds(
-        self,
-        param_groups: list[dict[str, Any]],
-        names: list[tuple[str, ...]],
-        params: list[Tensor],
-        grads: Gradients,
-        state: State,
-    ) -> bool:
-        """Whether these are the groups, parameters and state arranged, and the gradients differ in address alone."""
+    def holds(self, step: Stepped) -> bool:
+        """Whether ``step`` has the groups, parameters and state arranged, and its gradients differ in address alone."""
         return (
-            _same(params, self._params)
-            and [grad is not None for grad in grads] == self._has_gradient
-            and self._metadata.describes(_with_gradient(params, grads))
-            and _same(_tensors(state), self._state)
-            and _described(param_groups, names) == self._groups
+            _same(step.params, self._params)
+            and [grad is not None for grad in step.grads] == self._has_gradient
+            and self._metadata.describes(_with_gradient(step.params, step.grads))
+            and _same(_tensors(step.state), self._state)
+            and _described(step.param_groups, step.names) == self._groups
         )
 
 
