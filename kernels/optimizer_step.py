@@ -51,119 +51,27 @@ def state_pointers(
 
 
 @triton.jit
-def update_chunk(
-    row,
-    start,
-    left,
-    step,
-    factor,
-    rate,
-    log_beta1,
-    log_beta2,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    momentum,
-    one_minus_dampening,
-    weight_decay,
-    RULE: tl.constexpr,
-    PARAM_TYPE: tl.constexpr,
-    GRAD_TYPE: tl.constexpr,
-    MASTER: tl.constexpr,
-    STATE: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    DECOUPLED: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    MASKED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    HAS_BITS: tl.constexpr = MASTER == "split" and tl.bfloat16 == PARAM_TYPE
-    param = tensor_pointer(row, PARAM, tl.int16 if HAS_BITS else PARAM_TYPE, ALIGNED) + start
-    grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
-    if MASTER != "none":
-        master = tensor_pointer(row, MASTERS, tl.float32 if MASTER == "fp32" else tl.int16, ALIGNED) + start
-    if STATE != "none":
-        first, first_scale = state_pointers(row, FIRST, FIRST_SCALE, start, STATE, True, ALIGNED)
-    if RULE == "adam":
-        second, second_scale = state_pointers(row, SECOND, SECOND_SCALE, start, STATE, False, ALIGNED)
-        if AMSGRAD:
-            maximum, maximum_scale = state_pointers(row, MAXIMUM, MAXIMUM_SCALE, start, STATE, False, ALIGNED)
-        step_size = rate / one_minus_power(log_beta1, step)
-        bias2_sqrt = tl.sqrt(one_minus_power(log_beta2, step))
-    decay = 1.0 - rate * weight_decay
-    is_first = step == 1.0
-    count = step.to(tl.int32).to(tl.uint32)
-    lanes = tl.arange(0, BLOCK)
-    groups = tl.arange(0, BLOCK // GROUP_SIZE)
+def load_weight(param, master, mask, TYPE: tl.constexpr, MASTER: tl.constexpr):
+    """A block of weights in FP32, from the parameter of ``TYPE``, from its master or from both."""
+    if MASTER == "split":
+        return join_weight(load(param, mask), load(master, mask), TYPE)
+    else:
+        return load(master if MASTER == "fp32" else param, mask).to(tl.float32)
 
-    for offset in range(0, left if MASKED else CHUNK, BLOCK):
-        at = offset + lanes
-        group = offset // GROUP_SIZE + groups
-        mask = None
-        group_mask = None
-        if MASKED:
-            mask = at < left
-            group_mask = group * GROUP_SIZE < left
-        begin = phase(start.to(tl.uint32) + at.to(tl.uint32))
-        g = load(grad + at, mask).to(tl.float32) * factor
-        if MASTER == "split":
-            p = join_weight(load(param + at, mask), load(master + at, mask), PARAM_TYPE)
-        elif MASTER == "fp32":
-            p = load(master + at, mask)
+
+@triton.jit
+def store_weight(param, master, mask, weight, bits, TYPE: tl.constexpr, MASTER: tl.constexpr, STOCHASTIC: tl.constexpr):
+    if MASTER == "split":
+        upper, remainder = split_weight(weight, TYPE)
+        tl.store(param, upper, mask=mask)
+        tl.store(master, remainder, mask=mask)
+    else:
+        if MASTER == "fp32":
+            tl.store(master, weight, mask=mask)
+        if STOCHASTIC and tl.float32 != TYPE:
+            tl.store(param, round_stochastically(weight, bits, TYPE), mask=mask)
         else:
-            p = load(param + at, mask).to(tl.float32)
-        m = tl.zeros_like(g)
-        if STATE != "none":
-            m = load_state(first + at, first_scale + group, mask, group_mask, STATE, True)
-        if RULE == "adam":
-            v = load_state(second + at, second_scale + group, mask, group_mask, STATE, False)
-            v_max = tl.zeros_like(v)
-            if AMSGRAD:
-                v_max = load_state(maximum + at, maximum_scale + group, mask, group_mask, STATE, False)
-            p, m, v, v_max = adam_rule(
-                p,
-                g,
-                m,
-                v,
-                v_max,
-                decay,
-                step_size,
-                bias2_sqrt,
-                eps,
-                weight_decay,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                DECOUPLED,
-            )
-            bits = begin + count * SECOND_MOMENT
-            store_state(second + at, second_scale + group, mask, group_mask, v, bits, STATE, False)
-            if AMSGRAD:
-                store_state(maximum + at, maximum_scale + group, mask, group_mask, v_max, bits, STATE, False)
-        elif RULE == "sgd":
-            p, m = sgd_rule(
-                p, g, m, rate, is_first, weight_decay, momentum, one_minus_dampening, STATE != "none", NESTEROV
-            )
-        else:
-            p, m = lion_rule(p, g, m, rate, decay, one_minus_beta1, one_minus_beta2)
-        if STATE != "none":
-            bits = begin + count * FIRST_MOMENT
-            store_state(first + at, first_scale + group, mask, group_mask, m, bits, STATE, True)
-        if MASTER == "split":
-            upper, remainder = split_weight(p, PARAM_TYPE)
-            tl.store(param + at, upper, mask=mask)
-            tl.store(master + at, remainder, mask=mask)
-        else:
-            if MASTER == "fp32":
-                tl.store(master + at, p, mask=mask)
-            if STOCHASTIC and tl.float32 != PARAM_TYPE:
-                tl.store(param + at, round_stochastically(p, begin + count * PARAMETER, PARAM_TYPE), mask=mask)
-            else:
-                tl.store(param + at, p.to(PARAM_TYPE), mask=mask)
+            tl.store(param, weight.to(TYPE), mask=mask)
 
 
 @triton.jit
@@ -230,38 +138,78 @@ def optimizer_step_kernel(
     if clip_coef is not None:
         factor *= tl.load(clip_coef)
 
-    # Full chunks go without a mask: a mask that the compiler cannot see through makes every access scalar. So the code
+    # Full chunks go without a mask: a mask that the compiler cannot see through makes every access scalar. So the loop
     # is there twice, and one of the two runs.
     for MASKED in tl.static_range(2):
         if (left < CHUNK) == (MASKED == 1):
-            update_chunk(
-                row,
-                start,
-                left.to(tl.int32),
-                step,
-                factor,
-                rate,
-                log_beta1,
-                log_beta2,
-                one_minus_beta1,
-                beta2,
-                one_minus_beta2,
-                eps,
-                momentum,
-                one_minus_dampening,
-                weight_decay,
-                RULE,
-                PARAM_TYPE,
-                GRAD_TYPE,
-                MASTER,
-                STATE,
-                AMSGRAD,
-                DECOUPLED,
-                NESTEROV,
-                STOCHASTIC,
-                ALIGNED,
-                MASKED=MASKED,
-                CHUNK=CHUNK,
-                BLOCK=BLOCK,
-            )
+            length = left.to(tl.int32) if MASKED else CHUNK
+            HAS_BITS: tl.constexpr = MASTER == "split" and tl.bfloat16 == PARAM_TYPE
+            param = tensor_pointer(row, PARAM, tl.int16 if HAS_BITS else PARAM_TYPE, ALIGNED) + start
+            grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
+            master = param
+            if MASTER != "none":
+                master = tensor_pointer(row, MASTERS, tl.float32 if MASTER == "fp32" else tl.int16, ALIGNED) + start
+            if STATE != "none":
+                first, first_scale = state_pointers(row, FIRST, FIRST_SCALE, start, STATE, True, ALIGNED)
+            if RULE == "adam":
+                second, second_scale = state_pointers(row, SECOND, SECOND_SCALE, start, STATE, False, ALIGNED)
+                if AMSGRAD:
+                    maximum, maximum_scale = state_pointers(row, MAXIMUM, MAXIMUM_SCALE, start, STATE, False, ALIGNED)
+                step_size = rate / one_minus_power(log_beta1, step)
+                bias2_sqrt = tl.sqrt(one_minus_power(log_beta2, step))
+            decay = 1.0 - rate * weight_decay
+            is_first = step == 1.0
+            count = step.to(tl.int32).to(tl.uint32)
+            lanes = tl.arange(0, BLOCK)
+            groups = tl.arange(0, BLOCK // GROUP_SIZE)
+            for offset in range(0, length, BLOCK):
+                at = offset + lanes
+                group = offset // GROUP_SIZE + groups
+                mask = None
+                group_mask = None
+                if MASKED:
+                    mask = at < length
+                    group_mask = group * GROUP_SIZE < length
+                begin = phase(start.to(tl.uint32) + at.to(tl.uint32))
+                g = load(grad + at, mask).to(tl.float32) * factor
+                p = load_weight(param + at, master + at, mask, PARAM_TYPE, MASTER)
+                m = tl.zeros_like(g)
+                if STATE != "none":
+                    m = load_state(first + at, first_scale + group, mask, group_mask, STATE, True)
+                if RULE == "adam":
+                    v = load_state(second + at, second_scale + group, mask, group_mask, STATE, False)
+                    v_max = tl.zeros_like(v)
+                    if AMSGRAD:
+                        v_max = load_state(maximum + at, maximum_scale + group, mask, group_mask, STATE, False)
+                    p, m, v, v_max = adam_rule(
+                        p,
+                        g,
+                        m,
+                        v,
+                        v_max,
+                        decay,
+                        step_size,
+                        bias2_sqrt,
+                        eps,
+                        weight_decay,
+                        one_minus_beta1,
+                        beta2,
+                        one_minus_beta2,
+                        DECOUPLED,
+                    )
+                    bits = begin + count * SECOND_MOMENT
+                    store_state(second + at, second_scale + group, mask, group_mask, v, bits, STATE, False)
+                    if AMSGRAD:
+                        store_state(maximum + at, maximum_scale + group, mask, group_mask, v_max, bits, STATE, False)
+                elif RULE == "sgd":
+                    p, m = sgd_rule(
+                        p, g, m, rate, is_first, weight_decay, momentum, one_minus_dampening, STATE != "none", NESTEROV
+                    )
+                else:
+                    p, m = lion_rule(p, g, m, rate, decay, one_minus_beta1, one_minus_beta2)
+                if STATE != "none":
+                    bits = begin + count * FIRST_MOMENT
+                    store_state(first + at, first_scale + group, mask, group_mask, m, bits, STATE, True)
+                bits = begin + count * PARAMETER
+                store_weight(param + at, master + at, mask, p, bits, PARAM_TYPE, MASTER, STOCHASTIC)
     advance_step(table, program_tensor, tickets, CHUNK)
