@@ -26,17 +26,6 @@ STATE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "cod
 MASTER_FORMATS = {torch.float32: "fp32", torch.int16: "split"}
 # Columns of the table: all but the size and the step count.
 VECTORS = PARAM.value, COLUMNS.value
-HYPERPARAMETERS = (
-    "log_beta1",
-    "log_beta2",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "eps",
-    "momentum",
-    "one_minus_dampening",
-    "weight_decay",
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +45,10 @@ class UpdateRule:
     eps: float | None = None
     momentum: float | None = None
     one_minus_dampening: float | None = None
+
+
+# In the kernel's order, which has the compile-time choices under capitals.
+HYPERPARAMETERS = [name for name in optimizer_step_kernel.arg_names if name in UpdateRule.__dataclass_fields__]
 
 
 def launch_step(
