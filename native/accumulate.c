@@ -2,7 +2,7 @@
 #include "blocks.h"
 #include "floats.h"
 
-struct arguments {
+struct job {
     void **grads;
     float **buffers;
     const int32_t *dtypes;
@@ -11,15 +11,15 @@ struct arguments {
     int64_t *nonfinite;
 };
 
-static void accumulate_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void accumulate_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
-    struct arguments *to = of;
-    int dtype = to->dtypes[tensor];
-    void *grad = element(to->grads[tensor], start, dtype);
-    float *buffer = to->buffers[tensor] + start, factor = to->factor, wide[BLOCK];
+    struct job *job = context;
+    int dtype = job->dtypes[tensor];
+    void *grad = element(job->grads[tensor], start, dtype);
+    float *buffer = job->buffers[tensor] + start, factor = job->factor, wide[BLOCK];
     int32_t nonfinite = 0;
     load_floats(wide, grad, length, dtype);
-    if (to->overwrite)
+    if (job->overwrite)
         for (int64_t i = 0; i < length; i++) {
             nonfinite += is_nonfinite(wide[i]);
             buffer[i] = wide[i] * factor;
@@ -29,11 +29,11 @@ static void accumulate_block(void *of, int64_t tensor, int64_t start, int64_t le
             nonfinite += is_nonfinite(wide[i]);
             buffer[i] += wide[i] * factor;
         }
-    if (to->clear)
+    if (job->clear)
         memset(grad, 0, length * bytes_of(dtype));
     if (nonfinite) {
 #pragma omp atomic
-        to->nonfinite[tensor] += nonfinite;
+        job->nonfinite[tensor] += nonfinite;
     }
 }
 
@@ -41,6 +41,6 @@ static void accumulate_block(void *of, int64_t tensor, int64_t start, int64_t le
 void accumulate_gradients(void **grads, float **buffers, const int64_t *sizes, const int32_t *dtypes, int64_t count,
                           float factor, int overwrite, int clear, int64_t *nonfinite)
 {
-    struct arguments to = {grads, buffers, dtypes, factor, overwrite, clear, nonfinite};
-    for_each_block(sizes, count, accumulate_block, &to);
+    struct job job = {grads, buffers, dtypes, factor, overwrite, clear, nonfinite};
+    for_each_block(sizes, count, accumulate_block, &job);
 }

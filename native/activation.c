@@ -2,27 +2,27 @@
 #include "activation.h"
 #include "blocks.h"
 
-struct arguments {
+struct job {
     const void *product, *residual;
     void *out, *preactivation;
     int product_dtype, residual_dtype, out_dtype, preactivation_dtype, activation;
 };
 
-static void finish_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void finish_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
-    struct arguments *to = of;
+    struct job *job = context;
     float values[BLOCK], added[BLOCK];
-    load_floats(values, element(to->product, start, to->product_dtype), length, to->product_dtype);
-    if (to->preactivation)
-        store_floats(element(to->preactivation, start, to->preactivation_dtype), values, length,
-                     to->preactivation_dtype);
-    activate(values, length, to->activation);
-    if (to->residual) {
-        load_floats(added, element(to->residual, start, to->residual_dtype), length, to->residual_dtype);
+    load_floats(values, element(job->product, start, job->product_dtype), length, job->product_dtype);
+    if (job->preactivation)
+        store_floats(element(job->preactivation, start, job->preactivation_dtype), values, length,
+                     job->preactivation_dtype);
+    activate(values, length, job->activation);
+    if (job->residual) {
+        load_floats(added, element(job->residual, start, job->residual_dtype), length, job->residual_dtype);
         for (int64_t i = 0; i < length; i++)
             values[i] += added[i];
     }
-    store_floats(element(to->out, start, to->out_dtype), values, length, to->out_dtype);
+    store_floats(element(job->out, start, job->out_dtype), values, length, job->out_dtype);
 }
 
 /* out = activation(product) + residual, and preactivation = product, each rounded once. All have `size` elements in one
@@ -30,7 +30,7 @@ static void finish_block(void *of, int64_t tensor, int64_t start, int64_t length
 void finish_product(const void *product, int product_dtype, int64_t size, int activation, const void *residual,
                     int residual_dtype, void *out, int out_dtype, void *preactivation, int preactivation_dtype)
 {
-    struct arguments to = {product, residual, out, preactivation, product_dtype, residual_dtype, out_dtype,
-                           preactivation_dtype, activation};
-    for_each_block(&size, 1, finish_block, &to);
+    struct job job = {product, residual, out, preactivation, product_dtype, residual_dtype, out_dtype,
+                      preactivation_dtype, activation};
+    for_each_block(&size, 1, finish_block, &job);
 }

@@ -2,7 +2,7 @@
 #include "activation.h"
 #include "blocks.h"
 
-struct arguments {
+struct job {
     const void *grad, *kept;
     void *out;
     float *partial;
@@ -16,26 +16,26 @@ static inline void add_to(float *restrict sums, const float *restrict values, in
         sums[i] += values[i];
 }
 
-static void do_tile(const struct arguments *to, int64_t group, int64_t first_column)
+static void do_tile(const struct job *job, int64_t group, int64_t first_column)
 {
     float values[BLOCK], kept[BLOCK], sums[BLOCK] = {0};
-    int64_t rest = to->columns - first_column, length = rest < BLOCK ? rest : BLOCK;
-    int64_t begin = group * to->rows_of_group, end = begin + to->rows_of_group;
-    for (int64_t row = begin; row < end && row < to->rows; row++) {
-        int64_t offset = row * to->columns + first_column;
-        load_floats(values, element(to->grad, row * to->row_stride + first_column, to->grad_dtype), length,
-                    to->grad_dtype);
-        if (to->activation != NONE) {
-            load_floats(kept, element(to->kept, offset, to->kept_dtype), length, to->kept_dtype);
-            multiply_by_slope(values, kept, length, to->activation);
+    int64_t rest = job->columns - first_column, length = rest < BLOCK ? rest : BLOCK;
+    int64_t begin = group * job->rows_of_group, end = begin + job->rows_of_group;
+    for (int64_t row = begin; row < end && row < job->rows; row++) {
+        int64_t offset = row * job->columns + first_column;
+        const void *grad = element(job->grad, row * job->row_stride + first_column, job->grad_dtype);
+        load_floats(values, grad, length, job->grad_dtype);
+        if (job->activation != NONE) {
+            load_floats(kept, element(job->kept, offset, job->kept_dtype), length, job->kept_dtype);
+            multiply_by_slope(values, kept, length, job->activation);
         }
-        if (to->out)
-            store_floats(element(to->out, offset, to->out_dtype), values, length, to->out_dtype);
-        if (to->partial)
+        if (job->out)
+            store_floats(element(job->out, offset, job->out_dtype), values, length, job->out_dtype);
+        if (job->partial)
             add_to(sums, values, length);
     }
-    if (to->partial)
-        memcpy(to->partial + group * to->columns + first_column, sums, 4 * length);
+    if (job->partial)
+        memcpy(job->partial + group * job->columns + first_column, sums, 4 * length);
 }
 
 /* out = grad * activation'(kept), contiguous, and column_sums = its sum over the rows before rounding.
@@ -48,12 +48,12 @@ void activation_backward(const void *grad, int grad_dtype, int64_t row_stride, c
                          int64_t rows, int64_t columns, int activation, void *out, int out_dtype,
                          int64_t rows_of_group, float *partial, float *column_sums)
 {
-    struct arguments to = {grad, kept, out, column_sums ? partial : 0, rows, columns, row_stride, rows_of_group,
-                           grad_dtype, kept_dtype, out_dtype, activation};
+    struct job job = {grad, kept, out, column_sums ? partial : 0, rows, columns, row_stride, rows_of_group, grad_dtype,
+                      kept_dtype, out_dtype, activation};
     int64_t groups = (rows + rows_of_group - 1) / rows_of_group, strips = (columns + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) if (rows * columns > SMALL)
     for (int64_t tile = 0; tile < groups * strips; tile++)
-        do_tile(&to, tile / strips, tile % strips * BLOCK);
+        do_tile(&job, tile / strips, tile % strips * BLOCK);
     if (column_sums) {
         memset(column_sums, 0, 4 * columns);
         for (int64_t group = 0; group < groups; group++)

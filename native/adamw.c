@@ -9,7 +9,7 @@ struct adam {
     const float *corrections; /* per tensor: the size of the step, and what the second moment's root is divided by */
 };
 
-struct arguments {
+struct job {
     const struct step *step;
     const struct adam *rule;
 };
@@ -36,33 +36,33 @@ INLINE void adam_rule(struct adam rule, int64_t tensor, float *weights, const fl
     }
 }
 
-static inline void update(const void *of, int64_t tensor, float *weights, const float *grads, float factor,
+static inline void update(const void *rule, int64_t tensor, float *weights, const float *grads, float factor,
                           float *const states[STATES], int64_t length)
 {
-    struct adam rule = *(const struct adam *)of;
-    int has_penalty = !rule.decoupled && rule.weight_decay != 0;
+    struct adam adam = *(const struct adam *)rule;
+    int has_penalty = !adam.decoupled && adam.weight_decay != 0;
     if (has_penalty && states[2])
-        adam_rule(rule, tensor, weights, grads, factor, states, length, 1, 1);
+        adam_rule(adam, tensor, weights, grads, factor, states, length, 1, 1);
     else if (has_penalty)
-        adam_rule(rule, tensor, weights, grads, factor, states, length, 1, 0);
+        adam_rule(adam, tensor, weights, grads, factor, states, length, 1, 0);
     else if (states[2])
-        adam_rule(rule, tensor, weights, grads, factor, states, length, 0, 1);
+        adam_rule(adam, tensor, weights, grads, factor, states, length, 0, 1);
     else
-        adam_rule(rule, tensor, weights, grads, factor, states, length, 0, 0);
+        adam_rule(adam, tensor, weights, grads, factor, states, length, 0, 0);
 }
 
-static void adam_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void adam_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
-    struct arguments *to = of;
-    step_block(to->step, update, to->rule, tensor, start, length);
+    struct job *job = context;
+    step_block(job->step, update, job->rule, tensor, start, length);
 }
 
 /* lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of every tensor; most have taken equally many steps. */
-static void correct_bias(float *corrections, const struct step *to, double lr, double beta1, double beta2)
+static void correct_bias(float *corrections, const struct step *step, double lr, double beta1, double beta2)
 {
     float known = 0, step_size = 0, root_factor = 0;
-    for (int64_t tensor = 0; tensor < to->count; tensor++) {
-        float steps = *to->steps[tensor];
+    for (int64_t tensor = 0; tensor < step->count; tensor++) {
+        float steps = *step->steps[tensor];
         if (steps != known) {
             step_size = lr / (1 - pow(beta1, steps));
             root_factor = 1 / sqrt(1 - pow(beta2, steps));
@@ -87,6 +87,6 @@ void adamw_step(const struct step *step, float *corrections, double lr, double b
                         .eps = eps,
                         .decoupled = decoupled,
                         .corrections = corrections};
-    struct arguments to = {step, &rule};
-    for_each_block(step->sizes, step->count, adam_block, &to);
+    struct job job = {step, &rule};
+    for_each_block(step->sizes, step->count, adam_block, &job);
 }

@@ -12,7 +12,7 @@
 #define SMALL 32768
 
 /* Does `length` elements of tensor `tensor` from `start` on; `block` counts the blocks of all tensors before. */
-typedef void block_function(void *arguments, int64_t tensor, int64_t start, int64_t length, int64_t block);
+typedef void block_function(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block);
 
 static inline int64_t blocks_of(int64_t size)
 {
@@ -32,7 +32,7 @@ static inline int64_t blocks_of_all(const int64_t *sizes, int64_t count)
 
 /* Blocks `first` up to `last`, of those of all tensors, at most `together` elements of a tensor a call. */
 INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_t last, int64_t together,
-                      block_function body, void *arguments)
+                      block_function body, void *context)
 {
     int64_t passed = 0;
     for (int64_t tensor = 0; tensor < count && passed < last; tensor++) {
@@ -42,7 +42,7 @@ INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_
         for (int64_t index = begin; index < end; index += together / BLOCK) {
             int64_t start = index * BLOCK, rest = size - start, room = (end - index) * BLOCK;
             int64_t length = together < room ? together : room;
-            body(arguments, tensor, start, rest < length ? rest : length, passed + index);
+            body(context, tensor, start, rest < length ? rest : length, passed + index);
         }
         passed += of_tensor;
     }
@@ -50,20 +50,20 @@ INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_
 
 /* Every block of every tensor once, each thread a run of neighbours; calls have up to `together` elements, whole blocks
  * but for a tensor's last. */
-INLINE void for_each_blocks(const int64_t *sizes, int64_t count, int64_t together, block_function body, void *arguments)
+INLINE void for_each_blocks(const int64_t *sizes, int64_t count, int64_t together, block_function body, void *context)
 {
     int64_t blocks = blocks_of_all(sizes, count);
 #pragma omp parallel if (blocks * BLOCK > SMALL)
     {
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
-        do_blocks(sizes, count, first, last, together, body, arguments);
+        do_blocks(sizes, count, first, last, together, body, context);
     }
 }
 
-INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function body, void *arguments)
+INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function body, void *context)
 {
-    for_each_blocks(sizes, count, BLOCK, body, arguments);
+    for_each_blocks(sizes, count, BLOCK, body, context);
 }
 
 #endif

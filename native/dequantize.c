@@ -2,7 +2,7 @@
 #include "blocks.h"
 #include "floats.h"
 
-struct arguments {
+struct job {
     const int8_t *values;
     const float *scale;
     const int32_t *zero_point;
@@ -11,15 +11,14 @@ struct arguments {
 };
 
 /* `length` elements from `start` on of one group, or of as many neighbouring columns from `group` on. */
-static inline __attribute__((always_inline)) void restore(const struct arguments *to, int64_t start, int64_t length,
-                                                          int64_t group, int row)
+INLINE void restore(const struct job *job, int64_t start, int64_t length, int64_t group, int row)
 {
-    const int8_t *restrict values = to->values + start;
-    const float *restrict scale = to->scale + group;
-    const int32_t *restrict zero_point = to->zero_point ? to->zero_point + group : 0;
-    void *out = element(to->out, start, to->dtype);
+    const int8_t *restrict values = job->values + start;
+    const float *restrict scale = job->scale + group;
+    const int32_t *restrict zero_point = job->zero_point ? job->zero_point + group : 0;
+    void *out = element(job->out, start, job->dtype);
     float buffer[BLOCK], factor = *scale, zero = zero_point ? *zero_point : 0;
-    float *restrict wide = to->dtype == FLOAT32 ? out : buffer;
+    float *restrict wide = job->dtype == FLOAT32 ? out : buffer;
     if (row)
         for (int64_t i = 0; i < length; i++)
             wide[i] = (values[i] - zero) * factor;
@@ -29,15 +28,15 @@ static inline __attribute__((always_inline)) void restore(const struct arguments
     else
         for (int64_t i = 0; i < length; i++)
             wide[i] = values[i] * scale[i];
-    if (to->dtype != FLOAT32)
-        store_floats(out, wide, length, to->dtype);
+    if (job->dtype != FLOAT32)
+        store_floats(out, wide, length, job->dtype);
 }
 
 /* out = (values - zero_point) scale, both contiguous [outer, n, inner], with a scale for each [outer, 1, inner]. */
 void dequantize(const int8_t *values, const float *scale, const int32_t *zero_point, void *out, int dtype,
                 int64_t outer, int64_t n, int64_t inner)
 {
-    struct arguments to = {values, scale, zero_point, out, dtype};
+    struct job job = {values, scale, zero_point, out, dtype};
     int64_t runs = inner == 1 ? outer : outer * n, run = inner == 1 ? n : inner;
     int64_t blocks = blocks_of(run);
 #pragma omp parallel for schedule(static) if (outer * n * inner > SMALL)
@@ -45,8 +44,8 @@ void dequantize(const int8_t *values, const float *scale, const int32_t *zero_po
         int64_t at = index / blocks, first = index % blocks * BLOCK, rest = run - first;
         int64_t length = rest < BLOCK ? rest : BLOCK;
         if (inner == 1)
-            restore(&to, at * run + first, length, at, 1);
+            restore(&job, at * run + first, length, at, 1);
         else
-            restore(&to, at * run + first, length, at / n * inner + first, 0);
+            restore(&job, at * run + first, length, at / n * inner + first, 0);
     }
 }

@@ -2,7 +2,7 @@
 #include "blocks.h"
 #include "floats.h"
 
-struct arguments {
+struct job {
     void **grads;
     const int32_t *dtypes;
     float factor;
@@ -10,20 +10,20 @@ struct arguments {
     int64_t *nonfinite;
 };
 
-static inline void count_nonfinite(const struct arguments *to, int64_t tensor, int32_t nonfinite)
+static inline void count_nonfinite(const struct job *job, int64_t tensor, int32_t nonfinite)
 {
     if (nonfinite) {
 #pragma omp atomic
-        to->nonfinite[tensor] += nonfinite;
+        job->nonfinite[tensor] += nonfinite;
     }
 }
 
-static void unscale_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void unscale_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
-    struct arguments *to = of;
-    int dtype = to->dtypes[tensor];
-    void *grad = element(to->grads[tensor], start, dtype);
-    float wide[BLOCK], factor = to->factor, *values = dtype == FLOAT32 ? grad : wide;
+    struct job *job = context;
+    int dtype = job->dtypes[tensor];
+    void *grad = element(job->grads[tensor], start, dtype);
+    float wide[BLOCK], factor = job->factor, *values = dtype == FLOAT32 ? grad : wide;
     int32_t nonfinite = 0;
     if (dtype != FLOAT32)
         load_floats(wide, grad, length, dtype);
@@ -33,15 +33,15 @@ static void unscale_block(void *of, int64_t tensor, int64_t start, int64_t lengt
     }
     if (dtype != FLOAT32)
         store_floats(grad, wide, length, dtype);
-    count_nonfinite(to, tensor, nonfinite);
+    count_nonfinite(job, tensor, nonfinite);
 }
 
 /* Per tensor: grad *= factor, rounded once, and nonfinite grows by the NaN and Inf that were in grad. */
 void unscale_gradients(void **grads, const int64_t *sizes, const int32_t *dtypes, int64_t count, float factor,
                        int64_t *nonfinite)
 {
-    struct arguments to = {.grads = grads, .dtypes = dtypes, .factor = factor, .nonfinite = nonfinite};
-    for_each_block(sizes, count, unscale_block, &to);
+    struct job job = {.grads = grads, .dtypes = dtypes, .factor = factor, .nonfinite = nonfinite};
+    for_each_block(sizes, count, unscale_block, &job);
 }
 
 /* The sum of squares of up to BLOCK elements; *nonfinite grows by their NaN and Inf. */
@@ -79,11 +79,11 @@ static void square_four(const float *values, double *squares, int32_t *nonfinite
     *nonfinite += found;
 }
 
-static void square_blocks(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void square_blocks(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
-    struct arguments *to = of;
-    int dtype = to->dtypes[tensor];
-    const void *grad = element(to->grads[tensor], start, dtype);
+    struct job *job = context;
+    int dtype = job->dtypes[tensor];
+    const void *grad = element(job->grads[tensor], start, dtype);
     float wide[4 * BLOCK];
     int32_t nonfinite = 0;
     const float *values = grad;
@@ -91,14 +91,14 @@ static void square_blocks(void *of, int64_t tensor, int64_t start, int64_t lengt
         load_floats(wide, grad, length, dtype);
         values = wide;
     }
-    double *squares = to->squares + block;
+    double *squares = job->squares + block;
     /* Of FP32 the four would be read in four places of memory, which takes longer. */
     if (values == wide && length == 4 * BLOCK)
         square_four(values, squares, &nonfinite);
     else
         for (; length > 0; length -= BLOCK, values += BLOCK)
             *squares++ = square_block(values, length < BLOCK ? length : BLOCK, &nonfinite);
-    count_nonfinite(to, tensor, nonfinite);
+    count_nonfinite(job, tensor, nonfinite);
 }
 
 /* Per tensor: sum of squares and number of NaN and Inf. `partial` has room for one number a block; the sums are
@@ -106,8 +106,8 @@ static void square_blocks(void *of, int64_t tensor, int64_t start, int64_t lengt
 void gradient_statistics(void **grads, const int64_t *sizes, const int32_t *dtypes, int64_t count, double *partial,
                          float *squares, int64_t *nonfinite)
 {
-    struct arguments to = {.grads = grads, .dtypes = dtypes, .squares = partial, .nonfinite = nonfinite};
-    for_each_blocks(sizes, count, 4 * BLOCK, square_blocks, &to);
+    struct job job = {.grads = grads, .dtypes = dtypes, .squares = partial, .nonfinite = nonfinite};
+    for_each_blocks(sizes, count, 4 * BLOCK, square_blocks, &job);
     int64_t block = 0;
     for (int64_t tensor = 0; tensor < count; tensor++) {
         double total = 0;

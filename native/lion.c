@@ -6,25 +6,25 @@ struct lion {
     const struct step *step;
 };
 
-static inline void update(const void *of, int64_t tensor, float *weights, const float *grads, float factor,
+static inline void update(const void *rule, int64_t tensor, float *weights, const float *grads, float factor,
                           float *const states[STATES], int64_t length)
 {
-    struct lion rule = *(const struct lion *)of;
+    struct lion lion = *(const struct lion *)rule;
     float *exp_avg = states[0];
 #pragma omp simd
     for (int64_t i = 0; i < length; i++) {
         float g = grads[i] * factor, m = exp_avg[i];
-        float direction = m + rule.one_minus_beta1 * (g - m);
+        float direction = m + lion.one_minus_beta1 * (g - m);
         /* A NaN has no sign, and is to stay one. */
         float sign = direction > 0 ? 1 : direction < 0 ? -1 : direction;
-        weights[i] = weights[i] * rule.decay - rule.lr * sign;
-        exp_avg[i] = m + rule.one_minus_beta2 * (g - m);
+        weights[i] = weights[i] * lion.decay - lion.lr * sign;
+        exp_avg[i] = m + lion.one_minus_beta2 * (g - m);
     }
 }
 
-static void lion_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void lion_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
-    struct lion *rule = of;
+    struct lion *rule = context;
     step_block(rule->step, update, rule, tensor, start, length);
 }
 

@@ -40,52 +40,52 @@ INLINE float *as_floats(float *buffer, void *elements, int64_t length, int dtype
     return buffer;
 }
 
-INLINE float *load_weights(float *buffer, const struct step *to, int64_t tensor, int64_t start, int64_t length)
+INLINE float *load_weights(float *buffer, const struct step *step, int64_t tensor, int64_t start, int64_t length)
 {
-    int dtype = to->param_dtypes[tensor];
-    void *params = element(to->params[tensor], start, dtype);
-    if (to->masters_format == NO_MASTERS)
+    int dtype = step->param_dtypes[tensor];
+    void *params = element(step->params[tensor], start, dtype);
+    if (step->masters_format == NO_MASTERS)
         return as_floats(buffer, params, length, dtype);
-    if (to->masters_format == FULL_MASTERS)
-        return (float *)to->masters[tensor] + start;
-    join_weights(buffer, params, (int16_t *)to->masters[tensor] + start, length, dtype);
+    if (step->masters_format == FULL_MASTERS)
+        return (float *)step->masters[tensor] + start;
+    join_weights(buffer, params, (int16_t *)step->masters[tensor] + start, length, dtype);
     return buffer;
 }
 
-INLINE void store_weights(float *weights, const struct step *to, int64_t tensor, int64_t start, int64_t length,
+INLINE void store_weights(float *weights, const struct step *step, int64_t tensor, int64_t start, int64_t length,
                           const uint32_t *phases, uint32_t count)
 {
-    int dtype = to->param_dtypes[tensor];
-    void *params = element(to->params[tensor], start, dtype);
-    if (to->masters_format == REMAINDERS)
-        split_weights(params, (int16_t *)to->masters[tensor] + start, weights, length, dtype);
-    else if (to->stochastic_rounding && dtype != FLOAT32)
+    int dtype = step->param_dtypes[tensor];
+    void *params = element(step->params[tensor], start, dtype);
+    if (step->masters_format == REMAINDERS)
+        split_weights(params, (int16_t *)step->masters[tensor] + start, weights, length, dtype);
+    else if (step->stochastic_rounding && dtype != FLOAT32)
         store_stochastically(params, weights, length, dtype, phases, count * PARAMETER);
     else if (params != weights)
         store_floats(params, weights, length, dtype);
 }
 
-INLINE float *load_state(float *buffer, const struct step *to, int number, int64_t tensor, int64_t start,
+INLINE float *load_state(float *buffer, const struct step *step, int number, int64_t tensor, int64_t start,
                          int64_t length)
 {
-    void *state = to->states[number][tensor];
-    if (to->state_format != CODES) {
-        int dtype = to->state_format == FULL_STATE ? FLOAT32 : BFLOAT16;
+    void *state = step->states[number][tensor];
+    if (step->state_format != CODES) {
+        int dtype = step->state_format == FULL_STATE ? FLOAT32 : BFLOAT16;
         return as_floats(buffer, element(state, start, dtype), length, dtype);
     }
-    decode_codes(buffer, (uint8_t *)state + start, to->scales[number][tensor] + start / GROUP, length, number == 0);
+    decode_codes(buffer, (uint8_t *)state + start, step->scales[number][tensor] + start / GROUP, length, number == 0);
     return buffer;
 }
 
-INLINE void store_state(float *values, const struct step *to, int number, int64_t tensor, int64_t start,
+INLINE void store_state(float *values, const struct step *step, int number, int64_t tensor, int64_t start,
                         int64_t length, const uint32_t *phases, uint32_t count)
 {
-    void *state = to->states[number][tensor];
+    void *state = step->states[number][tensor];
     uint32_t turn = count * (number == 0 ? FIRST_MOMENT : SECOND_MOMENT);
-    if (to->state_format == CODES)
-        encode_codes((uint8_t *)state + start, to->scales[number][tensor] + start / GROUP, values, length, phases,
+    if (step->state_format == CODES)
+        encode_codes((uint8_t *)state + start, step->scales[number][tensor] + start / GROUP, values, length, phases,
                      turn, number == 0);
-    else if (to->state_format == BFLOAT16_STATE)
+    else if (step->state_format == BFLOAT16_STATE)
         store_stochastically((uint16_t *)state + start, values, length, BFLOAT16, phases, turn);
 }
 
@@ -97,60 +97,60 @@ INLINE void fetch(const void *elements, int64_t bytes)
 
 /* Asks for narrow elements ahead of their turn: the processor itself, which sees only short runs of them, looks no
  * further than a page. Not beside FP32 state, whose longer runs it follows well. */
-INLINE void fetch_part(const struct step *to, int64_t tensor, int64_t start)
+INLINE void fetch_part(const struct step *step, int64_t tensor, int64_t start)
 {
-    if (to->state_format == FULL_STATE || start + PART > to->sizes[tensor])
+    if (step->state_format == FULL_STATE || start + PART > step->sizes[tensor])
         return;
-    int64_t state_bytes = to->state_format == CODES ? 1 : 2;
+    int64_t state_bytes = step->state_format == CODES ? 1 : 2;
     for (int number = 0; number < STATES; number++)
-        if (to->states[number])
-            fetch((char *)to->states[number][tensor] + start * state_bytes, PART * state_bytes);
-    if (to->param_dtypes[tensor] != FLOAT32)
-        fetch((uint16_t *)to->params[tensor] + start, 2 * PART);
-    if (to->grad_dtypes[tensor] != FLOAT32)
-        fetch((uint16_t *)to->grads[tensor] + start, 2 * PART);
-    if (to->masters_format == REMAINDERS)
-        fetch((int16_t *)to->masters[tensor] + start, 2 * PART);
+        if (step->states[number])
+            fetch((char *)step->states[number][tensor] + start * state_bytes, PART * state_bytes);
+    if (step->param_dtypes[tensor] != FLOAT32)
+        fetch((uint16_t *)step->params[tensor] + start, 2 * PART);
+    if (step->grad_dtypes[tensor] != FLOAT32)
+        fetch((uint16_t *)step->grads[tensor] + start, 2 * PART);
+    if (step->masters_format == REMAINDERS)
+        fetch((int16_t *)step->masters[tensor] + start, 2 * PART);
 }
 
-INLINE void step_part(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
+INLINE void step_part(const struct step *step, update_function update, const void *rule, int64_t tensor, int64_t start,
                       int64_t length)
 {
     float weight_buffer[PART], grad_buffer[PART], buffers[STATES][PART];
     uint32_t phases[PART];
     float *states[STATES] = {0};
-    uint32_t count = *to->steps[tensor];
-    int grad_dtype = to->grad_dtypes[tensor];
-    float *weights = load_weights(weight_buffer, to, tensor, start, length);
-    float *grads = as_floats(grad_buffer, element(to->grads[tensor], start, grad_dtype), length, grad_dtype);
+    uint32_t count = *step->steps[tensor];
+    int grad_dtype = step->grad_dtypes[tensor];
+    float *weights = load_weights(weight_buffer, step, tensor, start, length);
+    float *grads = as_floats(grad_buffer, element(step->grads[tensor], start, grad_dtype), length, grad_dtype);
     for (int number = 0; number < STATES; number++)
-        if (to->states[number])
-            states[number] = load_state(buffers[number], to, number, tensor, start, length);
-    fetch_part(to, tensor, start + 2 * PART);
-    update(rule, tensor, weights, grads, to->factor, states, length);
-    if (to->state_format != FULL_STATE || to->stochastic_rounding)
+        if (step->states[number])
+            states[number] = load_state(buffers[number], step, number, tensor, start, length);
+    fetch_part(step, tensor, start + 2 * PART);
+    update(rule, tensor, weights, grads, step->factor, states, length);
+    if (step->state_format != FULL_STATE || step->stochastic_rounding)
         fill_phases(phases, start, groups_of(length) * GROUP);
     for (int number = 0; number < STATES; number++)
-        if (to->states[number])
-            store_state(states[number], to, number, tensor, start, length, phases, count);
-    store_weights(weights, to, tensor, start, length, phases, count);
+        if (step->states[number])
+            store_state(states[number], step, number, tensor, start, length, phases, count);
+    store_weights(weights, step, tensor, start, length, phases, count);
 }
 
-INLINE void step_block(const struct step *to, update_function update, const void *rule, int64_t tensor, int64_t start,
+INLINE void step_block(const struct step *step, update_function update, const void *rule, int64_t tensor, int64_t start,
                        int64_t length)
 {
     /* A length that the compiler knows leaves no loop to be counted. */
     for (; length >= PART; start += PART, length -= PART)
-        step_part(to, update, rule, tensor, start, PART);
+        step_part(step, update, rule, tensor, start, PART);
     if (length)
-        step_part(to, update, rule, tensor, start, length);
+        step_part(step, update, rule, tensor, start, length);
 }
 
 /* Counts this step in every tensor's. */
-static inline void advance_steps(const struct step *to)
+static inline void advance_steps(const struct step *step)
 {
-    for (int64_t tensor = 0; tensor < to->count; tensor++)
-        *to->steps[tensor] += 1;
+    for (int64_t tensor = 0; tensor < step->count; tensor++)
+        *step->steps[tensor] += 1;
 }
 
 #endif

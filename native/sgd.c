@@ -25,24 +25,24 @@ INLINE void sgd_rule(struct sgd rule, float *weights, const float *grads, float 
     }
 }
 
-static inline void update(const void *of, int64_t tensor, float *weights, const float *grads, float factor,
+static inline void update(const void *rule, int64_t tensor, float *weights, const float *grads, float factor,
                           float *const states[STATES], int64_t length)
 {
-    struct sgd rule = *(const struct sgd *)of;
+    struct sgd sgd = *(const struct sgd *)rule;
     float *buffer = states[0];
-    if (buffer && *rule.step->steps[tensor] == 1)
-        sgd_rule(rule, weights, grads, factor, buffer, length, 1);
+    if (buffer && *sgd.step->steps[tensor] == 1)
+        sgd_rule(sgd, weights, grads, factor, buffer, length, 1);
     else if (buffer)
-        sgd_rule(rule, weights, grads, factor, buffer, length, 0);
+        sgd_rule(sgd, weights, grads, factor, buffer, length, 0);
     else
 #pragma omp simd
         for (int64_t i = 0; i < length; i++)
-            weights[i] -= rule.lr * decayed(rule, weights[i], grads[i] * factor);
+            weights[i] -= sgd.lr * decayed(sgd, weights[i], grads[i] * factor);
 }
 
-static void sgd_block(void *of, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void sgd_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
-    struct sgd *rule = of;
+    struct sgd *rule = context;
     step_block(rule->step, update, rule, tensor, start, length);
 }
 
