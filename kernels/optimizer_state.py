@@ -250,7 +250,7 @@ def _launch(kernel, first: Tensor, *rest: Tensor, **constexprs) -> None:
         return
     with torch.cuda.device_of(first):
         grid = (triton.cdiv(first.numel(), BLOCK),)
-        kernel[grid](first, *rest, first.numel(), BLOCK=BLOCK, num_warps=4, **constexprs)
+        kernel[grid](first, *rest, first.numel(), BLOCK=BLOCK, num_warps=4, num_stages=1, **constexprs)
 
 
 def variants(arch: Architecture) -> list[Variant]:

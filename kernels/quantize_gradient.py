@@ -122,7 +122,7 @@ def quantize_gradient(
         return values, scale.fill_(SMALLEST), transposed, column_scale.fill_(SMALLEST), sums.sum(0)
     column_seed = None if seed is None else seed ^ 1
     row_high, column_high = highs[:M], highs[M:]
-    constants = {"BLOCK_M": CONFIG.rows, "BLOCK_N": CONFIG.columns, "num_warps": CONFIG.num_warps}
+    constants = {"BLOCK_M": CONFIG.rows, "BLOCK_N": CONFIG.columns, "num_warps": CONFIG.num_warps, "num_stages": 1}
     with torch.cuda.device_of(grad):
         gradient_ranges[(blocks_m * blocks_n,)](
             grad, row_factor, column_factor, row_high, column_high, sums, M, N, grad.stride(0), blocks_n, **constants

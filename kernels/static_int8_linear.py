@@ -48,7 +48,7 @@ def static_int8_linear(
     if x.numel():
         with torch.cuda.device_of(x):
             static_quantize_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-                x, input_scale, input_zero_point, values, x.numel(), BLOCK=BLOCK, num_warps=WARPS
+                x, input_scale, input_zero_point, values, x.numel(), BLOCK=BLOCK, num_warps=WARPS, num_stages=1
             )
     scales, zero_points = (value.view(1, 1).expand(x.shape[0], 1) for value in (input_scale, input_zero_point))
     return int8_matmul(values, weight, scales, weight_scale, bias, activation, x.dtype, zero_points, weight_sum)

@@ -5,6 +5,7 @@ divisible by it; the variants that ship have each argument one way, these calls 
 """
 
 import contextlib
+import functools
 import inspect
 from unittest import mock
 
@@ -13,15 +14,21 @@ import triton.language as tl
 
 from mixft.kernels import (
     activation_backward,
+    adamw,
     dequantize,
+    grad,
+    grad_scalars,
     int8_matmul,
     int8_split_k,
+    lion,
     matmul,
     matmul_persistent,
     matmul_split_k,
     matmul_tiles,
     quantize,
+    sgd,
     static_int8_linear,
+    step_launch,
 )
 from mixft.kernels.architecture import Architecture
 from mixft.kernels.multi_tensor import TRITON_NAMES
@@ -32,6 +39,8 @@ OPTIONS = ("num_warps", "num_stages")
 LAUNCHERS = (
     activation_backward,
     dequantize,
+    grad,
+    grad_scalars,
     int8_matmul,
     int8_split_k,
     matmul,
@@ -40,6 +49,7 @@ LAUNCHERS = (
     matmul_tiles,
     quantize,
     static_int8_linear,
+    step_launch,
 )
 
 
@@ -60,6 +70,8 @@ def specialised(name: str, function, args: tuple, kwargs: dict, wide_loads: bool
         elif isinstance(value, torch.Tensor):
             signature[key] = f"*{TYPES[value.dtype]}"
             divisible += [key] if value.data_ptr() % 16 == 0 else []
+        elif isinstance(value, float):
+            signature[key] = "fp32"
         else:
             signature[key] = "i32" if abs(value) < 2**31 else "i64"
             divisible += [key] if value % 16 == 0 and specialises else []
@@ -82,11 +94,11 @@ def recording(arch: Architecture):
     calls = []
     with contextlib.ExitStack() as stack:
         for module in LAUNCHERS:
+            for name, item in vars(module).items():
+                if hasattr(item, "arg_names"):
+                    stack.enter_context(mock.patch.object(module, name, Recorder(item, calls)))
             if hasattr(module, "architecture_of"):
                 stack.enter_context(mock.patch.object(module, "architecture_of", return_value=arch))
-            for name, item in vars(module).items():
-                if hasattr(item, "arg_names") and item.fn.__module__ == module.__name__:
-                    stack.enter_context(mock.patch.object(module, name, Recorder(item, calls)))
         yield calls
 
 
@@ -136,11 +148,11 @@ def w8a8(M: int, N: int, K: int, *, per_tensor: bool = False, bias: bool = False
     int8_matmul.int8_matmul(a, b, a_scale, b_scale, half(N) if bias else None, activation, torch.float16)
 
 
-def w8a8_static(M: int, N: int, K: int):
+def w8a8_static(M: int, N: int, K: int, *, bias: bool = False):
     integers = torch.empty(N, dtype=torch.int32)
     weight, scale, zero_point = torch.empty(N, K, dtype=torch.int8), torch.empty(()), integers[0]
     static_int8_linear.static_int8_linear(
-        half(M, K), weight, torch.empty(N, 1), None, "none", scale, zero_point, integers
+        half(M, K), weight, torch.empty(N, 1), half(N) if bias else None, "none", scale, zero_point, integers
     )
 
 
@@ -156,6 +168,33 @@ def quantized(outer: int, n: int, inner: int, dtype: torch.dtype, *, symmetric=T
     x = torch.empty(outer, n, inner, dtype=dtype)
     values, scale, zero_point = quantize.quantize(x, symmetric, seed, torch.empty(n) if factor else None, factor)
     dequantize.dequantize(values, scale, None if symmetric else zero_point, dtype)
+
+
+# Of an optimizer: its launcher, lists of moments and how many of them are not empty, and hyperparameters.
+RULES = {
+    "adam": (adamw.adamw_step_, 3, 2, (0.9, 0.999, 1e-8, 0.01, True, False, False)),
+    "sgd": (sgd.sgd_step_, 1, 1, (0.9, 0.0, 0.01, True, False, False)),
+    "lion": (lion.lion_step_, 1, 1, (0.9, 0.99, 0.01, False, False)),
+}
+
+
+def scalars(names: tuple[str, ...]) -> list[torch.Tensor | None]:
+    """The scalars of a step, None but for ``names``."""
+    return [torch.empty(()) if name in names else None for name in ("inv_scale", "clip_coef", "found_inf")]
+
+
+def step(rule: str, is_coded: bool, given: tuple[str, ...]):
+    """Of BF16 parameters in the storage that takes least memory or in the one that takes most."""
+    launch, lists, moments, hyperparameters = RULES[rule]
+    param, size = torch.empty(2**16, dtype=torch.bfloat16), 2**16
+    state, master = (torch.int8, torch.int16) if is_coded else (torch.float32, torch.float32)
+    scales = [torch.empty(size // 256, dtype=torch.uint8)] if is_coded else []
+    launch(
+        [param], [param.clone()], [torch.empty(size, dtype=master)],
+        *([torch.empty(size, dtype=state)] for _ in range(moments)), *([[]] * (lists - moments)),
+        *([scales] * moments), *([[]] * (lists - moments)),
+        [torch.empty(())], torch.empty(()), *scalars(given), *hyperparameters,
+    )  # fmt: skip
 
 
 PRODUCTS = {
@@ -183,6 +222,7 @@ PRODUCTS = {
     "w8a8 per tensor": lambda: w8a8(4096, 4096, 4096, per_tensor=True),
     "w8a8 static": lambda: w8a8_static(4096, 4096, 4096),
     "w8a8 static, one row": lambda: w8a8_static(1, 4096, 4096),
+    "w8a8 static, few odd rows": lambda: w8a8_static(17, 35, 66, bias=True),
     "w8a8 split": lambda: w8a8(1, 1024, 4096, bias=True),
     "w8a16 split": lambda: w8a16(16, 1024, 14336 + 16, activation="silu"),
     "w8a16 one row": lambda: w8a16(1, 4096, 4096),
@@ -195,23 +235,41 @@ OTHERS = {
     "one column of values": lambda: quantized(4096, 1, 1, torch.float32, symmetric=False),
     "odd rows": lambda: quantized(1000, 17, 1, torch.float32, stochastic=True),
     "groups": lambda: quantized(4096 * 32, 128, 1, torch.float16, symmetric=False),
+    "odd groups": lambda: quantized(102, 11, 1, torch.float32, symmetric=False),
     "columns": lambda: quantized(1, 4096, 4096, torch.float16, factor=True),
     "short columns": lambda: quantized(1, 17, 1000, torch.bfloat16, symmetric=False, stochastic=True),
     "few long columns": lambda: quantized(1, 2**17, 3, torch.float32, symmetric=False, stochastic=True),
     "tensor": lambda: quantized(1, 2**24, 1, torch.float32, symmetric=False, stochastic=True),
     "odd tensor": lambda: quantized(1, 2**24 + 1, 1, torch.bfloat16),
+    "small tensor": lambda: quantized(1, 1122, 1, torch.float32),
     "tensor beyond 2^31": lambda: quantized(1, 2**31 + 16, 1, torch.float16),
     "slopes, odd": lambda: slopes(half(1001, 1003), "gelu", want_bias=True),
     "slopes, one value": lambda: slopes(half(1, 1), "silu", want_bias=True),
     "slopes, expanded": lambda: slopes(half(1, 1).expand(512, 512), "gelu_tanh", want_bias=False),
 }  # fmt: skip
-# Calls of the second kind whose every access ought to be 16 bytes wide.
-ALIGNED = {"rows", "one row of values", "groups", "columns", "tensor", "tensor beyond 2^31"}
+STEPS = {
+    f"{rule} with {' and '.join(given)}, {'codes' if is_coded else 'fp32'}": functools.partial(
+        step, rule, is_coded, given
+    )
+    for rule in RULES
+    for is_coded in (False, True)
+    for given in (("found_inf",), ("inv_scale", "found_inf"), ("clip_coef", "found_inf"))
+}
+GRADIENTS = {
+    "unscaling without counts": lambda: grad.unscale_gradients_([half(2**16)], torch.empty(()), torch.empty(()), None),
+    "scalars": lambda: grad_scalars.gradient_scalars([half(17)], None, None, None),
+    "scalars, clipped": lambda: grad_scalars.gradient_scalars([half(17)], None, None, 1.0),
+    "scalars, scaled": lambda: grad_scalars.gradient_scalars([half(17)], torch.empty(()), None, 1.0),
+    "scalars, unscaled": lambda: grad_scalars.gradient_scalars([half(17)], None, torch.empty(()), 1.0),
+}
+LAUNCHES = OTHERS | STEPS | GRADIENTS
+# Of these, those whose every access ought to be 16 bytes wide.
+ALIGNED = {"rows", "one row of values", "groups", "columns", "tensor", "tensor beyond 2^31", *STEPS}
 
 
 def variants(arch: Architecture) -> list[Variant]:
     found = []
-    for case, launch in ((PRODUCTS if arch.tensor_cores else {}) | OTHERS).items():
+    for case, launch in ((PRODUCTS if arch.tensor_cores else {}) | LAUNCHES).items():
         with recording(arch) as calls:
             launch()
         found += [
