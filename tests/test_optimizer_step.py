@@ -231,6 +231,20 @@ def test_a_step_beyond_one_chunk_and_one_batch(device):
         assert_within_budget(actual, expected, theirs, epsilon=1e-6)
 
 
+@pytest.mark.parametrize("size", [17, 64])
+def test_nothing_is_written_beyond_the_last_element_or_scale(device, size):
+    problem = Problem(RULES["adamw amsgrad"], device, [(size,)], torch.bfloat16, master="split", state="codes")
+    roomy = {}
+    for name in problem.tensors:
+        (tensor,) = problem.tensors[name]
+        roomy[name] = torch.full((tensor.numel() + 64,), 77, dtype=tensor.dtype, device=device)
+        roomy[name][: tensor.numel()] = tensor.flatten()
+        problem.tensors[name] = [roomy[name][: tensor.numel()].view(tensor.shape)]
+    problem.run()
+    for name, buffer in roomy.items():
+        assert (buffer[problem.tensors[name][0].numel() :] == 77).all(), name
+
+
 def test_a_cpu_batch_ends_within_a_tensor(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr("mixft.cpu.optimizer_step.BATCH", 64)
