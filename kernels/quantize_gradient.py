@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture
-from .int8_rounding import round_to_int8, scale_of
+from .int8_rounding import SMALLEST_SCALE, round_to_int8, scale_of
 from .variant import Elementwise, Variant, elementwise_variant
 
 
@@ -35,7 +35,6 @@ class TileConfig:
 
 
 CONFIG = TileConfig(rows=64, columns=64, num_warps=4)
-SMALLEST = 2.0**-126
 
 
 @triton.jit
@@ -119,7 +118,8 @@ def quantize_gradient(
     scale = torch.empty((M, 1), dtype=torch.float32, device=grad.device)
     column_scale = torch.empty((N, 1), dtype=torch.float32, device=grad.device)
     if grad.numel() == 0:
-        return values, scale.fill_(SMALLEST), transposed, column_scale.fill_(SMALLEST), sums.sum(0)
+        smallest = SMALLEST_SCALE.value
+        return values, scale.fill_(smallest), transposed, column_scale.fill_(smallest), sums.sum(0)
     column_seed = None if seed is None else seed ^ 1
     row_high, column_high = highs[:M], highs[M:]
     constants = {"BLOCK_M": CONFIG.rows, "BLOCK_N": CONFIG.columns, "num_warps": CONFIG.num_warps, "num_stages": 1}

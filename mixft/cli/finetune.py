@@ -103,8 +103,9 @@ def finetune(
     from mixft.cli import runs
     from mixft.cli.device import choose_device
     from mixft.cli.output_folder import claim
-    from mixft.cli.precision import MASTER_WEIGHTS, STATE_DTYPES
+    from mixft.cli.precision import STATE_DTYPES
     from mixft.cli.stored_weights import is_int8_folder, prepare_int8
+    from mixft.optim.storage import MASTER_WEIGHTS
 
     precisions = _precisions(precision, source, task, lora)
     if is_int8_folder(source):

@@ -24,7 +24,6 @@ from mixft.precision import PrecisionEvent
 
 WEIGHT_DECAY = 0.01
 MAX_GRAD_NORM = 1.0
-MASTER_WEIGHTS = ("auto", "fp32", "split", "none")
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 

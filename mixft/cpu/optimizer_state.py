@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import native
 
+# Elements of an 8-bit state tensor that share one scale.
 GROUP_SIZE = 32
 INFINITY_BITS = 0x7F800000
 # Steps of the dither for first moments, second moments and parameters (the R3 sequence), as int32.

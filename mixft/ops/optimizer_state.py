@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .layout import in_layout_of
-from .optimizer_step import GROUP_SIZE, dense_copy
-from .registration import define_op
-from .validation import check_dtype, check_same_device
+from mixft.cpu.optimizer_state import GROUP_SIZE
 
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+from .layout import in_layout_of
+from .optimizer_step import dense_copy
+from .registration import define_op
+from .validation import SIXTEEN_BITS, check_dtype, check_same_device
 
 
 @define_op("optimizer_state")

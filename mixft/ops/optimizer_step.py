@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixft.cpu.optimizer_state import GROUP_SIZE
+
 from .layout import all_contiguous, in_layout_of, is_dense, same_layout, without_negation
 from .registration import change_in_place
 from .validation import FLOATS, check_scalar
 
-# Elements of an 8-bit state tensor that share one scale.
-GROUP_SIZE = 32
 SIGNED_STATE = (torch.float32, torch.bfloat16, torch.int8)
 UNSIGNED_STATE = (torch.float32, torch.bfloat16, torch.uint8)
 

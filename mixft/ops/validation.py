@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+FLOATS = (*SIXTEEN_BITS, torch.float32)
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

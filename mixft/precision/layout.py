@@ -5,12 +5,11 @@ from collections.abc import Container
 import torch
 from torch import Tensor, nn
 
+from mixft.ops.validation import SIXTEEN_BITS
 from mixft.optim.base import MixedPrecisionOptimizer
 
 from .border import Border, border_of, detach
 from .casting import cast_parameter
-
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 
 
 class Layout:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from mixft.ops.validation import SIXTEEN_BITS
 from mixft.optim.base import MixedPrecisionOptimizer
 
 from .border import CASTABLE, Border, border_of, detach
@@ -139,11 +140,7 @@ class PrecisionPolicy:
         """
         _check(model, optimizer)
         _check_applied(model)
-        narrow = [
-            tensor
-            for tensor in (*model.parameters(), *model.buffers())
-            if tensor.dtype in (torch.float16, torch.bfloat16)
-        ]
+        narrow = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype in SIXTEEN_BITS]
         borders = [border for module in model.modules() if (border := border_of(module))]
         before = [(border, border.dtype, border.outputs) for border in borders]
         kept = [(tensor, tensor.data) for tensor in narrow]
