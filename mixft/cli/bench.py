@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from mixft.cli.device import Device, choose_device
 from mixft.cli.errors import InputError
 from mixft.cli.output_file import check_writable
 
@@ -24,7 +25,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the results to FILE.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw the ratios, .png or .svg.")] = None,
     base: Annotated[str | None, typer.Option(metavar="REF", help="Time that git revision of mixft instead.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Time mixft beside torch and other packages; exit code 1 when an output is wrong, which then gets no time."""
     # Here, so that --help does not wait for torch.
@@ -36,7 +37,6 @@ def bench(
     from mixft.benchmarks.recording import Recording
     from mixft.benchmarks.run import failed
     from mixft.cli import bench_table
-    from mixft.cli.device import choose_device
     from mixft.cli.environment import environment
 
     where = torch.device(choose_device(device))

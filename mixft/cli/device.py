@@ -1,8 +1,12 @@
-"""The device that a command runs on."""
+"""The device that a command runs on, and the option that names it."""
 
-import torch
+from typing import Annotated
+
+import typer
 
 from mixft.cli.errors import InputError
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")]
 
 
 def choose_device(given: str | None) -> str:
@@ -11,6 +15,9 @@ def choose_device(given: str | None) -> str:
     Raises:
         InputError: no such device, or none of a kind that mixft serves.
     """
+    # Here, so that --help does not wait for it.
+    import torch
+
     if given is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from mixft.cli import dataset, model_folder
+from mixft.cli.device import Device, choose_device
 from mixft.cli.errors import InputError
 from mixft.cli.job import Job, Recipe
 from mixft.cli.tasks import TASKS, read_data
@@ -85,7 +86,7 @@ def finetune(
     seeds: Annotated[str, typer.Option(help="Each precision runs once with each.")] = "1",
     output: Annotated[Path | None, typer.Option(help="Folder for report and models; default runs/...")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the runs in --output.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Fine-tune a text classifier or a causal language model in one or more precisions and compare them."""
     seed_list = _seeds(seeds)
@@ -101,7 +102,6 @@ def finetune(
 
     # Here, so that --help and a refused file do not wait for torch and matplotlib.
     from mixft.cli import runs
-    from mixft.cli.device import choose_device
     from mixft.cli.output_folder import claim
     from mixft.cli.precision import STATE_DTYPES
     from mixft.cli.stored_weights import is_int8_folder, prepare_int8

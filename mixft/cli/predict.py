@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from mixft.cli import model_folder
+from mixft.cli.device import Device, choose_device
 from mixft.cli.errors import InputError
 from mixft.cli.tokens import check_tokens, warn_of_unknown
 
@@ -20,7 +21,7 @@ def predict(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Tokens that a causal language model adds; default 40.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default the GPU if there is one.")] = None,
+    device: Device = None,
 ) -> None:
     """Print label, probability and sentence, or the sentence and how it goes on, a line each, tabs between."""
     for number, sentence in enumerate(sentences, start=1):
@@ -38,7 +39,6 @@ def predict(
         model_folder.require_configuration(folder)
 
     from mixft.cli import saved_model
-    from mixft.cli.device import choose_device
 
     saved = saved_model.load(folder, choose_device(device))
     vocabulary = model_folder.vocabulary(folder)

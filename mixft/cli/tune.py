@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mixft.cli.device import choose_device
 from mixft.cli.errors import InputError
 from mixft.cli.output_file import check_writable
 
@@ -28,7 +29,6 @@ def tune(
     import torch
     from rich.console import Console
 
-    from mixft.cli.device import choose_device
     from mixft.cli.environment import environment
 
     console = Console(soft_wrap=True, highlight=False)
