@@ -102,7 +102,6 @@ class LossScaler(torch.amp.GradScaler):
             enabled=enabled,
         )
         self._dynamic = dynamic
-        self._patience = patience
         self._rule = ScaleRule(float(min_scale), float(max_scale), hysteresis, consecutive_hysteresis)
         self._floor_watch = FloorWatch(patience, self._rule.min_scale)
         self._counters = Counters.fresh(hysteresis)
@@ -263,9 +262,9 @@ class LossScaler(torch.amp.GradScaler):
             state_dict = state_dict | {"scale": scale}
         with rescaled_with(self):
             super().load_state_dict(state_dict)
-        self._dynamic, self._patience = own.pop("dynamic"), own.pop("patience")
+        self._dynamic = own.pop("dynamic")
+        self._floor_watch = FloorWatch(own.pop("patience"), own["min_scale"])
         self._rule = ScaleRule(**own)
-        self._floor_watch = FloorWatch(self._patience, self._rule.min_scale)
         fresh = Counters.fresh(self._rule.hysteresis).initial
         self._counters.load({name: state_dict.get(name, value) for name, value in fresh.items()})
         self._overflows = OverflowLog(OverflowStep(*step) for step in state_dict.get("overflow_history", []))
@@ -277,7 +276,7 @@ class LossScaler(torch.amp.GradScaler):
         super().__setstate__(state | {"scaled_sums": WeakSet()})
 
     def _options(self) -> dict[str, Any]:
-        return {"dynamic": self._dynamic, "patience": self._patience} | asdict(self._rule)
+        return {"dynamic": self._dynamic, "patience": self._floor_watch.patience} | asdict(self._rule)
 
     def _lazy_init_scale_growth_tracker(self, dev: torch.device) -> None:
         # Of a device type only, where a scaler is started without a loss.
