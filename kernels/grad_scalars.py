@@ -48,16 +48,7 @@ FINISH_BLOCK = tl.constexpr(256)
 
 @triton.jit
 def finish_scalars(
-    partial_sum,
-    partials,
-    counts,
-    tensors,
-    inv_scale,
-    found_inf,
-    max_norm,
-    scalars,
-    nonfinite,
-    BLOCK: tl.constexpr,
+    partial_sum, partials, counts, tensors, inv_scale, found_inf, max_norm, scalars, nonfinite, BLOCK: tl.constexpr
 ):
     """Turn what all programs have left into the results, and set the counts back to zero."""
     lanes = tl.arange(0, BLOCK)
@@ -91,25 +82,11 @@ def finish_scalars(
 
 @triton.jit(do_not_specialize=["chunks", "first_partial", "partials", "tensors", "inv_scale", "found_inf"])
 def grad_scalars_kernel(
-    table,
-    chunk_tensor,
-    chunk_index,
-    chunks,
-    partial_sum,
-    first_partial,
-    partials,
-    counts,
-    tensors,
-    inv_scale,
-    found_inf,
-    max_norm,
-    scalars,
-    nonfinite,
-    GRAD_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table, chunk_tensor, chunk_index, chunks,
+    partial_sum, first_partial, partials, counts, tensors,
+    inv_scale, found_inf, max_norm, scalars, nonfinite,
+    GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for number in range(tl.program_id(0), chunks, tl.num_programs(0)):
         row = table + tl.load(chunk_tensor + number).to(tl.int64) * COLUMNS
@@ -127,16 +104,7 @@ def grad_scalars_kernel(
     tickets = counts + tensors
     if tl.atomic_add(tickets, 1) == partials - 1:
         finish_scalars(
-            partial_sum,
-            partials,
-            counts,
-            tensors,
-            inv_scale,
-            found_inf,
-            max_norm,
-            scalars,
-            nonfinite,
-            FINISH_BLOCK,
+            partial_sum, partials, counts, tensors, inv_scale, found_inf, max_norm, scalars, nonfinite, FINISH_BLOCK
         )
         tl.store(tickets, 0)
 

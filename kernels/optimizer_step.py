@@ -35,14 +35,9 @@ COLUMNS = tl.constexpr(11)
 
 @triton.jit
 def state_pointers(
-    row,
-    COLUMN: tl.constexpr,
-    SCALE_COLUMN: tl.constexpr,
-    start,
-    STATE: tl.constexpr,
-    SIGNED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
+    row, start, COLUMN: tl.constexpr, SCALE_COLUMN: tl.constexpr,
+    STATE: tl.constexpr, SIGNED: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     """Where a chunk's state begins, and where its scales do."""
     CODE: tl.constexpr = tl.int8 if SIGNED else tl.uint8
     TYPE: tl.constexpr = CODE if STATE == "code" else (tl.bfloat16 if STATE == "bf16" else tl.float32)
@@ -77,7 +72,7 @@ def store_weight(param, master, mask, weight, bits, TYPE: tl.constexpr, MASTER: 
 @triton.jit
 def advance_step(table, program_tensor, tickets, CHUNK: tl.constexpr):
     """Add one to the step of this program's tensor, if this program is the last of that tensor's to finish."""
-    # Read again rather than kept: registers held through the loop above would spill.
+    # Read again rather than kept: registers held through the loop would spill.
     tensor = tl.load(program_tensor + tl.program_id(0)).to(tl.int64)
     row = table + tensor * COLUMNS
     chunks = tl.maximum((tl.load(row + SIZE) + CHUNK - 1) // CHUNK, 1)
@@ -92,37 +87,15 @@ def advance_step(table, program_tensor, tickets, CHUNK: tl.constexpr):
 # The scalars may be views of one buffer: whether 16 bytes divide their addresses is not worth a compilation.
 @triton.jit(do_not_specialize=["lr", "inv_scale", "clip_coef", "found_inf"])
 def optimizer_step_kernel(
-    table,
-    program_tensor,
-    program_chunk,
-    tickets,
-    lr,
-    inv_scale,
-    clip_coef,
-    found_inf,
-    log_beta1,
-    log_beta2,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    momentum,
-    one_minus_dampening,
-    weight_decay,
-    RULE: tl.constexpr,
-    PARAM_TYPE: tl.constexpr,
-    GRAD_TYPE: tl.constexpr,
-    MASTER: tl.constexpr,
-    STATE: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    DECOUPLED: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table, program_tensor, program_chunk, tickets,
+    lr, inv_scale, clip_coef, found_inf,
+    log_beta1, log_beta2, one_minus_beta1, beta2, one_minus_beta2, eps,
+    momentum, one_minus_dampening, weight_decay,
+    RULE: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    MASTER: tl.constexpr, STATE: tl.constexpr, AMSGRAD: tl.constexpr,
+    DECOUPLED: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     HAS_BITS: tl.constexpr = MASTER == "split" and tl.bfloat16 == PARAM_TYPE
     overflow = 0.0
     if found_inf is not None:
@@ -157,11 +130,11 @@ def optimizer_step_kernel(
             if MASTER != "none":
                 master = tensor_pointer(row, MASTERS, tl.float32 if MASTER == "fp32" else tl.int16, ALIGNED) + start
             if STATE != "none":
-                first, first_scale = state_pointers(row, FIRST, FIRST_SCALE, start, STATE, True, ALIGNED)
+                first, first_scale = state_pointers(row, start, FIRST, FIRST_SCALE, STATE, True, ALIGNED)
             if RULE == "adam":
-                second, second_scale = state_pointers(row, SECOND, SECOND_SCALE, start, STATE, False, ALIGNED)
+                second, second_scale = state_pointers(row, start, SECOND, SECOND_SCALE, STATE, False, ALIGNED)
                 if AMSGRAD:
-                    maximum, maximum_scale = state_pointers(row, MAXIMUM, MAXIMUM_SCALE, start, STATE, False, ALIGNED)
+                    maximum, maximum_scale = state_pointers(row, start, MAXIMUM, MAXIMUM_SCALE, STATE, False, ALIGNED)
             lanes = tl.arange(0, BLOCK)
             groups = tl.arange(0, BLOCK // GROUP_SIZE)
             for offset in range(0, length, BLOCK):
@@ -184,21 +157,9 @@ def optimizer_step_kernel(
                     if AMSGRAD:
                         v_max = load_state(maximum + at, maximum_scale + group, mask, group_mask, STATE, False)
                     p, m, v, v_max = adam_rule(
-                        p,
-                        g,
-                        m,
-                        v,
-                        v_max,
-                        decay,
-                        step_size,
-                        bias2_sqrt,
-                        eps,
-                        weight_decay,
-                        one_minus_beta1,
-                        beta2,
-                        one_minus_beta2,
-                        DECOUPLED,
-                    )
+                        p, g, m, v, v_max, decay, step_size, bias2_sqrt, eps, weight_decay,
+                        one_minus_beta1, beta2, one_minus_beta2, DECOUPLED,
+                    )  # fmt: skip
                     bits = begin + count * SECOND_MOMENT
                     store_state(second + at, second_scale + group, mask, group_mask, v, bits, STATE, False)
                     if AMSGRAD:

@@ -40,21 +40,9 @@ def one_minus_power(log_beta, step):
 
 @triton.jit
 def adam_rule(
-    p,
-    g,
-    m,
-    v,
-    v_max,
-    decay,
-    step_size,
-    bias2_sqrt,
-    eps,
-    weight_decay,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    DECOUPLED: tl.constexpr,
-):
+    p, g, m, v, v_max, decay, step_size, bias2_sqrt, eps, weight_decay,
+    one_minus_beta1, beta2, one_minus_beta2, DECOUPLED: tl.constexpr,
+):  # fmt: skip
     if DECOUPLED:
         p = p * decay
     else:
@@ -69,17 +57,9 @@ def adam_rule(
 
 @triton.jit
 def sgd_rule(
-    p,
-    g,
-    b,
-    rate,
-    is_first,
-    weight_decay,
-    momentum,
-    one_minus_dampening,
-    HAS_BUFFER: tl.constexpr,
-    NESTEROV: tl.constexpr,
-):
+    p, g, b, rate, is_first, weight_decay, momentum, one_minus_dampening,
+    HAS_BUFFER: tl.constexpr, NESTEROV: tl.constexpr,
+):  # fmt: skip
     g = g + weight_decay * p
     if HAS_BUFFER:
         b = tl.where(is_first, g, momentum * b + one_minus_dampening * g)
