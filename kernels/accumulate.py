@@ -54,19 +54,10 @@ def accumulate_block(
 
 @triton.jit
 def accumulate_kernel(
-    table,
-    program_tensor,
-    program_chunk,
-    inv_scale,
-    found_inf,
-    nonfinite,
-    GRAD_TYPE: tl.constexpr,
-    OVERWRITE: tl.constexpr,
-    CLEAR: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table, program_tensor, program_chunk, inv_scale, found_inf, nonfinite,
+    GRAD_TYPE: tl.constexpr, OVERWRITE: tl.constexpr, CLEAR: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, start, size = chunk_of_program(table, program_tensor, program_chunk, COLUMNS, CHUNK)
     grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
     buffer = tensor_pointer(row, BUFFER, tl.float32, ALIGNED) + start

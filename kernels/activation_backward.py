@@ -21,20 +21,10 @@ from .variant import BYTES, Elementwise, Variant
 
 @triton.jit
 def activation_backward_kernel(
-    grad,
-    kept,
-    out,
-    bias_partial,
-    M,
-    N,
-    grad_stride_m,
-    grad_stride_n,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WANT_BIAS: tl.constexpr,
+    grad, kept, out, bias_partial, M, N, grad_stride_m, grad_stride_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, WANT_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-):
+):  # fmt: skip
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for block in range(BLOCKS):

@@ -55,17 +55,9 @@ def unscale_block(grad, mask, factor, GRAD_TYPE: tl.constexpr):
 
 @triton.jit
 def unscale_kernel(
-    table,
-    program_tensor,
-    program_chunk,
-    inv_scale,
-    found_inf,
-    nonfinite,
-    GRAD_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table, program_tensor, program_chunk, inv_scale, found_inf, nonfinite,
+    GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, start, size = chunk_of_program(table, program_tensor, program_chunk, COLUMNS, CHUNK)
     grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
     lanes = tl.arange(0, BLOCK)
@@ -106,16 +98,9 @@ def add_statistics(grad, start, size, squares, bad, CHUNK: tl.constexpr, BLOCK: 
 
 @triton.jit
 def partial_stats_kernel(
-    table,
-    program_tensor,
-    program_chunk,
-    partial_sum,
-    partial_count,
-    GRAD_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table, program_tensor, program_chunk, partial_sum, partial_count,
+    GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row, start, size = chunk_of_program(table, program_tensor, program_chunk, COLUMNS, CHUNK)
     grad = tensor_pointer(row, GRAD, GRAD_TYPE, ALIGNED) + start
     squares, bad = add_statistics(

@@ -54,22 +54,10 @@ class Epilogue:
 
 @triton.jit
 def apply_epilogue(
-    total,
-    rows,
-    columns,
-    M,
-    N,
-    a_scale_ptr,
-    b_scale_ptr,
-    a_zero_point_ptr,
-    b_sum_ptr,
-    bias_ptr,
-    out_ptr,
-    stride_a_scale,
-    stride_b_scale,
-    stride_a_zero_point,
-    ACTIVATION: tl.constexpr,
-):
+    total, rows, columns, M, N,
+    a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
+    stride_a_scale, stride_b_scale, stride_a_zero_point, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     """Apply the epilogue to the tile ``total`` and store it; ``rows`` and ``columns`` are int64."""
     row_mask = rows < M
     column_mask = columns < N

@@ -53,31 +53,13 @@ class Int8MatmulConfig:
 
 @triton.jit(do_not_specialize=["M"])
 def scaled_matmul_kernel(
-    a_ptr,
-    b_ptr,
-    parts_ptr,
-    a_scale_ptr,
-    b_scale_ptr,
-    a_zero_point_ptr,
-    b_sum_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    K,
-    depth,
-    stride_am,
-    stride_bn,
-    stride_a_scale,
-    stride_b_scale,
-    stride_a_zero_point,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
+    a_ptr, b_ptr, parts_ptr,
+    a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
+    M, N, K, depth,
+    stride_am, stride_bn, stride_a_scale, stride_b_scale, stride_a_zero_point,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
     rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -114,22 +96,10 @@ def scaled_matmul_kernel(
         tl.store(part, accumulator, mask=row_mask & (columns < N)[None, :])
     else:
         apply_epilogue(
-            accumulator,
-            rows,
-            columns,
-            M,
-            N,
-            a_scale_ptr,
-            b_scale_ptr,
-            a_zero_point_ptr,
-            b_sum_ptr,
-            bias_ptr,
-            out_ptr,
-            stride_a_scale,
-            stride_b_scale,
-            stride_a_zero_point,
-            ACTIVATION,
-        )
+            accumulator, rows, columns, M, N,
+            a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
+            stride_a_scale, stride_b_scale, stride_a_zero_point, ACTIVATION,
+        )  # fmt: skip
 
 
 def int8_matmul(

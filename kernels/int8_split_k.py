@@ -24,22 +24,11 @@ WARPS = 4
 @triton.jit(do_not_specialize=["M", "splits"])
 def add_scaled_parts_kernel(
     parts_ptr,
-    a_scale_ptr,
-    b_scale_ptr,
-    a_zero_point_ptr,
-    b_sum_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    N,
-    splits,
-    stride_a_scale,
-    stride_b_scale,
-    stride_a_zero_point,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
+    a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
+    M, N, splits,
+    stride_a_scale, stride_b_scale, stride_a_zero_point,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask = (rows < M)[:, None] & (columns < N)[None, :]
@@ -50,22 +39,10 @@ def add_scaled_parts_kernel(
         total += tl.load(pointers, mask=mask, other=0)
         pointers += step
     apply_epilogue(
-        total,
-        rows,
-        columns,
-        M,
-        N,
-        a_scale_ptr,
-        b_scale_ptr,
-        a_zero_point_ptr,
-        b_sum_ptr,
-        bias_ptr,
-        out_ptr,
-        stride_a_scale,
-        stride_b_scale,
-        stride_a_zero_point,
-        ACTIVATION,
-    )
+        total, rows, columns, M, N,
+        a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
+        stride_a_scale, stride_b_scale, stride_a_zero_point, ACTIVATION,
+    )  # fmt: skip
 
 
 def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:

@@ -80,23 +80,11 @@ class Product:
 
 @triton.jit
 def apply_epilogue(
-    total,
-    bias,
-    residual,
-    preactivation,
-    out,
-    column_partials,
-    tile_m,
-    rows,
-    columns,
-    M,
-    N,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    PREACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    COLUMN_SUM: tl.constexpr,
-):
+    total, bias, residual, preactivation, out, column_partials,
+    tile_m, rows, columns, M, N,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PREACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+):  # fmt: skip
     """The epilogue of one tile: ``total`` at ``rows`` and ``columns``, row ``tile_m`` of the tiles."""
     row_mask = rows[:, None] < M
     mask = row_mask & (columns[None, :] < N)

@@ -28,29 +28,13 @@ from .variant import BYTES, MatrixProduct, Variant
 
 @triton.jit(do_not_specialize=["M"])
 def persistent_matmul_kernel(
-    a,
-    b,
-    bias,
-    residual,
-    preactivation,
-    out,
-    column_partials,
-    M,
-    N,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EPILOGUE_PARTS: tl.constexpr,
-    A_IS_TRANSPOSED: tl.constexpr,
-    B_IS_TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    PREACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    COLUMN_SUM: tl.constexpr,
-):
+    a, b, bias, residual, preactivation, out, column_partials,
+    M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EPILOGUE_PARTS: tl.constexpr, A_IS_TRANSPOSED: tl.constexpr, B_IS_TRANSPOSED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PREACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // EPILOGUE_PARTS
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):

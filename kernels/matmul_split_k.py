@@ -23,23 +23,11 @@ LEAST_BLOCKS = 4
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def add_parts_kernel(
-    parts,
-    bias,
-    residual,
-    preactivation,
-    out,
-    column_partials,
-    M,
-    N,
-    splits,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    PREACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    COLUMN_SUM: tl.constexpr,
-):
+    parts, bias, residual, preactivation, out, column_partials,
+    M, N, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PREACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (columns[None, :] < N)
@@ -50,23 +38,10 @@ def add_parts_kernel(
         total += tl.load(pointers, mask=mask, other=0.0)
         pointers += step
     apply_epilogue(
-        total,
-        bias,
-        residual,
-        preactivation,
-        out,
-        column_partials,
-        tl.program_id(0),
-        rows,
-        columns,
-        M,
-        N,
-        HAS_BIAS,
-        HAS_RESIDUAL,
-        PREACTIVATION,
-        ACTIVATION,
-        COLUMN_SUM,
-    )
+        total, bias, residual, preactivation, out, column_partials,
+        tl.program_id(0), rows, columns, M, N,
+        HAS_BIAS, HAS_RESIDUAL, PREACTIVATION, ACTIVATION, COLUMN_SUM,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,33 +22,13 @@ from .variant import BYTES, MatrixProduct, Variant
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
-    a,
-    b,
-    bias,
-    residual,
-    preactivation,
-    out,
-    column_partials,
-    M,
-    N,
-    K,
-    depth_a_split,
-    a_stride_m,
-    a_stride_k,
-    b_stride_k,
-    b_stride_n,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    PREACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    COLUMN_SUM: tl.constexpr,
-):
+    a, b, bias, residual, preactivation, out, column_partials,
+    M, N, K, depth_a_split,
+    a_stride_m, a_stride_k, b_stride_k, b_stride_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PREACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+):  # fmt: skip
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -84,23 +64,10 @@ def matmul_kernel(
         tl.store(part + rows[:, None].to(tl.int64) * N + columns[None, :], accumulator, mask=row_mask & column_mask)
     else:
         apply_epilogue(
-            accumulator,
-            bias,
-            residual,
-            preactivation,
-            out,
-            column_partials,
-            tile_m,
-            rows,
-            columns,
-            M,
-            N,
-            HAS_BIAS,
-            HAS_RESIDUAL,
-            PREACTIVATION,
-            ACTIVATION,
-            COLUMN_SUM,
-        )
+            accumulator, bias, residual, preactivation, out, column_partials,
+            tile_m, rows, columns, M, N,
+            HAS_BIAS, HAS_RESIDUAL, PREACTIVATION, ACTIVATION, COLUMN_SUM,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
