@@ -148,11 +148,11 @@ def w8a8(M: int, N: int, K: int, *, per_tensor: bool = False, bias: bool = False
     int8_matmul.int8_matmul(a, b, a_scale, b_scale, half(N) if bias else None, activation, torch.float16)
 
 
-def w8a8_static(M: int, N: int, K: int, *, bias: bool = False):
+def w8a8_static(M: int, N: int, K: int, *, bias: bool = False, activation: str = "none"):
     integers = torch.empty(N, dtype=torch.int32)
     weight, scale, zero_point = torch.empty(N, K, dtype=torch.int8), torch.empty(()), integers[0]
     static_int8_linear.static_int8_linear(
-        half(M, K), weight, torch.empty(N, 1), half(N) if bias else None, "none", scale, zero_point, integers
+        half(M, K), weight, torch.empty(N, 1), half(N) if bias else None, activation, scale, zero_point, integers
     )
 
 
@@ -222,6 +222,7 @@ PRODUCTS = {
     "w8a8 per tensor": lambda: w8a8(4096, 4096, 4096, per_tensor=True),
     "w8a8 static": lambda: w8a8_static(4096, 4096, 4096),
     "w8a8 static, one row": lambda: w8a8_static(1, 4096, 4096),
+    "w8a8 static, split": lambda: w8a8_static(16, 1024, 4096, bias=True, activation="gelu"),
     "w8a8 static, few odd rows": lambda: w8a8_static(17, 35, 66, bias=True),
     "w8a8 split": lambda: w8a8(1, 1024, 4096, bias=True),
     "w8a16 split": lambda: w8a16(16, 1024, 14336 + 16, activation="silu"),

@@ -83,7 +83,7 @@ def faults(launch: dict) -> list[str]:
 def kind(argument: str) -> str:
     """Of an argument's type or constant, what makes another kernel of a launch: no dtype and no value."""
     if argument.startswith("tensordesc"):
-        return argument[argument.index("[") :]
+        return argument[argument.index("[") : -1]
     return {"*": "pointer", "N": "None"}.get(argument[0], "number")
 
 
@@ -92,11 +92,31 @@ def form(kernel: str, arguments: dict[str, str], num_warps: int, num_stages: int
     return f"{kernel}({kinds}), {num_warps} warps, {num_stages} stages"
 
 
-def form_of(variant) -> str:
-    parameters = inspect.signature(variant.function.fn).parameters.values()
-    given = variant.constexprs | variant.signature
-    arguments = {item.name: str(given[item.name]) for item in parameters if item.annotation is not tl.constexpr}
-    return form(variant.function.__name__, arguments, variant.num_warps, variant.num_stages)
+def forms_of(*modules) -> dict[str, str]:
+    """The forms and the constants of the modules' variants, each with the name of one."""
+    found = {}
+    for variant in (variant for module in modules for variant in module.variants(HOPPER)):
+        parameters = inspect.signature(variant.function.fn).parameters.values()
+        annotated = {item.name for item in parameters if item.annotation is tl.constexpr}
+        kernel, given = variant.function.__name__, variant.constexprs | variant.signature
+        arguments = {item.name: str(given[item.name]) for item in parameters if item.name not in annotated}
+        found[form(kernel, arguments, variant.num_warps, variant.num_stages)] = variant.name
+        found |= {f"{kernel}: {name} {given[name]}": variant.name for name in annotated}
+    return found
+
+
+def launched_forms(recorded: dict) -> dict[str, str]:
+    """The forms and the constants of the launches, each with a case."""
+    found = {}
+    for launch in recorded["launches"]:
+        kernel, case = launch["kernel"], launch["case"]
+        found[form(kernel, launch["types"], launch["num_warps"], launch["num_stages"])] = case
+        found |= {f"{kernel}: {name} {value}": case for name, value in launch["constexprs"].items()}
+    return found
+
+
+def listed(found: dict[str, str]) -> str:
+    return "\n".join(f"{each}, as in {source!r}" for each, source in found.items())
 
 
 def test_everything_is_launched(recorded):
@@ -114,19 +134,15 @@ def test_every_kernel_is_launched(recorded):
 
 def test_every_launch_is_of_a_form_that_is_compiled(recorded):
     """By ``test_compile.py``: which arguments are None, the tiles of descriptors, the options, and each constant."""
-    modules = [*kernel_modules().values(), recorded_launches]
-    compiled = [variant for module in modules for variant in module.variants(HOPPER)]
-    forms = {form_of(variant) for variant in compiled}
-    for variant in compiled:
-        forms |= {f"{variant.function.__name__}: {name} {value}" for name, value in variant.constexprs.items()}
-    unknown = {}
-    for launch in recorded["launches"]:
-        found = {form(launch["kernel"], launch["types"], launch["num_warps"], launch["num_stages"])}
-        found |= {f"{launch['kernel']}: {name} {value}" for name, value in launch["constexprs"].items()}
-        unknown |= dict.fromkeys(found - forms, launch["case"])
-    assert not unknown, "no variant and no call in recorded_launches.py has:\n" + "\n".join(
-        f"{found}, as in {case!r}" for found, case in unknown.items()
-    )
+    compiled = forms_of(*kernel_modules().values(), recorded_launches)
+    unknown = {found: case for found, case in launched_forms(recorded).items() if found not in compiled}
+    assert not unknown, "no variant and no call in recorded_launches.py has:\n" + listed(unknown)
+
+
+def test_every_form_that_ships_is_launched(recorded):
+    shipped, launched = forms_of(*kernel_modules().values()), launched_forms(recorded)
+    unused = {found: name for found, name in shipped.items() if found not in launched}
+    assert not unused, "no call in every_launch.py launches:\n" + listed(unused)
 
 
 @pytest.mark.parametrize(
