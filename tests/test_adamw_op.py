@@ -275,7 +275,7 @@ def test_no_parameters():
         ("masters", [torch.ones(3), torch.ones(4).half()], TypeError, r"masters\[1\] is torch.float16"),
         ("exp_avgs", [torch.ones(3), torch.ones(4).half()], TypeError, r"exp_avgs\[1\]"),
         ("grads", [torch.ones(3), torch.ones(4).to_sparse()], ValueError, r"grads\[1\] is torch.sparse_coo"),
-        ("steps", [torch.ones(()), torch.ones(2)], ValueError, "one element"),
+        ("steps", [torch.ones(()), torch.ones(2)], ValueError, r"steps\[1\] has 2 elements"),
         ("lr", 0.1, TypeError, "lr is float"),
         ("found_inf", torch.ones(2), ValueError, "found_inf has shape"),
         ("exp_avg_sqs", [torch.ones(3), torch.ones(4, device="meta")], ValueError, r"exp_avg_sqs\[1\] is on meta"),

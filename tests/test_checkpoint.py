@@ -123,7 +123,10 @@ def describe(name, **fields):
         (replace("up.weight_scale", torch.ones(160, 1).half()), "'up.weight_scale' is torch.float16"),
         (replace("up.weight_scale", torch.ones(160, 1).int()), "'up.weight_scale' is torch.int32"),
         (replace("norm.running_mean", torch.zeros(128).int()), "'norm.running_mean' is torch.int32"),
-        (replace("stranger", torch.zeros(1)), "has a tensor 'stranger', which the model lacks"),
+        (
+            replace("stranger", torch.zeros(1)),
+            "has a tensor 'stranger', which the model lacks; build it as the saved one was",
+        ),
         (describe("up", in_features=64), r"layer 'up' is \(in, out, bias\) = \(64, 160, True\)"),
         (describe("middle"), "'middle', where the model has no such module"),
         (describe("norm"), "'norm', where the model has a BatchNorm1d"),

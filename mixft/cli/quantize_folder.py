@@ -118,7 +118,10 @@ def _weight_of(name: str, layer: torch.nn.Module, prefix: str, names: dict[str, 
         )
     entry, shape = saved.entries[found], tuple(layer.weight.shape)
     if entry.shape != shape:
-        raise InputError(f"tensor {found!r} has shape {entry.shape} in {saved.source} and {shape} by config.json")
+        raise InputError(
+            f"tensor {found!r} has shape {entry.shape} in {saved.source} and {shape} by config.json; save the model "
+            "again"
+        )
     if entry.dtype not in FLOATS:
         raise InputError(f"tensor {found!r} in {saved.source} is {entry.dtype}; FP32, FP16 or BF16 would do")
     return found

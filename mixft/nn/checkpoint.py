@@ -159,11 +159,16 @@ def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -
     """An empty QuantLinear of the saved ``fields`` to stand in for ``module``."""
     if module is None or not is_linear(module):
         found = "no such module" if module is None else f"a {type(module).__name__}"
-        raise ValueError(f"{path} has an int8 layer {name!r}, where the model has {found}")
+        raise ValueError(
+            f"{path} has an int8 layer {name!r}, where the model has {found}; build it as the saved one was"
+        )
     found = (*features(module), module.bias is not None)
     saved = (fields["in_features"], fields["out_features"], fields["bias"])
     if found != saved:
-        raise ValueError(f"layer {name!r} is (in, out, bias) = {saved} in {path} and {found} in the model")
+        raise ValueError(
+            f"layer {name!r} is (in, out, bias) = {saved} in {path} and {found} in the model; build it as the saved "
+            "one was"
+        )
     dtype = module.weight.dtype if module.weight.is_floating_point() else None
     if dtype not in (None, *FLOATS):
         raise ValueError(f"layer {name!r} is {dtype} in the model; torch.float32, float16 or bfloat16 would do")
@@ -195,15 +200,19 @@ def _expected_state(model: nn.Module, replacements: dict[nn.Module, QuantLinear]
 def _check_fit(expected: dict[str, Tensor], found: dict[str, Entry], path: Path) -> None:
     for name, tensor in expected.items():
         if name not in found:
-            raise ValueError(f"{path} has no tensor {name!r}, which the model needs")
+            raise ValueError(f"{path} has no tensor {name!r}, which the model needs; build it as the saved one was")
         if found[name].shape != tensor.shape:
             raise ValueError(
-                f"tensor {name!r} has shape {found[name].shape} in {path} and {tuple(tensor.shape)} in the model"
+                f"tensor {name!r} has shape {found[name].shape} in {path} and {tuple(tensor.shape)} in the model; "
+                "build it as the saved one was"
             )
         # A floating-point tensor is cast to the model's dtype, but for scales, which are FP32 in any.
         floats = found[name].dtype.is_floating_point and tensor.dtype.is_floating_point
         if found[name].dtype != tensor.dtype and not (floats and name.rpartition(".")[2] not in SCALES):
-            raise ValueError(f"tensor {name!r} is {found[name].dtype} in {path} and {tensor.dtype} in the model")
+            raise ValueError(
+                f"tensor {name!r} is {found[name].dtype} in {path} and {tensor.dtype} in the model; build it as the "
+                "saved one was"
+            )
     surplus = sorted(found.keys() - expected.keys())
     if surplus:
-        raise ValueError(f"{path} has a tensor {surplus[0]!r}, which the model lacks")
+        raise ValueError(f"{path} has a tensor {surplus[0]!r}, which the model lacks; build it as the saved one was")

@@ -97,7 +97,8 @@ def check_step(
                 f"{tuple(shapes[position])}; they must be equal"
             )
     if set(map(Tensor.numel, tensors["steps"])) != {1}:
-        raise ValueError("every one of steps must hold one element")
+        position, size = next((i, t.numel()) for i, t in enumerate(tensors["steps"]) if t.numel() != 1)
+        raise ValueError(f"steps[{position}] has {size} elements; it must hold one")
     for name in ("masters", *states):
         _check_one_dtype(name, tensors[name])
     _check_masters(params, tensors["masters"], stochastic_rounding)
