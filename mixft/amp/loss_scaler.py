@@ -1,5 +1,7 @@
 """``LossScaler``: ``torch.amp.GradScaler`` for pure-FP16 training, which says where gradients overflowed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -12,7 +14,7 @@ from mixft.ops.capture import capturing
 
 from .floor_watch import FloorWatch
 from .gradients import find_overflows, has_gradient, unscale_gradients
-from .main_grads import MainGrads, rescaled_with
+from .main_grads import MainGrads
 from .overflow import OverflowStep
 from .overflow_log import OverflowLog
 from .scale_rule import Counters, ScaleRule, check_backoff_factor, check_count, check_growth_factor, check_scales
@@ -180,7 +182,7 @@ class LossScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         self._check_scale_growth_tracker("update")
-        with rescaled_with(self):
+        with self._scale_changing():
             self._update_scale(new_scale)
         self._counters["iteration"].add_(1)
         if self._dynamic:
@@ -209,6 +211,15 @@ class LossScaler(torch.amp.GradScaler):
                     self._growth_interval,
                 )
             self._per_optimizer_states.clear()
+
+    @contextmanager
+    def _scale_changing(self) -> Iterator[None]:
+        """Within, the scale may change: sums that hold it are brought to the new one afterwards."""
+        holding = [sums for sums in self.scaled_sums if sums.summed and not sums.settled]
+        before = self._scale.clone() if holding else None
+        yield
+        for sums in holding:
+            sums.rescale_(self._scale / before)
 
     def inverse_scale(self) -> Tensor | None:
         """1 / scale, 0-d FP32 on the scale's device, without waiting for it; None where the scaler is not enabled.
@@ -260,7 +271,7 @@ class LossScaler(torch.amp.GradScaler):
         if state_dict:
             scale = min(max(state_dict["scale"], own["min_scale"]), own["max_scale"])
             state_dict = state_dict | {"scale": scale}
-        with rescaled_with(self):
+        with self._scale_changing():
             super().load_state_dict(state_dict)
         self._dynamic = own.pop("dynamic")
         self._floor_watch = FloorWatch(own.pop("patience"), own["min_scale"])

@@ -1,8 +1,6 @@
 """Gradients that a backward sums by itself, in the FP32 ``main_grad`` of a parameter; a part of ``GradAccumulator``."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,9 +9,6 @@ from mixft.ops import unscale_
 from mixft.ops.layout import is_dense
 
 from .overflow import Counts
-
-if TYPE_CHECKING:
-    from .loss_scaler import LossScaler
 
 
 class MainGrads:
@@ -133,13 +128,3 @@ class MainGrads:
 
     def _note_versions(self) -> None:
         self._versions = {position: buffer._version for position, buffer in self._buffers.items()}
-
-
-@contextmanager
-def rescaled_with(scaler: "LossScaler") -> Iterator[None]:
-    """Within, the scale may change: sums that hold it are brought to the new one afterwards."""
-    holding = [sums for sums in scaler.scaled_sums if sums.summed and not sums.settled]
-    before = scaler._scale.clone() if holding else None
-    yield
-    for sums in holding:
-        sums.rescale_(scaler._scale / before)
