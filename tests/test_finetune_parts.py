@@ -17,6 +17,7 @@ from mixft.amp import LossScaler
 from mixft.cli import report
 from mixft.cli.batching import Batches
 from mixft.cli.dataset import Examples, hold_out, load_dataset, read_examples
+from mixft.cli.device import choose_device
 from mixft.cli.job import Job, Recipe
 from mixft.cli.model_folder import UNLIMITED, load_classifier, load_tokenizer, longest_input
 from mixft.cli.precision import PRECISIONS, OptimizerStorage, quantize, set_up
@@ -365,3 +366,13 @@ def test_progress_line():
     event = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 1e-4, "loss_scale": 65536.0, "tokens_per_second": 1234.5}
     assert describe(event) == "loss 0.500  accuracy 75.0%  lr 1.0e-04  scale 65536  1,234 tokens/s"
     assert describe({**event, "loss": None, "loss_scale": None}).startswith("loss nan  accuracy")
+
+
+@pytest.mark.parametrize(("gpus", "chosen"), [(0, "cpu"), (2, "cuda")])
+def test_the_gpu_is_chosen_where_there_is_one(monkeypatch, gpus, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert choose_device(None) == chosen
+    assert choose_device("cpu") == "cpu"
+    if gpus:
+        assert choose_device("cuda:1") == "cuda:1"
