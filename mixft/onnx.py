@@ -35,7 +35,10 @@ def translation_table() -> dict[Callable, Callable]:
     try:
         import onnxscript
     except ImportError as error:
-        raise ImportError("mixft.onnx needs onnxscript; pip install 'mixft[onnx]'", name="onnxscript") from error
+        raise ImportError(
+            "mixft.onnx needs onnxscript, which is not installed; pip install '.[onnx]' in mixft's checkout",
+            name="onnxscript",
+        ) from error
 
     # This also registers the ops that the table translates.
     from mixft.ops.quantize import SMALLEST_SCALE

@@ -423,7 +423,7 @@ def half(*shape, device="cpu"):
         ((half(2, 3), half(3, 4), half(1, 4)), ValueError, r"bias has shape \(1, 4\)"),
         ((half(2, 3), half(3, 4), half(4).bfloat16()), TypeError, "bias is torch.bfloat16"),
         ((half(2, 3), half(3, 4), None, "tanh"), ValueError, "activation must be None or .*gelu_tanh.* it is 'tanh'"),
-        ((half(2, 3), half(3, 4), None, None, torch.int32), TypeError, "out_dtype is torch.int32"),
+        ((half(2, 3), half(3, 4), None, None, torch.int32), TypeError, "out_dtype must be .* it is torch.int32"),
         ((half(2, 3), half(3, 4, device="meta")), ValueError, "a is on cpu and b on meta"),
         ((half(2, 3), half(3, 4), half(4, device="meta")), ValueError, "bias is on meta and a on cpu"),
     ],

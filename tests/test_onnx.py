@@ -166,5 +166,5 @@ def test_a_layer_that_trains_is_refused_with_what_to_do(tmp_path):
 
 def test_without_onnxscript_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match=r"pip install 'mixft\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[onnx\]' in mixft's checkout"):
         mixft.onnx.translation_table()

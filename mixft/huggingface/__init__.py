@@ -11,7 +11,8 @@ OLDEST_TRANSFORMERS = (5, 12)
 
 if importlib.util.find_spec("transformers") is None:
     raise ImportError(
-        "mixft.huggingface needs transformers, which is not installed; pip install 'mixft[huggingface]'",
+        "mixft.huggingface needs transformers, which is not installed; pip install '.[huggingface]' in mixft's "
+        "checkout",
         name="transformers",
     )
 

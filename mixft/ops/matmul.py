@@ -9,7 +9,7 @@ from torch import Tensor
 from .activation import check_activation
 from .activation_backward import activation_backward, column_sums
 from .registration import define_op, needs_dispatch, without_dispatch
-from .validation import FLOATS
+from .validation import FLOATS, check_out_dtype
 
 
 @define_op("matmul")
@@ -206,8 +206,8 @@ def matmul(
     check_operands(a, b)
     check_added("bias", bias, (b.shape[1],), a)
     check_added("residual", residual, (*a.shape[:-1], b.shape[1]), a)
-    if out_dtype is not None and out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype is {out_dtype}; it can be float16, bfloat16 or float32")
+    if out_dtype is not None:
+        check_out_dtype(out_dtype)
     needs_slope = activation is not None and (activation != "relu" or residual is not None)
     keep = needs_slope and wants_gradient(a, b, bias)
     arguments = (a, b, bias, name, out_dtype or a.dtype, keep, residual)
