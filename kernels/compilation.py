@@ -103,7 +103,7 @@ def compile_variant(variant: Variant, arch: Architecture) -> CompiledVariant:
     if not can_compile():
         raise RuntimeError(f"compiling without a GPU needs Triton 3.3 or newer; this is {triton.__version__}")
     kernel = triton.compile(
-        _source(variant),
+        _source(variant, arch),
         target=GPUTarget(arch.backend, arch.capability, arch.warp_size),
         options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
     )
@@ -142,7 +142,7 @@ def faults(compiled: CompiledVariant, arch: Architecture) -> list[str]:
     return found
 
 
-def _source(variant: Variant) -> ASTSource:
+def _source(variant: Variant, arch: Architecture) -> ASTSource:
     names = variant.function.arg_names
     missing = [name for name in names if name not in variant.signature and name not in variant.constexprs]
     unknown = [name for name in (*variant.signature, *variant.constexprs) if name not in names]
@@ -150,6 +150,10 @@ def _source(variant: Variant) -> ASTSource:
         raise ValueError(f"{variant.name}: arguments without type or value {missing}, unknown arguments {unknown}")
     signature = {name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in names}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
+    if arch.backend == "hip":
+        # A launch there has offsets of 32 bits into every tensor that takes less than 2 GiB.
+        for name in (name for name, kind in variant.signature.items() if kind.startswith("*")):
+            attributes.setdefault((names.index(name),), []).append(["tt.pointer_range", 32])
     return ASTSource(variant.function, signature, variant.constexprs, attributes)
 
 

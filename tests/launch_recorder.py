@@ -1,8 +1,8 @@
-"""Launches kernels on a GPU that is not there, and notes each launch: ``python launch_recorder.py RECORD CASES ...``.
+"""Launches kernels on a GPU that is not there, and notes each: ``python launch_recorder.py ARCH RECORD CASES ...``.
 
 Everything between a launcher and the driver is Triton's own: the binder, the specialization of arguments, the compiler
-and the launcher in C. Only the driver is ``fake_libcuda.c``. Binding takes 0.1 ms and compiling 0.2 s, so a kernel is
-compiled at its first launch and bound at the others.
+and the launcher in C. Only the driver is ``fake_libcuda.c`` or ``fake_libamdhip64.c``. Binding takes 0.1 ms and
+compiling 0.2 s, so a kernel is compiled at its first launch and bound at the others.
 
 ``CASES`` are modules whose ``LAUNCHES`` are functions by name. ``RECORD`` is written: of each module the launches, and
 by case what was raised.
@@ -16,22 +16,24 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import triton
+from triton.backends.amd.driver import HIPDriver
 from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime.jit import JITFunction
 
 import mixft.kernels
-from mixft.kernels.architecture import ARCHITECTURES
+from mixft.kernels.architecture import ARCHITECTURES, Architecture
 from mixft.ops import registration
 
+LIBRARIES = {"cuda": "libcuda.so.1", "hip": "libamdhip64.so"}
 
-class FakeDriver(CudaDriver):
+
+def driver(arch: Architecture):
     """Triton's driver without what it asks torch for."""
-
-    def __init__(self):
-        super().__init__()
-        self.get_device_capability = lambda device: (9, 0)
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
+    found = (CudaDriver if arch.backend == "cuda" else HIPDriver)()
+    found.get_device_capability = lambda device: divmod(arch.capability, 10)
+    found.get_current_device = lambda: 0
+    found.get_current_stream = lambda device: 0
+    return found
 
 
 class Bound:
@@ -57,11 +59,11 @@ class Recorder:
         case: what the next launches are noted under.
     """
 
-    def __init__(self):
+    def __init__(self, library: ctypes.CDLL):
         self.launches, self.case = [], None
         self._compile, self._run = triton.compiler.compile, JITFunction.run
         self._compiled = {}
-        self._last = (ctypes.c_uint64 * 6).in_dll(ctypes.CDLL("libcuda.so.1"), "launched")
+        self._last = (ctypes.c_uint64 * 6).in_dll(library, "launched")
 
     def compile(self, src, target, options):
         compiled = Bound(src) if src.fn in self._compiled else self._compile(src, target=target, options=options)
@@ -93,17 +95,18 @@ class Recorder:
         return compiled
 
 
-def main(record: str, *modules: str) -> None:
-    triton.runtime.driver.set_active(FakeDriver())
-    recorder = Recorder()
+def main(architecture: str, record: str, *modules: str) -> None:
+    arch = ARCHITECTURES[architecture]
+    recorder = Recorder(ctypes.CDLL(LIBRARIES[arch.backend], ctypes.RTLD_GLOBAL))
+    triton.runtime.driver.set_active(driver(arch))
     triton.compiler.compile = recorder.compile
     JITFunction.run = lambda *args, **kwargs: recorder.run(*args, **kwargs)
-    # CPU tensors go to the launchers, which take the machine for an H100.
+    # CPU tensors go to the launchers, which take the CPU for that GPU.
     registration.interpreting = lambda: True
     for entry in pkgutil.iter_modules(mixft.kernels.__path__):
         kernels = importlib.import_module(f"mixft.kernels.{entry.name}")
         if hasattr(kernels, "architecture_of"):
-            kernels.architecture_of = lambda device: ARCHITECTURES["sm_90"]
+            kernels.architecture_of = lambda device: arch
     found = {}
     for module in modules:
         recorder.launches, failures = [], {}

@@ -238,6 +238,7 @@ OTHERS = {
     "groups": lambda: quantized(4096 * 32, 128, 1, torch.float16, symmetric=False),
     "odd groups": lambda: quantized(102, 11, 1, torch.float32, symmetric=False),
     "columns": lambda: quantized(1, 4096, 4096, torch.float16, factor=True),
+    "many columns": lambda: quantized(1, 4096, 8192, torch.float16, factor=True),
     "short columns": lambda: quantized(1, 17, 1000, torch.bfloat16, symmetric=False, stochastic=True),
     "few long columns": lambda: quantized(1, 2**17, 3, torch.float32, symmetric=False, stochastic=True),
     "tensor": lambda: quantized(1, 2**24, 1, torch.float32, symmetric=False, stochastic=True),
