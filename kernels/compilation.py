@@ -142,6 +142,16 @@ def faults(compiled: CompiledVariant, arch: Architecture) -> list[str]:
     return found
 
 
+def attributes_of(variant: Variant, arch: Architecture) -> dict[tuple[int], list]:
+    """What a launch tells the compiler of its arguments beside their types, by their places."""
+    attributes = {name: [["tt.divisibility", 16]] for name in variant.divisible_by_16}
+    if arch.backend == "hip":
+        # Offsets into a tensor that takes less than 2 GiB have 32 bits.
+        for name in (name for name, kind in variant.signature.items() if kind.startswith("*")):
+            attributes.setdefault(name, []).append(["tt.pointer_range", 32])
+    return {(variant.function.arg_names.index(name),): found for name, found in attributes.items()}
+
+
 def _source(variant: Variant, arch: Architecture) -> ASTSource:
     names = variant.function.arg_names
     missing = [name for name in names if name not in variant.signature and name not in variant.constexprs]
@@ -149,12 +159,7 @@ def _source(variant: Variant, arch: Architecture) -> ASTSource:
     if missing or unknown:
         raise ValueError(f"{variant.name}: arguments without type or value {missing}, unknown arguments {unknown}")
     signature = {name: "constexpr" if name in variant.constexprs else variant.signature[name] for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.divisible_by_16}
-    if arch.backend == "hip":
-        # A launch there has offsets of 32 bits into every tensor that takes less than 2 GiB.
-        for name in (name for name, kind in variant.signature.items() if kind.startswith("*")):
-            attributes.setdefault((names.index(name),), []).append(["tt.pointer_range", 32])
-    return ASTSource(variant.function, signature, variant.constexprs, attributes)
+    return ASTSource(variant.function, signature, variant.constexprs, attributes_of(variant, arch))
 
 
 def _cuda_resources(kernel) -> dict:

@@ -77,6 +77,8 @@ class Recorder:
         src, names = compiled.src, function.arg_names
         constants = {key if isinstance(key, str) else names[key[0]]: value for key, value in src.constants.items()}
         annotated = {parameter.name for parameter in function.params if parameter.is_constexpr}
+        # Triton 3.2 has an object for them.
+        attributes = src.attrs.values() if isinstance(src.attrs, dict) else ()
         launch = {
             "case": self.case,
             "kernel": function.fn.__name__,
@@ -84,6 +86,7 @@ class Recorder:
                 name: str(constants.get(name, src.signature.get(name))) for name in names if name not in annotated
             },
             "constexprs": {name: str(constants[name]) for name in names if name in annotated},
+            "attributes": sorted({name for given in attributes for name, _ in given}),
             **compiled.noted_options,
         }
         if isinstance(compiled, Bound):

@@ -24,7 +24,7 @@ from triton._C.libtriton import amd
 
 from mixft.kernels import compilation
 from mixft.kernels.architecture import ARCHITECTURES, Architecture
-from mixft.kernels.compilation import can_compile, kernel_modules
+from mixft.kernels.compilation import attributes_of, can_compile, kernel_modules
 from mixft.kernels.matmul_persistent import has_descriptors
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="where there is a GPU the other tests launch on it")
@@ -162,6 +162,13 @@ def test_every_form_that_ships_is_launched(recorded, arch):
     assert not unused, "no call in every_launch.py launches:\n" + listed(unused)
 
 
+@pytest.mark.skipif(not can_compile(), reason="Triton 3.2 has other attributes")
+def test_launches_have_the_attributes_that_are_compiled(recorded, arch):
+    variants = [variant for module in kernel_modules().values() for variant in module.variants(arch)]
+    compiled = {name for each in variants for given in attributes_of(each, arch).values() for name, _ in given}
+    assert {name for launch in recorded["launches"] for name in launch["attributes"]} == compiled
+
+
 @pytest.mark.parametrize(
     ("case", "complaint"),
     [
@@ -191,6 +198,7 @@ def test_what_is_recorded(faulty):
         "kernel": "fill",
         "types": {"values": "*fp32", "number": "fp32"},
         "constexprs": {"BLOCK": "64"},
+        "attributes": ["tt.divisibility"] if can_compile() else [],
         "num_warps": 4,
         "num_stages": 3,
         "grid": [2, 1, 1],
