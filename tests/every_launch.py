@@ -1,6 +1,6 @@
 """Calls that launch every kernel, as users' calls do: the ops, every optimizer in every storage, and odd sizes.
 
-Every form of a launch that a ``variants`` lists is among them, and no other.
+Every form that a ``variants`` lists is among them, and any other is one that ``recorded_launches.py`` has too.
 """
 
 import functools

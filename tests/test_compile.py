@@ -121,7 +121,7 @@ def test_every_kernel_ships_variants():
 @pytest.mark.parametrize("module", MODULES)
 def test_no_argument_has_a_name_of_triton_s_own(module):
     """At a launch Triton writes a function with a kernel's argument names in it beside its own, which would hide them;
-    and it takes a keyword that is an option for one. Only a launch on a GPU goes that way."""
+    and it takes a keyword that is an option for one."""
     names = {"params", "specialization", "options", "backend", "specialize_impl", "grid", "warmup"}
     options = set(CUDAOptions.__dataclass_fields__) | set(HIPOptions.__dataclass_fields__)
     for variant in kernel_modules()[module].variants(ARCHITECTURES["sm_90"]):

@@ -191,6 +191,14 @@ def test_a_launch_of_nothing_is_reported(faulty):
     assert set(wrong) == {"no program"}
 
 
+def test_forms_tell_kernels_apart_and_not_their_data():
+    arguments = ["*fp16", "None", "i32", "tensordesc<fp16[128, 64]>"]
+    assert [kind(argument) for argument in arguments] == ["pointer", "None", "number", "[128, 64]"]
+    assert [kind(argument) for argument in ("*i64", "1", "fp32")] == ["pointer", "number", "number"]
+    forms = {form("fill", {"values": "*fp16"}, *options) for options in ((4, 1), (8, 1), (4, 2))}
+    assert len(forms) == 3
+
+
 def test_what_is_recorded(faulty):
     launches = {launch["case"]: launch for launch in faulty["launches"]}
     assert launches["sound"] == {
