@@ -2,23 +2,25 @@
  *
  *     out = act(row_scale column_scale (sum_k q w - zero_point column_sum) + bias + left right)
  *
- * with rows q [rows, inner], sums in int32 and the rest in FP32. A weight that is not packed ahead is packed by each
- * thread as far as it is about to multiply with it, so that no second copy is kept.
+ * with rows q [rows, inner], sums in int32 and the rest in FP32. No second copy of the weight is kept: each thread packs
+ * the part that it is about to multiply with, while the part after that is on its way from memory.
  */
 #ifndef MIXFT_INT8_PRODUCT_H
 #define MIXFT_INT8_PRODUCT_H
 
 #include "activation.h"
+#include "int8_few_rows.h"
+#include "int8_pack.h"
 #include "int8_rows.h"
 
-enum { PACKED, BY_COLUMN, BY_ROW };
+enum { BY_COLUMN, BY_ROW };
 
 struct int8_product {
     int64_t rows, inner, columns;
     struct quantized_rows left;
-    const void *weight;
-    int weight_layout;          /* PACKED, or int8: BY_COLUMN [columns, inner], BY_ROW [inner, columns] */
-    uint8_t *groups;            /* room for one group of strips a thread, unless PACKED */
+    const int8_t *weight;
+    int weight_layout;          /* BY_COLUMN [columns, inner], or BY_ROW [inner, columns] */
+    uint8_t *groups;            /* room for one group of strips a thread */
     const float *column_scale;  /* [columns], or NULL for 1 */
     const int32_t *column_sum;  /* [columns], or NULL: no zero points */
     int32_t zero_point;         /* of every row */
@@ -31,71 +33,53 @@ struct int8_product {
     int bias_dtype, activation, out_dtype;
 };
 
+/* With one tile of rows to multiply, a weight BY_COLUMN is read as it lies: packing it would take longer. */
+static inline int is_read_in_place(const struct int8_product *to)
+{
+    return to->weight_layout == BY_COLUMN && to->rows <= TILE_ROWS;
+}
+
+/* Strips packed at a time: of a weight BY_ROW as many as stay in the cache, since a line of it is of two or more. */
+static inline int64_t strips_of_group(const struct int8_product *to)
+{
+    return to->weight_layout == BY_ROW ? 1 + GROUP_BYTES / strip_bytes(to->inner) : 1;
+}
+
 static inline uint8_t *group_of_thread(const struct int8_product *to)
 {
-    return to->groups + omp_get_thread_num() * strips_of_group(to->inner) * strip_bytes(to->inner);
-}
-
-/* One depth of a strip of a weight BY_ROW: DEPTH of its rows, the bytes of their columns side by side. */
-static inline void interleave(uint8_t *restrict out, const int8_t *restrict rows, int64_t stride)
-{
-    for (int column = 0; column < STRIP; column++)
-        for (int row = 0; row < DEPTH; row++)
-            out[column * DEPTH + row] = (uint8_t)rows[row * stride + column] ^ OFFSET;
-}
-
-static inline void pack_by_row(uint8_t *out, const struct int8_product *to, int64_t begin, int64_t end)
-{
-    int64_t bytes = strip_bytes(to->inner);
-    /* Strips within, so that the lines of the weight are read whole. */
-    for (int64_t row = 0; row < to->inner; row += DEPTH)
-        for (int64_t strip = begin; strip < end; strip++) {
-            int64_t column = strip * STRIP, width = least(to->columns - column, STRIP);
-            int64_t height = least(to->inner - row, DEPTH);
-            const int8_t *from = (const int8_t *)to->weight + row * to->columns + column;
-            uint8_t *target = out + (strip - begin) * bytes + row * STRIP;
-            int8_t edge[DEPTH * STRIP] = {0};
-            if (width == STRIP && height == DEPTH) {
-                interleave(target, from, to->columns);
-            } else {
-                for (int64_t i = 0; i < height; i++)
-                    memcpy(edge + i * STRIP, from + i * to->columns, width);
-                interleave(target, edge, STRIP);
-            }
-        }
-}
-
-/* `count` bytes, up to DEPTH, each as w + OFFSET. */
-static inline depth_bytes with_offset(const int8_t *from, int64_t count)
-{
-    depth_bytes bytes = 0;
-    memcpy(&bytes, from, count);
-    return bytes ^ OFFSETS;
-}
-
-/* A strip of `weight` [columns, inner]. */
-static inline void pack_by_column(void *strip_of, const int8_t *weight, int64_t columns, int64_t inner, int64_t strip)
-{
-    depth_bytes *out = strip_of;
-    int64_t whole = inner / DEPTH;
-    for (int64_t column = strip * STRIP; column < least(columns, (strip + 1) * STRIP); column++, out++) {
-        const int8_t *row = weight + column * inner;
-        for (int64_t step = 0; step < whole; step++)
-            out[step * STRIP] = with_offset(row + step * DEPTH, DEPTH);
-        if (inner % DEPTH)
-            out[whole * STRIP] = with_offset(row + whole * DEPTH, inner % DEPTH);
-    }
+    return to->groups + omp_get_thread_num() * strips_of_group(to) * strip_bytes(to->inner);
 }
 
 static void pack_group(const void *arguments, int64_t begin, int64_t end)
 {
     const struct int8_product *to = arguments;
-    uint8_t *out = group_of_thread(to);
     if (to->weight_layout == BY_ROW)
-        pack_by_row(out, to, begin, end);
+        pack_by_row(group_of_thread(to), to->weight, to->columns, to->inner, begin, end);
+    else if (!is_read_in_place(to))
+        pack_by_column(group_of_thread(to), to->weight, to->columns, to->inner, begin);
+}
+
+/* Of the part of a weight BY_COLUMN that is packed next, what falls to `rows` rows from `row` on. */
+static inline struct fetched next_strip(const struct int8_product *to, int64_t row, int64_t rows, int64_t strip)
+{
+    const int8_t *next = to->weight + (strip + 1) * STRIP * to->inner;
+    if (to->weight_layout == BY_ROW)
+        return (struct fetched){to->weight, 0};
+    return (struct fetched){next + STRIP * to->inner * row / to->rows, STRIP * DEPTH * rows / to->rows};
+}
+
+/* sums [rows, STRIP] of the rows from `row` on with strip number `strip`, number `place` of its group. */
+static inline void multiply_strip(int32_t *sums, const struct int8_product *to, int64_t row, int64_t rows,
+                                  int64_t strip, int64_t place)
+{
+    const row_value *values = to->left.values + row * to->left.stride;
+    int64_t inner = to->inner, stride = to->left.stride, first = strip * STRIP;
+    if (is_read_in_place(to))
+        multiply_few_rows(sums, values, stride, to->weight + first * inner, inner, rows,
+                          least(to->columns - first, STRIP));
     else
-        for (int64_t strip = begin; strip < end; strip++)
-            pack_by_column(out + (strip - begin) * strip_bytes(to->inner), to->weight, to->columns, to->inner, strip);
+        multiply_tile(sums, values, stride, group_of_thread(to) + place * strip_bytes(inner), inner, rows,
+                      next_strip(to, row, rows, strip));
 }
 
 /* What the columns of a strip bring along, with anything beyond the last. */
@@ -156,12 +140,10 @@ static inline void add_factors(float *y, const struct int8_product *from, int64_
 static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place)
 {
     const struct int8_product *to = arguments;
-    const uint8_t *packed = to->weight_layout == PACKED ? to->weight : group_of_thread(to);
     int32_t sums[TILE_ROWS * STRIP];
     struct strip_columns columns;
     read_columns(&columns, to, strip);
-    multiply_tile(sums, to->left.values + row * to->left.stride, to->left.stride,
-                  packed + (to->weight_layout == PACKED ? strip : place) * strip_bytes(to->inner), to->inner, rows);
+    multiply_strip(sums, to, row, rows, strip, place);
     int whole = columns.count == STRIP, dtype = to->out_dtype;
     for (int32_t *sum = sums; rows > 0; rows--, row++, sum += STRIP) {
         void *out = element(to->out, row * to->columns + columns.first, dtype);
@@ -187,8 +169,8 @@ static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t st
 
 static inline void multiply_int8(const struct int8_product *product)
 {
-    group_function *prepare = product->weight_layout == PACKED ? NULL : pack_group;
-    for_each_tile(product->rows, product->inner, product->columns, prepare, do_tile, product);
+    for_each_tile(product->rows, product->inner, product->columns, strips_of_group(product), pack_group, do_tile,
+                  product);
 }
 
 #endif

@@ -6,7 +6,7 @@
 #include "int8_rounding.h"
 #include "int8_tile.h"
 
-/* Values [rows, stride], the scale of each row, and OFFSET times the sum of its values. */
+/* Values [rows, stride], zeros at the end of each row, its scale, and OFFSET times the sum of its values. */
 struct quantized_rows {
     row_value *values;
     int64_t stride;
@@ -75,7 +75,7 @@ static inline const float *as_floats(float *restrict buffer, const void *row, co
 
 static inline void end_row(const struct quantized_rows *to, int64_t row, int64_t inner, float scale, uint32_t sum)
 {
-    memset(to->values + row * to->stride + inner, 0, DEPTH * sizeof(row_value));
+    memset(to->values + row * to->stride + inner, 0, (to->stride - inner) * sizeof(row_value));
     to->scale[row] = scale;
     to->sum[row] = OFFSET * sum;
 }

@@ -47,11 +47,8 @@ typedef uint16_t depth_bytes;
 
 enum { STRIP = 2 * LANES };
 
-/* Bytes of the weight that stay in a second-level cache while the rows pass by. */
-#define GROUP_BYTES (1 << 18)
-
-/* How far ahead the weight is fetched from memory, in bytes. */
-#define AHEAD 4096
+/* Bytes of the weight that stay in a second-level cache while the rows pass by, beside those that come next. */
+#define GROUP_BYTES (1 << 17)
 
 /* Up to this many products a second thread costs more than it does. */
 #define SMALL_PRODUCT (1 << 19)
@@ -122,9 +119,16 @@ static inline void add_products(integers *sum, integers weights, integers values
 }
 #endif
 
+/* What a tile asks for while it multiplies: `pace` bytes of memory from `ahead` on at every depth. */
+struct fetched {
+    const int8_t *ahead;
+    int64_t pace;
+};
+
 /* sums [rows, STRIP] of `rows` rows, `stride` values apart, with a strip of the weight. */
 static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, const row_value *values, int64_t stride,
-                                                                const uint8_t *strip, int64_t steps, const int rows)
+                                                                const uint8_t *strip, int64_t steps,
+                                                                struct fetched fetched, const int rows)
 {
     integers sum[TILE_ROWS][2];
 #pragma GCC unroll 12
@@ -132,8 +136,8 @@ static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, c
         sum[row][0] = sum[row][1] = (integers){0};
     for (int64_t step = 0; step < steps; step++) {
         integers left = weights_at(strip), right = weights_at(strip + LANES * DEPTH);
-        for (int64_t line = 0; line < STRIP * DEPTH; line += 64)
-            _mm_prefetch(strip + AHEAD + line, _MM_HINT_T0);
+        _mm_prefetch(fetched.ahead, _MM_HINT_T1);
+        fetched.ahead += fetched.pace;
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             integers all = values_at(values + row * stride);
@@ -152,24 +156,24 @@ static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, c
 
 /* multiply_rows for 1 to TILE_ROWS rows, each number of them compiled by itself. */
 static inline void multiply_tile(int32_t *sums, const row_value *values, int64_t stride, const uint8_t *strip,
-                                 int64_t inner, int64_t rows)
+                                 int64_t inner, int64_t rows, struct fetched fetched)
 {
     int64_t steps = parts_of(inner, DEPTH);
     switch (rows) {
-    case 1: multiply_rows(sums, values, stride, strip, steps, 1); break;
-    case 2: multiply_rows(sums, values, stride, strip, steps, 2); break;
-    case 3: multiply_rows(sums, values, stride, strip, steps, 3); break;
-    case 4: multiply_rows(sums, values, stride, strip, steps, 4); break;
-    case 5: multiply_rows(sums, values, stride, strip, steps, 5); break;
+    case 1: multiply_rows(sums, values, stride, strip, steps, fetched, 1); break;
+    case 2: multiply_rows(sums, values, stride, strip, steps, fetched, 2); break;
+    case 3: multiply_rows(sums, values, stride, strip, steps, fetched, 3); break;
+    case 4: multiply_rows(sums, values, stride, strip, steps, fetched, 4); break;
+    case 5: multiply_rows(sums, values, stride, strip, steps, fetched, 5); break;
 #if TILE_ROWS > 6
-    case 6: multiply_rows(sums, values, stride, strip, steps, 6); break;
-    case 7: multiply_rows(sums, values, stride, strip, steps, 7); break;
-    case 8: multiply_rows(sums, values, stride, strip, steps, 8); break;
-    case 9: multiply_rows(sums, values, stride, strip, steps, 9); break;
-    case 10: multiply_rows(sums, values, stride, strip, steps, 10); break;
-    case 11: multiply_rows(sums, values, stride, strip, steps, 11); break;
+    case 6: multiply_rows(sums, values, stride, strip, steps, fetched, 6); break;
+    case 7: multiply_rows(sums, values, stride, strip, steps, fetched, 7); break;
+    case 8: multiply_rows(sums, values, stride, strip, steps, fetched, 8); break;
+    case 9: multiply_rows(sums, values, stride, strip, steps, fetched, 9); break;
+    case 10: multiply_rows(sums, values, stride, strip, steps, fetched, 10); break;
+    case 11: multiply_rows(sums, values, stride, strip, steps, fetched, 11); break;
 #endif
-    default: multiply_rows(sums, values, stride, strip, steps, TILE_ROWS);
+    default: multiply_rows(sums, values, stride, strip, steps, fetched, TILE_ROWS);
     }
 }
 
@@ -179,20 +183,13 @@ typedef void tile_function(const void *arguments, int64_t row, int64_t rows, int
 /* Makes the strips from `begin` up to `end`, a group, ready for the tiles of the calling thread. */
 typedef void group_function(const void *arguments, int64_t begin, int64_t end);
 
-/* Strips that a thread passes all its rows by before it goes on: as many as stay in the cache, or one. */
-static inline int64_t strips_of_group(int64_t inner)
-{
-    return 1 + GROUP_BYTES / strip_bytes(inner);
-}
-
-/* Every tile of [rows, columns] once. A thread takes neighbouring strips, and a band of the rows where there are more
- * threads than strips. `prepare` is NULL where the strips are ready. */
+/* Every tile of [rows, columns] once. A thread takes neighbouring strips, of which it passes all its rows by a `group`
+ * before it goes on, and a band of the rows where there are more threads than strips. */
 static inline __attribute__((always_inline)) void for_each_tile(int64_t rows, int64_t inner, int64_t columns,
-                                                                group_function prepare, tile_function body,
-                                                                const void *arguments)
+                                                                int64_t group, group_function prepare,
+                                                                tile_function body, const void *arguments)
 {
     int64_t strips = parts_of(columns, STRIP), tiles = parts_of(rows, TILE_ROWS);
-    int64_t group = strips_of_group(inner);
 #pragma omp parallel if (rows * inner * columns > SMALL_PRODUCT)
     {
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -201,8 +198,7 @@ static inline __attribute__((always_inline)) void for_each_tile(int64_t rows, in
         int64_t last = band < bands ? strips * (part + 1) / across : 0;
         for (int64_t begin = strips * part / across; begin < last; begin += group) {
             int64_t end = begin + group < last ? begin + group : last;
-            if (prepare)
-                prepare(arguments, begin, end);
+            prepare(arguments, begin, end);
             for (int64_t tile = tiles * band / bands; tile < tiles * (band + 1) / bands; tile++) {
                 int64_t row = rows * tile / tiles, next = rows * (tile + 1) / tiles;
                 for (int64_t strip = begin; strip < end; strip++)

@@ -19,7 +19,7 @@ from mixft.cpu.dropout import dropout
 from mixft.cpu.grad import gradient_statistics, unscale_gradients_
 from mixft.cpu.int8_epilogue import apply_epilogue
 from mixft.cpu.int8_input_gradient import int8_input_gradient
-from mixft.cpu.int8_layer import int8_layer, packed_strips
+from mixft.cpu.int8_layer import int8_layer
 from mixft.cpu.int8_matmul import _compiled, weight_only_matmul
 from mixft.cpu.lion import lion_step_
 from mixft.cpu.optimizer_state import decode_state, encode_state, join_weights, split_weights
@@ -64,9 +64,9 @@ def int32(*shape):
 
 def products(M, K, N, dtype):
     scale, sums, bias, left, right = normal(N, 1), int32(N), normal(N, dtype=dtype), normal(M, 3), normal(3, N)
-    x, strips = normal(M, K, dtype=dtype), packed_strips(int8(N, K))
-    int8_layer(x, strips, scale, bias, "gelu", left=left, right=right)
-    int8_layer(x, strips, scale, None, "none", 0.1, 3, sums)
+    x, weight = normal(M, K, dtype=dtype), int8(N, K)
+    int8_layer(x, weight, scale, bias, "gelu", left=left, right=right)
+    int8_layer(x, weight, scale, None, "none", 0.1, 3, sums)
     int8_input_gradient(normal(M, K, dtype=dtype), int8(K, N), normal(K, 1), left, right)
     a, a_scale, zeros = int8(M, K), normal(M, 1), int32(M, 1)
     for b in (int8(N, K), int8(K, N).t()):

@@ -1,7 +1,7 @@
 """CPU routine of the layer with frozen int8 weights whose input is quantized in every call.
 
-A weight is packed at its first call, see ``packed_weight``. The compiled layer serves where it can, else oneDNN's
-packed product, and without VNNI the bare integer product.
+The compiled layer serves where it can, else oneDNN's product with a weight that is packed at its first call, and
+without VNNI the bare integer product.
 """
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .int8_layer import int8_layer, serves
 from .int8_matmul import int8_matmul
-from .packed_weight import packed_product, packed_weight, strips_of
+from .packed_weight import packed_product, packed_weight
 from .quantize import quantize
 from .unsigned_rows import unsigned_rows
 
@@ -29,7 +29,7 @@ def dynamic_int8_linear(
     """``mixft.kernels.dynamic_int8_linear.dynamic_int8_linear`` on the CPU."""
     if x.numel() and weight.numel() and serves(x.shape[0]):
         added = {} if left is None else {"left": left.float().contiguous(), "right": right.float().contiguous()}
-        return int8_layer(x, strips_of(weight), weight_scale, bias, activation, **added)
+        return int8_layer(x, weight, weight_scale, bias, activation, **added)
     if left is not None:
         out = dynamic_int8_linear(x.float(), weight, weight_scale, bias, "none")
         return ACTIVATIONS[activation](out.addmm_(left.float(), right.float())).to(x.dtype)

@@ -1,6 +1,6 @@
 """A layer with an int8 weight in one compiled call, from its input in floats to its output.
 
-The weight is packed ahead, and each row of the input is quantized before the product, which is exact in int32: see
+Each row of the input is quantized before the product, which is exact in int32 and reads the weight where it lies: see
 native/int8_product.h, which is written for every processor that mixft has compiled routines for.
 """
 
@@ -18,12 +18,8 @@ linear = native.Routine(
     "int8_linear",
     *(c_void_p, c_int, c_int64, c_int64, c_int64),
     *(c_void_p, c_void_p, c_void_p, c_float, c_int),
-    *(c_void_p, c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p),
+    *(c_void_p, c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p, c_void_p),
 )
-pack = native.Routine("pack_int8_weight", c_void_p, c_void_p, c_int64, c_int64)
-
-# Bytes of strips that stay in the cache: native/int8_tile.h.
-GROUP_BYTES = 1 << 18
 
 # Bytes beside its values that a row of the input needs: native/int8_rows.h.
 ROW_BYTES = 144
@@ -38,15 +34,10 @@ def serves(rows: int) -> bool:
 
 
 @functools.cache
-def _layout() -> tuple[int, int, int]:
-    """Rows of a weight in a strip, bytes of each that lie together in it, and bytes of a value of the input."""
-    return tuple(map(native.constant, ("int8_strip", "int8_depth", "int8_row_value_bytes")))
-
-
-def strips_bytes(N: int, K: int) -> int:
-    """Bytes of the strips of ``N`` rows of ``K`` elements."""
-    strip, depth, _ = _layout()
-    return -(-N // strip) * strip * depth * -(-K // depth)
+def _layout() -> tuple[int, int, int, int]:
+    """Rows of a weight in a strip, bytes of each that lie together in it, bytes of a value of the input, and bytes of
+    the strips that a thread packs at a time."""
+    return tuple(map(native.constant, ("int8_strip", "int8_depth", "int8_row_value_bytes", "int8_group_bytes")))
 
 
 def rows_bytes(M: int, K: int) -> int:
@@ -56,20 +47,13 @@ def rows_bytes(M: int, K: int) -> int:
 
 def groups_bytes(K: int) -> int:
     """Bytes of the room in which threads pack a weight whose rows have ``K`` elements, a group of strips each."""
-    return torch.get_num_threads() * (GROUP_BYTES + strips_bytes(1, K))
-
-
-def packed_strips(weight: Tensor) -> Tensor:
-    """The packed copy of int8 ``weight`` [N, K], contiguous and not empty."""
-    N, K = weight.shape
-    strips = torch.empty(strips_bytes(N, K), dtype=torch.uint8, device="cpu")
-    pack(strips.data_ptr(), native.address(weight), N, K)
-    return strips
+    strip, depth, _, group = _layout()
+    return torch.get_num_threads() * (group + strip * depth * -(-K // depth))
 
 
 def int8_layer(
     x: Tensor,
-    strips: Tensor,
+    weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
     activation: str,
@@ -81,17 +65,19 @@ def int8_layer(
 ) -> Tensor:
     """``mixft.kernels.static_int8_linear.static_int8_linear``, or without a ``weight_sum`` the dynamic layer.
 
-    ``strips`` is the packed weight, ``left`` and ``right`` are as in the dynamic layer.
+    ``left`` and ``right`` are as in the dynamic layer.
     """
-    x, columns = x.contiguous(), weight_scale.contiguous()
-    (M, K), N = x.shape, columns.shape[0]
+    x, weight, columns = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
+    (M, K), N = x.shape, weight.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.contiguous()
-    room = native.scratch(rows_bytes(M, K))
+    rows = rows_bytes(M, K)
+    scratch = native.scratch(rows + groups_bytes(K))
+    room = scratch.data_ptr()
     linear(
         *(*native.typed(x), M, K, N),
-        *(strips.data_ptr(), native.address(columns), native.address(weight_sum), input_scale, input_zero_point),
-        *(*native.typed(bias), CODES[activation], *low_rank(left, right), *native.typed(out), room.data_ptr()),
+        *(native.address(weight), native.address(columns), native.address(weight_sum), input_scale, input_zero_point),
+        *(*native.typed(bias), CODES[activation], *low_rank(left, right), *native.typed(out), room + rows, room),
     )
     return out
 
@@ -110,7 +96,7 @@ def _matches_exact_products() -> bool:
         weight = torch.randint(-128, 128, (N, K), dtype=torch.int8, device="cpu", generator=generator)
         values[:, 0], values[0], weight[0], weight[1] = 127, -127, 127, -128
         # A row whose largest magnitude is 127 is its own quantization, with a scale of 1.
-        found = int8_layer(values.float(), packed_strips(weight), torch.ones(N, 1, device="cpu"), None, "none")
+        found = int8_layer(values.float(), weight, torch.ones(N, 1, device="cpu"), None, "none")
         if not torch.equal(found, (values.double() @ weight.double().t()).float()):
             return False
     return True

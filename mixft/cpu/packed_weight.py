@@ -1,10 +1,9 @@
-"""int8 weights packed ahead: in strips for the compiled product, or for oneDNN's product of unsigned by signed bytes.
+"""int8 weights packed ahead for oneDNN's product of unsigned by signed bytes.
 
     out[m, n] = scale[n] * sum_k (u[m, k] - 128) w[n, k]         u uint8 [M, K], w int8 [N, K], scale and out FP32
 
-is what oneDNN computes; :mod:`mixft.cpu.int8_layer` has the compiled product. The packed copy of a weight lives as
-long as the weight and is made anew after a change in place, and where ``.data`` was given another tensor. A write that
-torch does not count, through ``.data`` or NumPy, is not seen.
+The packed copy of a weight lives as long as the weight and is made anew after a change in place, and where ``.data``
+was given another tensor. A write that torch does not count, through ``.data`` or NumPy, is not seen.
 """
 
 import functools
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .instruction_set import has_int8_dot
-from .int8_layer import packed_strips
 
 ZERO = 128  # what stands for zero in an unsigned operand
 
@@ -24,7 +22,7 @@ PIECE = 1 << 18
 
 
 class PackedWeight:
-    """The packed copies of one weight, each made when it is asked for, with what depends on its scale."""
+    """The packed copy of one weight, made when it is asked for, with what depends on its scale."""
 
     def __init__(self, weight: Tensor):
         self.owner = weakref.ref(weight, functools.partial(_forget, id(weight)))
@@ -34,12 +32,7 @@ class PackedWeight:
         self.scale = self.terms = None
 
     @functools.cached_property
-    def strips(self) -> Tensor:
-        return packed_strips(self.owner())
-
-    @functools.cached_property
     def values(self) -> Tensor:
-        """For oneDNN."""
         return torch.ops.onednn.qlinear_prepack(self.owner(), None)
 
     @functools.cached_property
@@ -91,12 +84,6 @@ def kept(weight: Tensor) -> PackedWeight | None:
 def packed_weight(weight: Tensor) -> PackedWeight | None:
     """The copy of ``weight`` packed for oneDNN; None without VNNI, or where nothing is :func:`kept`."""
     return kept(weight) if packed_product_is_exact() else None
-
-
-def strips_of(weight: Tensor) -> Tensor:
-    """``weight``, not empty, packed in strips; packed in every call where nothing is :func:`kept`."""
-    found = kept(weight)
-    return packed_strips(weight.contiguous()) if found is None else found.strips
 
 
 def packed_product(unsigned: Tensor, weight: PackedWeight, scale: Tensor, *, exact: bool) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .int8_layer import int8_layer, serves
 from .int8_matmul import int8_matmul
-from .packed_weight import ZERO, packed_layer, packed_weight, strips_of
+from .packed_weight import ZERO, packed_layer, packed_weight
 from .quantize import UNIT_ROUNDER, number, workspace
 
 
@@ -23,7 +23,7 @@ def static_int8_linear(
     """``mixft.kernels.static_int8_linear.static_int8_linear`` on the CPU."""
     scale, zero_point = input_scale.item(), input_zero_point.item()
     if x.numel() and weight.numel() and serves(x.shape[0]):
-        return int8_layer(x, strips_of(weight), weight_scale, bias, activation, scale, zero_point, weight_sum)
+        return int8_layer(x, weight, weight_scale, bias, activation, scale, zero_point, weight_sum)
     packed = packed_weight(weight) if x.numel() else None
     if packed is None:
         values = static_bytes(x, scale, zero_point, torch.int8)
