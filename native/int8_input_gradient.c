@@ -11,6 +11,7 @@ void int8_input_gradient(const void *grad, int dtype, int64_t rows, int64_t inne
     struct int8_product product = {.rows = rows,
                                    .inner = inner,
                                    .columns = columns,
+                                   .limbs = 1,
                                    .left = rows_at(scratch, rows, inner),
                                    .weight = weight,
                                    .weight_layout = BY_ROW,

@@ -18,6 +18,7 @@ void int8_linear(const void *input, int input_dtype, int64_t rows, int64_t inner
     struct int8_product product = {.rows = rows,
                                    .inner = inner,
                                    .columns = columns,
+                                   .limbs = 1,
                                    .left = rows_at(scratch, rows, inner),
                                    .weight = weight,
                                    .weight_layout = BY_COLUMN,

@@ -14,10 +14,12 @@
 #include "int8_rows.h"
 
 enum { BY_COLUMN, BY_ROW };
+enum { LIMBS = 3 };
 
 struct int8_product {
     int64_t rows, inner, columns;
-    struct quantized_rows left;
+    int limbs; /* of a row: 1, or LIMBS, each a 256th of the one before */
+    struct quantized_rows left; /* all first limbs, then the others */
     const int8_t *weight;
     int weight_layout;          /* BY_COLUMN [columns, inner], or BY_ROW [inner, columns] */
     uint8_t *groups;            /* room for one group of strips a thread */
@@ -59,27 +61,29 @@ static void pack_group(const void *arguments, int64_t begin, int64_t end)
         pack_by_column(group_of_thread(to), to->weight, to->columns, to->inner, begin);
 }
 
-/* Of the part of a weight BY_COLUMN that is packed next, what falls to `rows` rows from `row` on. */
-static inline struct fetched next_strip(const struct int8_product *to, int64_t row, int64_t rows, int64_t strip)
+/* Of the strip that a weight BY_COLUMN has packed next, what falls to `rows` rows from `row` on; of one BY_ROW, whose
+ * packed strips come from the second-level cache, what is multiplied next. */
+static inline struct fetched next_bytes(const struct int8_product *to, const uint8_t *packed, int64_t row,
+                                        int64_t rows, int64_t strip)
 {
-    const int8_t *next = to->weight + (strip + 1) * STRIP * to->inner;
+    int64_t bytes = STRIP * to->inner;
     if (to->weight_layout == BY_ROW)
-        return (struct fetched){to->weight, 0};
-    return (struct fetched){next + STRIP * to->inner * row / to->rows, STRIP * DEPTH * rows / to->rows};
+        return (struct fetched){(const int8_t *)packed + AHEAD, STRIP * DEPTH};
+    return (struct fetched){to->weight + (strip + 1) * bytes + bytes * row / to->rows, STRIP * DEPTH * rows / to->rows};
 }
 
-/* sums [rows, STRIP] of the rows from `row` on with strip number `strip`, number `place` of its group. */
-static inline void multiply_strip(int32_t *sums, const struct int8_product *to, int64_t row, int64_t rows,
+/* sums [rows, STRIP] of a limb of the rows from `row` on with strip number `strip`, number `place` of its group. */
+static inline void multiply_strip(int32_t *sums, const struct int8_product *to, int limb, int64_t row, int64_t rows,
                                   int64_t strip, int64_t place)
 {
-    const row_value *values = to->left.values + row * to->left.stride;
     int64_t inner = to->inner, stride = to->left.stride, first = strip * STRIP;
+    const row_value *values = to->left.values + (limb * to->rows + row) * stride;
+    const uint8_t *packed = group_of_thread(to) + place * strip_bytes(inner);
     if (is_read_in_place(to))
         multiply_few_rows(sums, values, stride, to->weight + first * inner, inner, rows,
                           least(to->columns - first, STRIP));
     else
-        multiply_tile(sums, values, stride, group_of_thread(to) + place * strip_bytes(inner), inner, rows,
-                      next_strip(to, row, rows, strip));
+        multiply_tile(sums, values, stride, packed, inner, rows, next_bytes(to, packed, row, rows, strip));
 }
 
 /* What the columns of a strip bring along, with anything beyond the last. */
@@ -137,25 +141,42 @@ static inline void add_factors(float *y, const struct int8_product *from, int64_
     }
 }
 
+/* The exact sums of a row and the columns of a strip, all limbs together. */
+static inline void add_limbs(float *total, int32_t sums[LIMBS][TILE_ROWS * STRIP], const struct int8_product *to,
+                             int64_t row, int64_t place)
+{
+    float part = 1;
+    for (int limb = 0; limb < to->limbs; limb++, part /= 256) {
+        int32_t excess = to->left.sum[limb * to->rows + row], *sum = sums[limb] + place * STRIP;
+        for (int i = 0; i < STRIP; i++)
+            total[i] += part * (int32_t)((uint32_t)sum[i] - excess);
+    }
+}
+
 static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place)
 {
     const struct int8_product *to = arguments;
-    int32_t sums[TILE_ROWS * STRIP];
+    int32_t sums[LIMBS][TILE_ROWS * STRIP], *sum = sums[0];
     struct strip_columns columns;
     read_columns(&columns, to, strip);
-    multiply_strip(sums, to, row, rows, strip, place);
+    for (int limb = 0; limb < to->limbs; limb++)
+        multiply_strip(sums[limb], to, limb, row, rows, strip, place);
     int whole = columns.count == STRIP, dtype = to->out_dtype;
-    for (int32_t *sum = sums; rows > 0; rows--, row++, sum += STRIP) {
+    for (int64_t last = row + rows, number = 0; row < last; row++, number++, sum += STRIP) {
         void *out = element(to->out, row * to->columns + columns.first, dtype);
         float wide[STRIP], *restrict y = whole && dtype == FLOAT32 ? out : wide, row_scale = to->left.scale[row];
         int32_t excess = to->left.sum[row];
+        float total[STRIP] = {0};
         if (to->zero_points)
             for (int i = 0; i < STRIP; i++)
                 sum[i] -= (uint32_t)to->zero_points[row] * columns.sum[i];
-        for (int i = 0; i < STRIP; i++) {
-            int32_t exact = (uint32_t)sum[i] - excess - columns.excess[i];
-            y[i] = __builtin_fmaf(exact * columns.scale[i], row_scale, columns.bias[i]);
-        }
+        if (to->limbs > 1)
+            add_limbs(total, sums, to, row, number);
+        else
+            for (int i = 0; i < STRIP; i++)
+                total[i] = (int32_t)((uint32_t)sum[i] - excess - columns.excess[i]);
+        for (int i = 0; i < STRIP; i++)
+            y[i] = __builtin_fmaf(total[i] * columns.scale[i], row_scale, columns.bias[i]);
         if (to->rank)
             add_factors(y, to, row, &columns);
         activate(y, STRIP, to->activation);

@@ -47,8 +47,11 @@ typedef uint16_t depth_bytes;
 
 enum { STRIP = 2 * LANES };
 
-/* Bytes of the weight that stay in a second-level cache while the rows pass by, beside those that come next. */
-#define GROUP_BYTES (1 << 17)
+/* Bytes of packed strips that stay in a second-level cache while the rows pass by. */
+#define GROUP_BYTES (1 << 18)
+
+/* How far ahead a strip is fetched from there, in bytes. */
+#define AHEAD 4096
 
 /* Up to this many products a second thread costs more than it does. */
 #define SMALL_PRODUCT (1 << 19)

@@ -20,7 +20,7 @@ from mixft.cpu.grad import gradient_statistics, unscale_gradients_
 from mixft.cpu.int8_epilogue import apply_epilogue
 from mixft.cpu.int8_input_gradient import int8_input_gradient
 from mixft.cpu.int8_layer import int8_layer
-from mixft.cpu.int8_matmul import _compiled, weight_only_matmul
+from mixft.cpu.int8_matmul import _compiled, _many_rows, weight_only_matmul
 from mixft.cpu.lion import lion_step_
 from mixft.cpu.optimizer_state import decode_state, encode_state, join_weights, split_weights
 from mixft.cpu.quantize import quantize
@@ -72,6 +72,7 @@ def products(M, K, N, dtype):
     for b in (int8(N, K), int8(K, N).t()):
         _compiled(a, b, a_scale, scale, bias, "none", dtype, zeros, sums)
     weight_only_matmul(x, int8(N, K), scale, bias, "silu", dtype)
+    _many_rows(x, int8(N, K), scale, bias, "silu", dtype)
     apply_epilogue(int32(M, N), a_scale, scale, bias, "none", dtype, zeros, sums)
 
 

@@ -20,7 +20,10 @@ from .unsigned_rows import unsigned_limbs
 EXACT_FP32_K = 1024
 
 # Up to this many rows a product in FP32 is faster than three of bytes.
-FEW_ROWS = 16
+FEW_ROWS = 6
+
+# Without instructions for bytes those never pay, and up to this many rows the compiled product in FP32 beats torch's.
+FEW_ROWS_WITHOUT_VNNI = 128
 
 # FP32 numbers beside its own that a row needs there.
 ROW_PADDING = 16
@@ -29,6 +32,12 @@ few_rows_product = native.Routine(
     "weight_only_product",
     *(c_void_p, c_int, c_int64, c_int64, c_int64),
     *(c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p),
+)
+
+product_of_limbs = native.Routine(
+    "weight_only_limbs",
+    *(c_void_p, c_int, c_int64, c_int64, c_int64),
+    *(c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p),
 )
 
 compiled_product = native.Routine(
@@ -94,14 +103,21 @@ def weight_only_matmul(
 ) -> Tensor:
     """``mixft.kernels.int8_matmul.weight_only_matmul`` on the CPU.
 
-    Few rows are multiplied in FP32 by the compiled product, which widens the weight in registers. For more rows, a
-    weight that can be packed is multiplied by three bytes of each activation, exact in int32: that takes activations
-    to within 2^-22 of their row's largest magnitude, in less time than an FP32 product. Other weights, and
-    activations with a NaN or Inf, are multiplied in floating point.
+    Few rows are multiplied in FP32 by the compiled product, which widens the weight in registers. More rows are
+    multiplied by three bytes of each activation, exact in int32: that takes activations to within 2^-22 of their row's
+    largest magnitude, in less time than an FP32 product. Without a fast product of bytes, and with a NaN or Inf among
+    the activations, the product is one of floats.
     """
-    if a.numel() and a.shape[0] <= FEW_ROWS and b.is_contiguous() and native.available():
+    rows, out = a.shape[0], None
+    of_bytes = native.available() and _multiplies_bytes()
+    few = FEW_ROWS if of_bytes else FEW_ROWS_WITHOUT_VNNI
+    if a.numel() and rows <= few and b.is_contiguous() and native.available():
         return _few_rows(a, b, b_scale, bias, activation, out_dtype)
-    out = _product_of_limbs(a, b, b_scale)
+    # NaN and infinity show in the sum of the extremes.
+    if a.numel() and b.numel() and isfinite(sum(torch.aminmax(a))):
+        if of_bytes and serves(3 * rows):
+            return _many_rows(a, b, b_scale, bias, activation, out_dtype)
+        out = _packed_product_of_limbs(a, b, b_scale)
     if out is None:
         exact = torch.bfloat16 if a.dtype == torch.bfloat16 and has_bf16_dot() else torch.float32
         out = torch.mm(a.to(exact), b.to(exact).t()).float().mul_(b_scale.view(-1))
@@ -125,10 +141,32 @@ def _few_rows(
     return out
 
 
-def _product_of_limbs(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor | None:
-    packed = packed_weight(b) if a.numel() else None
-    # NaN and infinity show in the sum of the extremes.
-    if packed is None or not isfinite(sum(torch.aminmax(a))):
+@functools.cache
+def _multiplies_bytes() -> bool:
+    """Whether the compiled products are of bytes; elsewhere they are of 16-bit numbers."""
+    return native.constant("int8_depth") == 4
+
+
+def _many_rows(
+    a: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype
+) -> Tensor:
+    a, b, b_scale = a.contiguous(), b.contiguous(), b_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    (M, K), N = a.shape, b.shape[0]
+    out = torch.empty((M, N), dtype=out_dtype, device="cpu")
+    rows = rows_bytes(3 * M, K)
+    scratch = native.scratch(rows + groups_bytes(K))
+    room = scratch.data_ptr()
+    product_of_limbs(
+        *(*native.typed(a), M, K, N, native.address(b), native.address(b_scale), *native.typed(bias)),
+        *(CODES[activation], *native.typed(out), room + rows, room),
+    )
+    return out
+
+
+def _packed_product_of_limbs(a: Tensor, b: Tensor, b_scale: Tensor) -> Tensor | None:
+    packed = packed_weight(b)
+    if packed is None:
         return None
     out = torch.empty((a.shape[0], b.shape[0]), dtype=torch.float32, device="cpu")
     rows = max(16, PIECE // max(b.shape))

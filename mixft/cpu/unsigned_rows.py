@@ -36,7 +36,7 @@ def unsigned_limbs(x: Tensor) -> tuple[Tensor, Tensor]:
     """Finite ``x`` [M, K] in three bytes an element: uint8 [3, M, K] and FP32 ``scale`` [M, 1], a power of two.
 
     ``scale * sum_i 256^-i (limbs[i] - 128)`` is ``x`` to within 2^-22 of its row's largest magnitude, and ``x`` itself
-    for an FP16 or BF16 element of at least 2^-12 of that; magnitudes below 2^-124 are zero.
+    for an FP16 or BF16 element of at least 2^-12 of that; magnitudes below 2^-123 are zero.
     """
     x = x.float()
     mantissa, exponent = torch.frexp(_magnitude(x).clamp_(min=2.0**-100))

@@ -66,8 +66,9 @@ class QuantLinear(nn.Module):
     and the bias. A ``static`` layer, which :func:`mixft.calibrate` makes of a ``dynamic`` one, also has
     ``input_scale``, ``input_zero_point`` and ``weight_sum``, the sums of the weight's rows. In ``train`` mode
     ``weight`` is a parameter and ``weight_scale`` is None. Inputs are [..., in_features] of FP16, BF16 or FP32, under
-    autocast of its dtype, and the output has the input's dtype. On a CPU with VNNI an int8 weight is packed at its
-    first call and again after a change in place; a change through ``.data`` goes unnoticed.
+    autocast of its dtype, and the output has the input's dtype. Where oneDNN multiplies, on a CPU with AMX or without
+    the compiled routines, it keeps a packed copy of an int8 weight, which is made anew after a change in place; a
+    change through ``.data`` goes unnoticed there.
 
     Args:
         in_features: size of the last dimension of the input.
