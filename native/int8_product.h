@@ -2,8 +2,8 @@
  *
  *     out = act(row_scale column_scale (sum_k q w - zero_point column_sum) + bias + left right)
  *
- * with rows q [rows, inner], sums in int32 and the rest in FP32. No second copy of the weight is kept: each thread packs
- * the part that it is about to multiply with, while the part after that is on its way from memory.
+ * with rows q [rows, inner], sums in int32 and the rest in FP32. No second copy of the weight is kept: each thread
+ * packs the part that it is about to multiply with, while the part after that is on its way from memory.
  */
 #ifndef MIXFT_INT8_PRODUCT_H
 #define MIXFT_INT8_PRODUCT_H
@@ -36,54 +36,55 @@ struct int8_product {
 };
 
 /* With one tile of rows to multiply, a weight BY_COLUMN is read as it lies: packing it would take longer. */
-static inline int is_read_in_place(const struct int8_product *to)
+static inline int is_read_in_place(const struct int8_product *product)
 {
-    return to->weight_layout == BY_COLUMN && to->rows <= TILE_ROWS;
+    return product->weight_layout == BY_COLUMN && product->rows <= TILE_ROWS;
 }
 
 /* Strips packed at a time: of a weight BY_ROW as many as stay in the cache, since a line of it is of two or more. */
-static inline int64_t strips_of_group(const struct int8_product *to)
+static inline int64_t strips_of_group(const struct int8_product *product)
 {
-    return to->weight_layout == BY_ROW ? 1 + GROUP_BYTES / strip_bytes(to->inner) : 1;
+    return product->weight_layout == BY_ROW ? 1 + GROUP_BYTES / strip_bytes(product->inner) : 1;
 }
 
-static inline uint8_t *group_of_thread(const struct int8_product *to)
+static inline uint8_t *group_of_thread(const struct int8_product *product)
 {
-    return to->groups + omp_get_thread_num() * strips_of_group(to) * strip_bytes(to->inner);
+    return product->groups + omp_get_thread_num() * strips_of_group(product) * strip_bytes(product->inner);
 }
 
 static void pack_group(const void *arguments, int64_t begin, int64_t end)
 {
-    const struct int8_product *to = arguments;
-    if (to->weight_layout == BY_ROW)
-        pack_by_row(group_of_thread(to), to->weight, to->columns, to->inner, begin, end);
-    else if (!is_read_in_place(to))
-        pack_by_column(group_of_thread(to), to->weight, to->columns, to->inner, begin);
+    const struct int8_product *product = arguments;
+    if (product->weight_layout == BY_ROW)
+        pack_by_row(group_of_thread(product), product->weight, product->columns, product->inner, begin, end);
+    else if (!is_read_in_place(product))
+        pack_by_column(group_of_thread(product), product->weight, product->columns, product->inner, begin);
 }
 
 /* Of the strip that a weight BY_COLUMN has packed next, what falls to `rows` rows from `row` on; of one BY_ROW, whose
  * packed strips come from the second-level cache, what is multiplied next. */
-static inline struct fetched next_bytes(const struct int8_product *to, const uint8_t *packed, int64_t row,
+static inline struct fetched next_bytes(const struct int8_product *product, const uint8_t *packed, int64_t row,
                                         int64_t rows, int64_t strip)
 {
-    int64_t bytes = STRIP * to->inner;
-    if (to->weight_layout == BY_ROW)
+    int64_t bytes = STRIP * product->inner;
+    const int8_t *next = product->weight + (strip + 1) * bytes;
+    if (product->weight_layout == BY_ROW)
         return (struct fetched){(const int8_t *)packed + AHEAD, STRIP * DEPTH};
-    return (struct fetched){to->weight + (strip + 1) * bytes + bytes * row / to->rows, STRIP * DEPTH * rows / to->rows};
+    return (struct fetched){next + bytes * row / product->rows, STRIP * DEPTH * rows / product->rows};
 }
 
 /* sums [rows, STRIP] of a limb of the rows from `row` on with strip number `strip`, number `place` of its group. */
-static inline void multiply_strip(int32_t *sums, const struct int8_product *to, int limb, int64_t row, int64_t rows,
-                                  int64_t strip, int64_t place)
+static inline void multiply_strip(int32_t *sums, const struct int8_product *product, int limb, int64_t row,
+                                  int64_t rows, int64_t strip, int64_t place)
 {
-    int64_t inner = to->inner, stride = to->left.stride, first = strip * STRIP;
-    const row_value *values = to->left.values + (limb * to->rows + row) * stride;
-    const uint8_t *packed = group_of_thread(to) + place * strip_bytes(inner);
-    if (is_read_in_place(to))
-        multiply_few_rows(sums, values, stride, to->weight + first * inner, inner, rows,
-                          least(to->columns - first, STRIP));
+    int64_t inner = product->inner, stride = product->left.stride, first = strip * STRIP;
+    const row_value *values = product->left.values + (limb * product->rows + row) * stride;
+    const uint8_t *packed = group_of_thread(product) + place * strip_bytes(inner);
+    if (is_read_in_place(product))
+        multiply_few_rows(sums, values, stride, product->weight + first * inner, inner, rows,
+                          least(product->columns - first, STRIP));
     else
-        multiply_tile(sums, values, stride, packed, inner, rows, next_bytes(to, packed, row, rows, strip));
+        multiply_tile(sums, values, stride, packed, inner, rows, next_bytes(product, packed, row, rows, strip));
 }
 
 /* What the columns of a strip bring along, with anything beyond the last. */
@@ -93,21 +94,21 @@ struct strip_columns {
     int64_t first, count;
 };
 
-static inline void read_columns(struct strip_columns *to, const struct int8_product *from, int64_t strip)
+static inline void read_columns(struct strip_columns *columns, const struct int8_product *product, int64_t strip)
 {
-    int64_t first = strip * STRIP, count = least(from->columns - first, STRIP);
-    *to = (struct strip_columns){.first = first, .count = count};
-    if (from->column_scale)
-        memcpy(to->scale, from->column_scale + first, count * sizeof(float));
+    int64_t first = strip * STRIP, count = least(product->columns - first, STRIP);
+    *columns = (struct strip_columns){.first = first, .count = count};
+    if (product->column_scale)
+        memcpy(columns->scale, product->column_scale + first, count * sizeof(float));
     else
         for (int i = 0; i < STRIP; i++)
-            to->scale[i] = 1;
-    if (from->column_sum)
-        memcpy(to->sum, from->column_sum + first, count * sizeof(int32_t));
+            columns->scale[i] = 1;
+    if (product->column_sum)
+        memcpy(columns->sum, product->column_sum + first, count * sizeof(int32_t));
     for (int i = 0; i < STRIP; i++)
-        to->excess[i] = (uint32_t)from->zero_point * to->sum[i];
-    if (from->bias)
-        load_floats(to->bias, element(from->bias, first, from->bias_dtype), count, from->bias_dtype);
+        columns->excess[i] = (uint32_t)product->zero_point * columns->sum[i];
+    if (product->bias)
+        load_floats(columns->bias, element(product->bias, first, product->bias_dtype), count, product->bias_dtype);
 }
 
 static inline floats multiply_add(float a, const float *b, floats c)
@@ -120,34 +121,34 @@ static inline floats multiply_add(float a, const float *b, floats c)
 }
 
 /* y += left right for one row and the columns of a strip. */
-static inline void add_factors(float *y, const struct int8_product *from, int64_t row,
+static inline void add_factors(float *y, const struct int8_product *product, int64_t row,
                                const struct strip_columns *columns)
 {
-    const float *left = from->factor_left + row * from->rank, *right = from->factor_right + columns->first;
+    const float *left = product->factor_left + row * product->rank, *right = product->factor_right + columns->first;
     if (columns->count == STRIP) {
         floats low, high;
         memcpy(&low, y, sizeof low);
         memcpy(&high, y + LANES, sizeof high);
-        for (int64_t k = 0; k < from->rank; k++, right += from->columns) {
+        for (int64_t k = 0; k < product->rank; k++, right += product->columns) {
             low = multiply_add(left[k], right, low);
             high = multiply_add(left[k], right + LANES, high);
         }
         memcpy(y, &low, sizeof low);
         memcpy(y + LANES, &high, sizeof high);
     } else {
-        for (int64_t k = 0; k < from->rank; k++, right += from->columns)
+        for (int64_t k = 0; k < product->rank; k++, right += product->columns)
             for (int64_t i = 0; i < columns->count; i++)
                 y[i] = __builtin_fmaf(left[k], right[i], y[i]);
     }
 }
 
 /* The exact sums of a row and the columns of a strip, all limbs together. */
-static inline void add_limbs(float *total, int32_t sums[LIMBS][TILE_ROWS * STRIP], const struct int8_product *to,
+static inline void add_limbs(float *total, int32_t sums[LIMBS][TILE_ROWS * STRIP], const struct int8_product *product,
                              int64_t row, int64_t place)
 {
     float part = 1;
-    for (int limb = 0; limb < to->limbs; limb++, part /= 256) {
-        int32_t excess = to->left.sum[limb * to->rows + row], *sum = sums[limb] + place * STRIP;
+    for (int limb = 0; limb < product->limbs; limb++, part /= 256) {
+        int32_t excess = product->left.sum[limb * product->rows + row], *sum = sums[limb] + place * STRIP;
         for (int i = 0; i < STRIP; i++)
             total[i] += part * (int32_t)((uint32_t)sum[i] - excess);
     }
@@ -155,31 +156,31 @@ static inline void add_limbs(float *total, int32_t sums[LIMBS][TILE_ROWS * STRIP
 
 static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place)
 {
-    const struct int8_product *to = arguments;
+    const struct int8_product *product = arguments;
     int32_t sums[LIMBS][TILE_ROWS * STRIP], *sum = sums[0];
     struct strip_columns columns;
-    read_columns(&columns, to, strip);
-    for (int limb = 0; limb < to->limbs; limb++)
-        multiply_strip(sums[limb], to, limb, row, rows, strip, place);
-    int whole = columns.count == STRIP, dtype = to->out_dtype;
+    read_columns(&columns, product, strip);
+    for (int limb = 0; limb < product->limbs; limb++)
+        multiply_strip(sums[limb], product, limb, row, rows, strip, place);
+    int whole = columns.count == STRIP, dtype = product->out_dtype;
     for (int64_t last = row + rows, number = 0; row < last; row++, number++, sum += STRIP) {
-        void *out = element(to->out, row * to->columns + columns.first, dtype);
-        float wide[STRIP], *restrict y = whole && dtype == FLOAT32 ? out : wide, row_scale = to->left.scale[row];
-        int32_t excess = to->left.sum[row];
+        void *out = element(product->out, row * product->columns + columns.first, dtype);
+        float wide[STRIP], *restrict y = whole && dtype == FLOAT32 ? out : wide, row_scale = product->left.scale[row];
+        int32_t excess = product->left.sum[row];
         float total[STRIP] = {0};
-        if (to->zero_points)
+        if (product->zero_points)
             for (int i = 0; i < STRIP; i++)
-                sum[i] -= (uint32_t)to->zero_points[row] * columns.sum[i];
-        if (to->limbs > 1)
-            add_limbs(total, sums, to, row, number);
+                sum[i] -= (uint32_t)product->zero_points[row] * columns.sum[i];
+        if (product->limbs > 1)
+            add_limbs(total, sums, product, row, number);
         else
             for (int i = 0; i < STRIP; i++)
                 total[i] = (int32_t)((uint32_t)sum[i] - excess - columns.excess[i]);
         for (int i = 0; i < STRIP; i++)
             y[i] = __builtin_fmaf(total[i] * columns.scale[i], row_scale, columns.bias[i]);
-        if (to->rank)
-            add_factors(y, to, row, &columns);
-        activate(y, STRIP, to->activation);
+        if (product->rank)
+            add_factors(y, product, row, &columns);
+        activate(y, STRIP, product->activation);
         /* A length that the compiler knows leaves no loop to be counted. */
         if (whole && dtype != FLOAT32)
             store_floats(out, y, STRIP, dtype);

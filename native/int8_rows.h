@@ -73,18 +73,19 @@ static inline const float *as_floats(float *restrict buffer, const void *row, co
     return buffer;
 }
 
-static inline void end_row(const struct quantized_rows *to, int64_t row, int64_t inner, float scale, uint32_t sum)
+static inline void end_row(const struct quantized_rows *quantized, int64_t row, int64_t inner, float scale,
+                           uint32_t sum)
 {
-    memset(to->values + row * to->stride + inner, 0, (to->stride - inner) * sizeof(row_value));
-    to->scale[row] = scale;
-    to->sum[row] = OFFSET * sum;
+    memset(quantized->values + row * quantized->stride + inner, 0, (quantized->stride - inner) * sizeof(row_value));
+    quantized->scale[row] = scale;
+    quantized->sum[row] = OFFSET * sum;
 }
 
 /* Row `row` of `input` [rows, inner], times `factor` [inner] if given. A `scale` of zero stands for the row's own. */
-static inline void quantize_row(const struct quantized_rows *to, int64_t row, const void *input, int dtype,
+static inline void quantize_row(const struct quantized_rows *quantized, int64_t row, const void *input, int dtype,
                                 int64_t inner, const float *factor, float scale, int zero_point)
 {
-    row_value *values = to->values + row * to->stride;
+    row_value *values = quantized->values + row * quantized->stride;
     float buffer[BLOCK], inverse = 1 / scale;
     uint32_t sum = 0;
     input = element(input, row * inner, dtype);
@@ -102,30 +103,30 @@ static inline void quantize_row(const struct quantized_rows *to, int64_t row, co
         const float *floats = as_floats(buffer, input, factor, start, length, dtype);
         sum += round_values(values + start, floats, length, inverse, zero_point);
     }
-    end_row(to, row, inner, scale, sum);
+    end_row(quantized, row, inner, scale, sum);
 }
 
 /* quantize_row for each of `rows` rows. */
-static inline void quantize_rows(const struct quantized_rows *to, const void *input, int dtype, int64_t rows,
+static inline void quantize_rows(const struct quantized_rows *quantized, const void *input, int dtype, int64_t rows,
                                  int64_t inner, const float *factor, float scale, int zero_point)
 {
 #pragma omp parallel for schedule(static) if (rows * inner > SMALL)
     for (int64_t row = 0; row < rows; row++)
-        quantize_row(to, row, input, dtype, inner, factor, scale, zero_point);
+        quantize_row(quantized, row, input, dtype, inner, factor, scale, zero_point);
 }
 
 /* Row `row` of `input` [rows, inner], which is int8 already. */
-static inline void copy_row(const struct quantized_rows *to, int64_t row, const int8_t *restrict input, int64_t inner,
-                            float scale)
+static inline void copy_row(const struct quantized_rows *quantized, int64_t row, const int8_t *restrict input,
+                            int64_t inner, float scale)
 {
-    row_value *restrict values = to->values + row * to->stride;
+    row_value *restrict values = quantized->values + row * quantized->stride;
     int32_t sum = 0;
     input += row * inner;
     for (int64_t i = 0; i < inner; i++) {
         values[i] = input[i];
         sum += input[i];
     }
-    end_row(to, row, inner, scale, sum);
+    end_row(quantized, row, inner, scale, sum);
 }
 
 #endif

@@ -8,8 +8,8 @@
  *     scale * (limb[0] + limb[1] / 256 + limb[2] / 65536)
  *
  * with a power of two for a scale, so large that the first limb does not overflow. */
-static inline void split_row(const struct quantized_rows *to, int64_t row, const void *input, int dtype, int64_t rows,
-                             int64_t inner)
+static inline void split_row(const struct quantized_rows *quantized, int64_t row, const void *input, int dtype,
+                             int64_t rows, int64_t inner)
 {
     row_value *limbs[LIMBS];
     float buffer[BLOCK], high = 0x1p-100f;
@@ -25,7 +25,7 @@ static inline void split_row(const struct quantized_rows *to, int64_t row, const
     exponent += mantissa > 0.996f;
     float factor = ldexpf(1, 23 - exponent), scale = ldexpf(1, exponent - 7);
     for (int limb = 0; limb < LIMBS; limb++)
-        limbs[limb] = to->values + (limb * rows + row) * to->stride;
+        limbs[limb] = quantized->values + (limb * rows + row) * quantized->stride;
     for (int64_t start = 0; start < inner; start += BLOCK) {
         int64_t length = least(inner - start, BLOCK);
         const float *floats = as_floats(buffer, input, NULL, start, length, dtype);
@@ -43,7 +43,7 @@ static inline void split_row(const struct quantized_rows *to, int64_t row, const
         }
     }
     for (int limb = 0; limb < LIMBS; limb++)
-        end_row(to, limb * rows + row, inner, scale, sums[limb]);
+        end_row(quantized, limb * rows + row, inner, scale, sums[limb]);
 }
 
 /* out [rows, columns] = act(weight_scale * (input weight^T) + bias), input [rows, inner] to within 2^-22 of each row's

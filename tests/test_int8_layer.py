@@ -193,6 +193,7 @@ def test_its_products_pass_their_own_check():
 @needs_compiled_layer
 def test_who_is_served(monkeypatch):
     assert served_by("dynamic_int8_linear", torch.float32, torch.device("cpu")) == "CPU, compiled int8 product"
+    assert served_by("weight_only_matmul", torch.float32, torch.device("cpu")) == "CPU, compiled product"
     monkeypatch.setattr(compiled, "has_amx", lambda: True)
     assert serves(compiled.AMX_ROWS - 1)
     assert not serves(compiled.AMX_ROWS)

@@ -87,7 +87,9 @@ def int8_linear(rows: int, inner: int, columns: int, dtype: torch.dtype, mode: s
 
     if mode != "static":
         providers["torchao+compile"] = compiled_torchao
-    family = {"dynamic": "int8_linear", "static": "int8_static", "weight_only": "int8_decode"}[mode]
+    family = {"dynamic": "int8_linear", "static": "int8_static", "weight_only": "int8_weight_only"}[mode]
+    if mode == "weight_only" and rows <= DECODED_ROWS:
+        family = "int8_decode"
     return Case(
         f"{family}/{rows}x{inner}x{columns}-{SHORT[dtype]}",
         inputs=layer_and_input(rows, inner, columns, dtype),
@@ -220,7 +222,8 @@ SCHEMES = {
 }
 SINGLE, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 CPU, GPU = {"devices": ("cpu",)}, {"devices": ("cuda",)}
-FLOATS = "mixft keeps the precision of FP32, and multiplies in it"
+FLOATS = "mixft keeps the precision of FP32"
+DECODED_ROWS = 16
 INT_MM = "both multiply by torch._int_mm, which takes most of the time"
 COARSE = "torch.ao gives the whole input one scale, where mixft gives each row its own; small layers are mostly calls"
 
@@ -241,6 +244,8 @@ CASES = (
         for rows in (16, 64, 256, 1024, 4096, 8192)
     ),
     *(int8_linear(rows, 4096, 4096, SINGLE, "weight_only", **CPU, reason_if_slower=FLOATS) for rows in (1, 4, 16)),
+    int8_linear(512, 384, 1536, SINGLE, "weight_only", **CPU, reason_if_slower=FLOATS),
+    int8_linear(128, 768, 3072, SINGLE, "weight_only", **CPU, reason_if_slower=FLOATS),
     *(int8_linear(rows, 4096, 14336, HALF, "weight_only", **GPU) for rows in (1, 2, 4, 8, 16)),
     *(int8_linear(rows, 768, 3072, SINGLE, "static", **CPU, reason_if_slower=COARSE) for rows in (1, 128, 512)),
     int8_linear(4096, 4096, 4096, HALF, "static", **GPU),

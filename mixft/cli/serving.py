@@ -36,6 +36,8 @@ def served_by(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
         if int_mm_is_fast_and_exact() and not (op in COMPILED_LAYERS and serves(1)):
             return "CPU, int8 product"
         return "CPU, compiled int8 product" if serves(1) else "CPU, FP32 product"
+    if op == "weight_only_matmul" and serves(1):
+        return "CPU, compiled product"
     if op in FLOAT_PRODUCTS:
         return "CPU, BF16 product" if dtype == torch.bfloat16 and has_bf16_dot() else "CPU, FP32 product"
     return "CPU"
