@@ -18,7 +18,7 @@ enum { LIMBS = 3 };
 
 struct int8_product {
     int64_t rows, inner, columns;
-    int limbs; /* of a row: 1, or LIMBS, each a 256th of the one before */
+    int limbs;                  /* of a row: 1, or LIMBS, each a 256th of the one before */
     struct quantized_rows left; /* all first limbs, then the others */
     const int8_t *weight;
     int weight_layout;          /* BY_COLUMN [columns, inner], or BY_ROW [inner, columns] */
@@ -61,15 +61,13 @@ static void pack_group(const void *arguments, int64_t begin, int64_t end)
         pack_by_column(group_of_thread(product), product->weight, product->columns, product->inner, begin);
 }
 
-/* Of the strip that a weight BY_COLUMN has packed next, what falls to `rows` rows from `row` on; of one BY_ROW, whose
- * packed strips come from the second-level cache, what is multiplied next. */
-static inline struct fetched next_bytes(const struct int8_product *product, const uint8_t *packed, int64_t row,
-                                        int64_t rows, int64_t strip)
+/* Of the strip that a weight BY_COLUMN has packed next, what falls to `rows` rows from `row` on. */
+static inline struct fetched next_bytes(const struct int8_product *product, int64_t row, int64_t rows, int64_t strip)
 {
     int64_t bytes = STRIP * product->inner;
     const int8_t *next = product->weight + (strip + 1) * bytes;
     if (product->weight_layout == BY_ROW)
-        return (struct fetched){(const int8_t *)packed + AHEAD, STRIP * DEPTH};
+        return (struct fetched){product->weight, 0};
     return (struct fetched){next + bytes * row / product->rows, STRIP * DEPTH * rows / product->rows};
 }
 
@@ -79,12 +77,12 @@ static inline void multiply_strip(int32_t *sums, const struct int8_product *prod
 {
     int64_t inner = product->inner, stride = product->left.stride, first = strip * STRIP;
     const row_value *values = product->left.values + (limb * product->rows + row) * stride;
-    const uint8_t *packed = group_of_thread(product) + place * strip_bytes(inner);
     if (is_read_in_place(product))
         multiply_few_rows(sums, values, stride, product->weight + first * inner, inner, rows,
                           least(product->columns - first, STRIP));
     else
-        multiply_tile(sums, values, stride, packed, inner, rows, next_bytes(product, packed, row, rows, strip));
+        multiply_tile(sums, values, stride, group_of_thread(product) + place * strip_bytes(inner), inner, rows,
+                      next_bytes(product, row, rows, strip));
 }
 
 /* What the columns of a strip bring along, with anything beyond the last. */
@@ -142,16 +140,19 @@ static inline void add_factors(float *y, const struct int8_product *product, int
     }
 }
 
-/* The exact sums of a row and the columns of a strip, all limbs together. */
-static inline void add_limbs(float *total, int32_t sums[LIMBS][TILE_ROWS * STRIP], const struct int8_product *product,
-                             int64_t row, int64_t place)
+/* y of one row, number `place` of its tile, and the columns of a strip, from the exact sums of all its limbs. */
+static inline void combine_limbs(float *restrict y, int32_t sums[LIMBS][TILE_ROWS * STRIP],
+                                 const struct int8_product *product, int64_t row, int64_t place,
+                                 const struct strip_columns *columns)
 {
-    float part = 1;
+    float total[STRIP] = {0}, part = 1;
     for (int limb = 0; limb < product->limbs; limb++, part /= 256) {
         int32_t excess = product->left.sum[limb * product->rows + row], *sum = sums[limb] + place * STRIP;
         for (int i = 0; i < STRIP; i++)
             total[i] += part * (int32_t)((uint32_t)sum[i] - excess);
     }
+    for (int i = 0; i < STRIP; i++)
+        y[i] = __builtin_fmaf(total[i] * columns->scale[i], product->left.scale[row], columns->bias[i]);
 }
 
 static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place)
@@ -167,17 +168,16 @@ static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t st
         void *out = element(product->out, row * product->columns + columns.first, dtype);
         float wide[STRIP], *restrict y = whole && dtype == FLOAT32 ? out : wide, row_scale = product->left.scale[row];
         int32_t excess = product->left.sum[row];
-        float total[STRIP] = {0};
         if (product->zero_points)
             for (int i = 0; i < STRIP; i++)
                 sum[i] -= (uint32_t)product->zero_points[row] * columns.sum[i];
-        if (product->limbs > 1)
-            add_limbs(total, sums, product, row, number);
+        if (product->limbs == 1)
+            for (int i = 0; i < STRIP; i++) {
+                int32_t exact = (uint32_t)sum[i] - excess - columns.excess[i];
+                y[i] = __builtin_fmaf(exact * columns.scale[i], row_scale, columns.bias[i]);
+            }
         else
-            for (int i = 0; i < STRIP; i++)
-                total[i] = (int32_t)((uint32_t)sum[i] - excess - columns.excess[i]);
-        for (int i = 0; i < STRIP; i++)
-            y[i] = __builtin_fmaf(total[i] * columns.scale[i], row_scale, columns.bias[i]);
+            combine_limbs(y, sums, product, row, number, &columns);
         if (product->rank)
             add_factors(y, product, row, &columns);
         activate(y, STRIP, product->activation);

@@ -50,9 +50,6 @@ enum { STRIP = 2 * LANES };
 /* Bytes of packed strips that stay in a second-level cache while the rows pass by. */
 #define GROUP_BYTES (1 << 18)
 
-/* How far ahead a strip is fetched from there, in bytes. */
-#define AHEAD 4096
-
 /* Up to this many products a second thread costs more than it does. */
 #define SMALL_PRODUCT (1 << 19)
 
@@ -139,7 +136,7 @@ static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, c
         sum[row][0] = sum[row][1] = (integers){0};
     for (int64_t step = 0; step < steps; step++) {
         integers left = weights_at(strip), right = weights_at(strip + LANES * DEPTH);
-        _mm_prefetch(fetched.ahead, _MM_HINT_T1);
+        _mm_prefetch(fetched.ahead, _MM_HINT_T0);
         fetched.ahead += fetched.pace;
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
