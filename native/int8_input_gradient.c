@@ -8,20 +8,12 @@ void int8_input_gradient(const void *grad, int dtype, int64_t rows, int64_t inne
                          const int8_t *weight, const float *weight_scale, const float *left, const float *right,
                          int64_t rank, void *out, uint8_t *groups, void *scratch)
 {
-    struct int8_product product = {.rows = rows,
-                                   .inner = inner,
-                                   .columns = columns,
-                                   .limbs = 1,
-                                   .left = rows_at(scratch, rows, inner),
-                                   .weight = weight,
-                                   .weight_layout = BY_ROW,
-                                   .groups = groups,
-                                   .factor_left = left,
-                                   .factor_right = right,
-                                   .rank = rank,
-                                   .activation = NONE,
-                                   .out = out,
-                                   .out_dtype = dtype};
+    struct int8_product product = int8_product_of(rows, inner, columns, 1, weight, BY_ROW, groups, scratch);
+    product.factor_left = left;
+    product.factor_right = right;
+    product.rank = rank;
+    product.out = out;
+    product.out_dtype = dtype;
     quantize_rows(&product.left, grad, dtype, rows, inner, weight_scale, 0, 0);
     multiply_int8(&product);
 }

@@ -15,25 +15,18 @@ void int8_linear(const void *input, int input_dtype, int64_t rows, int64_t inner
                  const float *right, int64_t rank, void *out, int out_dtype, uint8_t *groups,
                  void *scratch)
 {
-    struct int8_product product = {.rows = rows,
-                                   .inner = inner,
-                                   .columns = columns,
-                                   .limbs = 1,
-                                   .left = rows_at(scratch, rows, inner),
-                                   .weight = weight,
-                                   .weight_layout = BY_COLUMN,
-                                   .groups = groups,
-                                   .column_scale = weight_scale,
-                                   .zero_point = zero_point,
-                                   .column_sum = weight_sum,
-                                   .bias = bias,
-                                   .bias_dtype = bias_dtype,
-                                   .activation = activation,
-                                   .factor_left = left,
-                                   .factor_right = right,
-                                   .rank = rank,
-                                   .out = out,
-                                   .out_dtype = out_dtype};
+    struct int8_product product = int8_product_of(rows, inner, columns, 1, weight, BY_COLUMN, groups, scratch);
+    product.column_scale = weight_scale;
+    product.zero_point = zero_point;
+    product.column_sum = weight_sum;
+    product.bias = bias;
+    product.bias_dtype = bias_dtype;
+    product.activation = activation;
+    product.factor_left = left;
+    product.factor_right = right;
+    product.rank = rank;
+    product.out = out;
+    product.out_dtype = out_dtype;
     float scale = weight_sum ? input_scale : 0;
     quantize_rows(&product.left, input, input_dtype, rows, inner, NULL, scale, zero_point);
     multiply_int8(&product);

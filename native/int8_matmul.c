@@ -9,22 +9,16 @@ void int8_matmul(const int8_t *a, int64_t rows, int64_t inner, int64_t columns, 
                  const void *bias, int bias_dtype, int activation, void *out, int out_dtype, uint8_t *groups,
                  void *scratch)
 {
-    struct int8_product product = {.rows = rows,
-                                   .inner = inner,
-                                   .columns = columns,
-                                   .limbs = 1,
-                                   .left = rows_at(scratch, rows, inner),
-                                   .weight = b,
-                                   .weight_layout = b_by_row ? BY_ROW : BY_COLUMN,
-                                   .groups = groups,
-                                   .column_scale = b_scale,
-                                   .zero_points = zero_points,
-                                   .column_sum = b_sum,
-                                   .bias = bias,
-                                   .bias_dtype = bias_dtype,
-                                   .activation = activation,
-                                   .out = out,
-                                   .out_dtype = out_dtype};
+    struct int8_product product =
+        int8_product_of(rows, inner, columns, 1, b, b_by_row ? BY_ROW : BY_COLUMN, groups, scratch);
+    product.column_scale = b_scale;
+    product.zero_points = zero_points;
+    product.column_sum = b_sum;
+    product.bias = bias;
+    product.bias_dtype = bias_dtype;
+    product.activation = activation;
+    product.out = out;
+    product.out_dtype = out_dtype;
 #pragma omp parallel for schedule(static) if (rows * inner > SMALL)
     for (int64_t row = 0; row < rows; row++)
         copy_row(&product.left, row, a, inner, a_scale[row]);

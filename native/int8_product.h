@@ -35,6 +35,22 @@ struct int8_product {
     int bias_dtype, activation, out_dtype;
 };
 
+/* The product of `limbs` times `rows` rows with `weight`, which lies as `layout` says, and nothing after it as yet.
+ * `groups` has room for a group of strips a thread, `scratch` for the rows of int8_rows.h. */
+static inline struct int8_product int8_product_of(int64_t rows, int64_t inner, int64_t columns, int limbs,
+                                                  const int8_t *weight, int layout, uint8_t *groups, void *scratch)
+{
+    return (struct int8_product){.rows = rows,
+                                 .inner = inner,
+                                 .columns = columns,
+                                 .limbs = limbs,
+                                 .left = rows_at(scratch, limbs * rows, inner),
+                                 .weight = weight,
+                                 .weight_layout = layout,
+                                 .groups = groups,
+                                 .activation = NONE};
+}
+
 /* With one tile of rows to multiply, a weight BY_COLUMN is read as it lies: packing it would take longer. */
 static inline int is_read_in_place(const struct int8_product *product)
 {

@@ -53,20 +53,13 @@ void weight_only_limbs(const void *input, int input_dtype, int64_t rows, int64_t
                        const int8_t *weight, const float *weight_scale, const void *bias, int bias_dtype,
                        int activation, void *out, int out_dtype, uint8_t *groups, void *scratch)
 {
-    struct int8_product product = {.rows = rows,
-                                   .inner = inner,
-                                   .columns = columns,
-                                   .limbs = LIMBS,
-                                   .left = rows_at(scratch, LIMBS * rows, inner),
-                                   .weight = weight,
-                                   .weight_layout = BY_COLUMN,
-                                   .groups = groups,
-                                   .column_scale = weight_scale,
-                                   .bias = bias,
-                                   .bias_dtype = bias_dtype,
-                                   .activation = activation,
-                                   .out = out,
-                                   .out_dtype = out_dtype};
+    struct int8_product product = int8_product_of(rows, inner, columns, LIMBS, weight, BY_COLUMN, groups, scratch);
+    product.column_scale = weight_scale;
+    product.bias = bias;
+    product.bias_dtype = bias_dtype;
+    product.activation = activation;
+    product.out = out;
+    product.out_dtype = out_dtype;
 #pragma omp parallel for schedule(static) if (rows * inner > SMALL)
     for (int64_t row = 0; row < rows; row++)
         split_row(&product.left, row, input, input_dtype, rows, inner);

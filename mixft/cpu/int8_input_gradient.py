@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .int8_layer import groups_bytes, low_rank, rows_bytes, serves
+from .int8_layer import low_rank, room_for, serves
 from .int8_matmul import int8_matmul
 from .quantize import quantize
 
@@ -31,12 +31,10 @@ def int8_input_gradient(
     grad, weight, weight_scale = grad.contiguous(), weight.contiguous(), weight_scale.contiguous()
     (M, N), K = grad.shape, weight.shape[1]
     out = torch.empty((M, K), dtype=grad.dtype, device="cpu")
-    rows = rows_bytes(M, N)
-    scratch = native.scratch(rows + groups_bytes(N))
-    room = scratch.data_ptr()
+    room = room_for(M, N)
     compiled(
         *(*native.typed(grad), M, N, K),
         *(native.address(weight), native.address(weight_scale), *low_rank(left, right)),
-        *(out.data_ptr(), room + rows, room),
+        *(out.data_ptr(), *room.addresses),
     )
     return out

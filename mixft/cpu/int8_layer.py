@@ -6,6 +6,7 @@ native/int8_product.h, which is written for every processor that mixft has compi
 
 import functools
 from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,15 +41,28 @@ def _layout() -> tuple[int, int, int, int]:
     return tuple(map(native.constant, ("int8_strip", "int8_depth", "int8_row_value_bytes", "int8_group_bytes")))
 
 
-def rows_bytes(M: int, K: int) -> int:
-    """Bytes of the room for ``M`` rows of ``K`` values, rounded up to a cache line."""
-    return -(-M * (K * _layout()[2] + ROW_BYTES) // 64) * 64
+class Room(NamedTuple):
+    """What a compiled product works in, to be held until it returns."""
+
+    memory: Tensor
+    groups: int
+    rows: int
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the strips that threads pack, and of the rows that are quantized: the last arguments of each product."""
+        return self.groups, self.rows
 
 
-def groups_bytes(K: int) -> int:
-    """Bytes of the room in which threads pack a weight whose rows have ``K`` elements, a group of strips each."""
-    strip, depth, _, group = _layout()
-    return torch.get_num_threads() * (group + strip * depth * -(-K // depth))
+def room_for(M: int, K: int) -> Room:
+    """Room for ``M`` rows of ``K`` values, and for each thread to pack a group of strips of a weight as deep."""
+    strip, depth, value_bytes, group_bytes = _layout()
+    # Up to a cache line's end.
+    rows = -(-M * (K * value_bytes + ROW_BYTES) // 64) * 64
+    groups = torch.get_num_threads() * (group_bytes + strip * depth * -(-K // depth))
+    memory = native.scratch(rows + groups)
+    start = memory.data_ptr()
+    return Room(memory, start + rows, start)
 
 
 def int8_layer(
@@ -71,13 +85,11 @@ def int8_layer(
     (M, K), N = x.shape, weight.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device="cpu")
     bias = None if bias is None else bias.contiguous()
-    rows = rows_bytes(M, K)
-    scratch = native.scratch(rows + groups_bytes(K))
-    room = scratch.data_ptr()
+    room = room_for(M, K)
     linear(
         *(*native.typed(x), M, K, N),
         *(native.address(weight), native.address(columns), native.address(weight_sum), input_scale, input_zero_point),
-        *(*native.typed(bias), CODES[activation], *low_rank(left, right), *native.typed(out), room + rows, room),
+        *(*native.typed(bias), CODES[activation], *low_rank(left, right), *native.typed(out), *room.addresses),
     )
     return out
 

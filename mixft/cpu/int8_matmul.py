@@ -11,7 +11,7 @@ from . import native
 from .activation import ACTIVATIONS, CODES
 from .instruction_set import has_bf16_dot, has_int8_dot
 from .int8_epilogue import apply_epilogue
-from .int8_layer import groups_bytes, rows_bytes, serves
+from .int8_layer import room_for, serves
 from .overlap import without_overlap
 from .packed_weight import packed_product, packed_weight
 from .unsigned_rows import unsigned_limbs
@@ -88,12 +88,10 @@ def _compiled(
     # Held until the call returns.
     a, b, *columns, bias = [None if part is None else part.contiguous() for part in parts]
     out = torch.empty((M, N), dtype=out_dtype, device="cpu")
-    rows = rows_bytes(M, K)
-    scratch = native.scratch(rows + groups_bytes(K))
-    room = scratch.data_ptr()
+    room = room_for(M, K)
     compiled_product(
         *(native.address(a), M, K, N, native.address(b), by_row, *map(native.address, columns)),
-        *(*native.typed(bias), CODES[activation], *native.typed(out), room + rows, room),
+        *(*native.typed(bias), CODES[activation], *native.typed(out), *room.addresses),
     )
     return out
 
@@ -154,12 +152,10 @@ def _many_rows(
     bias = None if bias is None else bias.contiguous()
     (M, K), N = a.shape, b.shape[0]
     out = torch.empty((M, N), dtype=out_dtype, device="cpu")
-    rows = rows_bytes(3 * M, K)
-    scratch = native.scratch(rows + groups_bytes(K))
-    room = scratch.data_ptr()
+    room = room_for(3 * M, K)
     product_of_limbs(
         *(*native.typed(a), M, K, N, native.address(b), native.address(b_scale), *native.typed(bias)),
-        *(CODES[activation], *native.typed(out), room + rows, room),
+        *(CODES[activation], *native.typed(out), *room.addresses),
     )
     return out
 
