@@ -5,13 +5,17 @@
 
 #include "int8_tile.h"
 
-/* Rows multiplied at a time, at the most: their sums with COLUMNS fill the registers. */
+/* Up to so many rows a weight BY_COLUMN is read as it lies: packing it would take longer. Some of the rows are multiplied
+ * at a time: their sums with COLUMNS fill the registers. */
 #ifdef __AVX512VNNI__
-enum { ROWS_AT_ONCE = 6 };
+enum { FEW_ROWS = 64, ROWS_AT_ONCE = 6 };
 #else
-enum { ROWS_AT_ONCE = 3 };
+enum { FEW_ROWS = TILE_ROWS, ROWS_AT_ONCE = 3 };
 #endif
 enum { COLUMNS = 4 };
+
+/* How far beyond the columns that are multiplied the weight is fetched, in bytes. */
+#define AHEAD 4096
 
 /* Numbers of a row in a vector. */
 enum { WIDTH = LANES * DEPTH };
@@ -54,13 +58,14 @@ static inline void store_totals(int32_t *to, const integers *sums)
     _mm_storeu_si128((__m128i *)to, four);
 }
 
-/* sums [rows, STRIP] with `columns`, 1 or COLUMNS. As many bytes behind those are fetched, in their order in memory. */
+/* sums [rows, STRIP] with `columns`, 1 or COLUMNS. As many bytes further on are fetched, in their order in memory, to
+ * the second-level cache: the first has room for little more than the rows. */
 static inline __attribute__((always_inline)) void multiply_columns(int32_t *sums, const row_value *values,
                                                                    int64_t stride, const int8_t *weight,
                                                                    int64_t inner, const int rows, const int columns)
 {
     integers sum[ROWS_AT_ONCE][COLUMNS], value[ROWS_AT_ONCE];
-    const int8_t *next = weight + columns * inner;
+    const int8_t *next = weight + columns * inner + AHEAD;
     int64_t k = 0;
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
@@ -74,7 +79,7 @@ static inline __attribute__((always_inline)) void multiply_columns(int32_t *sums
 #pragma GCC unroll 4
         for (int column = 0; column < columns; column++) {
             integers weights = weights_with_offset(weight + column * inner + k);
-            _mm_prefetch(next + k * columns + column * WIDTH, _MM_HINT_T0);
+            _mm_prefetch(next + k * columns + column * WIDTH, _MM_HINT_T1);
 #pragma GCC unroll 6
             for (int row = 0; row < rows; row++)
                 add_products(&sum[row][column], weights, value[row]);

@@ -51,10 +51,9 @@ static inline struct int8_product int8_product_of(int64_t rows, int64_t inner, i
                                  .activation = NONE};
 }
 
-/* With one tile of rows to multiply, a weight BY_COLUMN is read as it lies: packing it would take longer. */
 static inline int is_read_in_place(const struct int8_product *product)
 {
-    return product->weight_layout == BY_COLUMN && product->rows <= TILE_ROWS;
+    return product->weight_layout == BY_COLUMN && product->limbs * product->rows <= FEW_ROWS;
 }
 
 /* Strips packed at a time: of a weight BY_ROW as many as stay in the cache, since a line of it is of two or more. */
@@ -156,52 +155,91 @@ static inline void add_factors(float *y, const struct int8_product *product, int
     }
 }
 
-/* y of one row, number `place` of its tile, and the columns of a strip, from the exact sums of all its limbs. */
-static inline void combine_limbs(float *restrict y, int32_t sums[LIMBS][TILE_ROWS * STRIP],
-                                 const struct int8_product *product, int64_t row, int64_t place,
+/* sums [rows, STRIP] -= zero_points column_sum, of the rows from `row` on. */
+static inline void subtract_zero_points(int32_t *restrict sums, const struct int8_product *product, int64_t row,
+                                        int64_t rows, const struct strip_columns *columns)
+{
+    for (int64_t place = 0; place < rows; place++, sums += STRIP)
+        for (int i = 0; i < STRIP; i++)
+            sums[i] -= (uint32_t)product->zero_points[row + place] * columns->sum[i];
+}
+
+/* y, rows of STRIP `stride` apart, from the exact sums [rows, STRIP] of the rows from `row` on. */
+static inline void scale_sums(float *restrict y, int64_t stride, const int32_t *restrict sums,
+                              const struct int8_product *product, int64_t row, int64_t rows,
+                              const struct strip_columns *restrict columns)
+{
+    const float *restrict scale = product->left.scale + row;
+    const int32_t *restrict excess = product->left.sum + row;
+    for (int64_t place = 0; place < rows; place++, y += stride, sums += STRIP)
+        for (int i = 0; i < STRIP; i++) {
+            int32_t exact = (uint32_t)sums[i] - excess[place] - columns->excess[i];
+            y[i] = __builtin_fmaf(exact * columns->scale[i], scale[place], columns->bias[i]);
+        }
+}
+
+/* The same from the sums of all limbs of the rows. */
+static inline void combine_limbs(float *restrict y, int64_t stride, int32_t sums[LIMBS][TILE_ROWS * STRIP],
+                                 const struct int8_product *product, int64_t row, int64_t rows,
                                  const struct strip_columns *columns)
 {
-    float total[STRIP] = {0}, part = 1;
-    for (int limb = 0; limb < product->limbs; limb++, part /= 256) {
-        int32_t excess = product->left.sum[limb * product->rows + row], *sum = sums[limb] + place * STRIP;
+    for (int64_t place = 0; place < rows; place++, row++, y += stride) {
+        float total[STRIP] = {0}, part = 1;
+        for (int limb = 0; limb < product->limbs; limb++, part /= 256) {
+            int32_t excess = product->left.sum[limb * product->rows + row], *sum = sums[limb] + place * STRIP;
+            for (int i = 0; i < STRIP; i++)
+                total[i] += part * (int32_t)((uint32_t)sum[i] - excess);
+        }
         for (int i = 0; i < STRIP; i++)
-            total[i] += part * (int32_t)((uint32_t)sum[i] - excess);
+            y[i] = __builtin_fmaf(total[i] * columns->scale[i], product->left.scale[row], columns->bias[i]);
     }
-    for (int i = 0; i < STRIP; i++)
-        y[i] = __builtin_fmaf(total[i] * columns->scale[i], product->left.scale[row], columns->bias[i]);
+}
+
+/* Asks for the memory that rows of STRIP results go to, so that it is at hand when they are known. */
+static inline void fetch_results(const char *out, int64_t rows, int64_t stride, int64_t bytes)
+{
+    for (int64_t row = 0; row < rows; row++, out += stride) {
+        _mm_prefetch(out, _MM_HINT_T0);
+        _mm_prefetch(out + bytes - 1, _MM_HINT_T0);
+    }
 }
 
 static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place)
 {
     const struct int8_product *product = arguments;
-    int32_t sums[LIMBS][TILE_ROWS * STRIP], *sum = sums[0];
+    int32_t sums[LIMBS][TILE_ROWS * STRIP];
+    float wide[TILE_ROWS * STRIP];
     struct strip_columns columns;
     read_columns(&columns, product, strip);
+    int whole = columns.count == STRIP, dtype = product->out_dtype, in_place = whole && dtype == FLOAT32;
+    char *out = element(product->out, row * product->columns + columns.first, dtype);
+    float *y = in_place ? (float *)out : wide;
+    int64_t stride = in_place ? product->columns : STRIP, bytes = bytes_of(dtype);
+    if (!is_read_in_place(product))
+        fetch_results(out, rows, product->columns * bytes, STRIP * bytes);
     for (int limb = 0; limb < product->limbs; limb++)
         multiply_strip(sums[limb], product, limb, row, rows, strip, place);
-    int whole = columns.count == STRIP, dtype = product->out_dtype;
-    for (int64_t last = row + rows, number = 0; row < last; row++, number++, sum += STRIP) {
-        void *out = element(product->out, row * product->columns + columns.first, dtype);
-        float wide[STRIP], *restrict y = whole && dtype == FLOAT32 ? out : wide, row_scale = product->left.scale[row];
-        int32_t excess = product->left.sum[row];
-        if (product->zero_points)
-            for (int i = 0; i < STRIP; i++)
-                sum[i] -= (uint32_t)product->zero_points[row] * columns.sum[i];
-        if (product->limbs == 1)
-            for (int i = 0; i < STRIP; i++) {
-                int32_t exact = (uint32_t)sum[i] - excess - columns.excess[i];
-                y[i] = __builtin_fmaf(exact * columns.scale[i], row_scale, columns.bias[i]);
-            }
-        else
-            combine_limbs(y, sums, product, row, number, &columns);
-        if (product->rank)
-            add_factors(y, product, row, &columns);
-        activate(y, STRIP, product->activation);
+    if (product->zero_points)
+        subtract_zero_points(sums[0], product, row, rows, &columns);
+    if (product->limbs == 1)
+        scale_sums(y, stride, sums[0], product, row, rows, &columns);
+    else
+        combine_limbs(y, stride, sums, product, row, rows, &columns);
+    if (product->rank)
+        for (int64_t i = 0; i < rows; i++)
+            add_factors(y + i * stride, product, row + i, &columns);
+    if (product->activation != NONE)
+        for (int64_t i = 0; i < rows; i++)
+            activate(y + i * stride, STRIP, product->activation);
+    if (in_place)
+        return;
+    for (int64_t i = 0; i < rows; i++) {
+        void *to = element(out, i * product->columns, dtype);
         /* A length that the compiler knows leaves no loop to be counted. */
-        if (whole && dtype != FLOAT32)
-            store_floats(out, y, STRIP, dtype);
-        else if (!whole)
-            store_floats(out, y, columns.count, dtype);
+        if (whole)
+            store_floats(to, wide + i * STRIP, STRIP, dtype);
+        else
+            store_floats(to, wide + i * STRIP, columns.count, dtype);
     }
 }
 

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 
-SHAPES = [(1, 1, 1), (7, 40, 33), (12, 64, 32), (13, 1001, 70), (30, 130, 5)]
+SHAPES = [(1, 1, 1), (7, 40, 33), (12, 64, 32), (13, 1001, 70), (30, 130, 5), (75, 1001, 70)]
 
 
 @pytest.fixture(autouse=True)
