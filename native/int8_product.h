@@ -86,26 +86,19 @@ static inline struct fetched next_bytes(const struct int8_product *product, int6
     return (struct fetched){next + bytes * row / product->rows, STRIP * DEPTH * rows / product->rows};
 }
 
-/* sums [rows, STRIP] of a limb of the rows from `row` on with strip number `strip`, number `place` of its group. */
-static inline void multiply_strip(int32_t *sums, const struct int8_product *product, int limb, int64_t row,
+/* The result of a limb of the rows from `row` on with strip number `strip`, number `place` of its group. */
+static inline void multiply_strip(struct tile_result result, const struct int8_product *product, int limb, int64_t row,
                                   int64_t rows, int64_t strip, int64_t place)
 {
     int64_t inner = product->inner, stride = product->left.stride, first = strip * STRIP;
     const row_value *values = product->left.values + (limb * product->rows + row) * stride;
     if (is_read_in_place(product))
-        multiply_few_rows(sums, values, stride, product->weight + first * inner, inner, rows,
+        multiply_few_rows(result.sums, values, stride, product->weight + first * inner, inner, rows,
                           least(product->columns - first, STRIP));
     else
-        multiply_tile(sums, values, stride, group_of_thread(product) + place * strip_bytes(inner), inner, rows,
+        multiply_tile(result, values, stride, group_of_thread(product) + place * strip_bytes(inner), inner, rows,
                       next_bytes(product, row, rows, strip));
 }
-
-/* What the columns of a strip bring along, with anything beyond the last. */
-struct strip_columns {
-    _Alignas(64) float scale[STRIP], bias[STRIP];
-    int32_t sum[STRIP], excess[STRIP];
-    int64_t first, count;
-};
 
 static inline void read_columns(struct strip_columns *columns, const struct int8_product *product, int64_t strip)
 {
@@ -124,30 +117,19 @@ static inline void read_columns(struct strip_columns *columns, const struct int8
         load_floats(columns->bias, element(product->bias, first, product->bias_dtype), count, product->bias_dtype);
 }
 
-static inline floats multiply_add(float a, const float *b, floats c)
-{
-#ifdef __AVX512VNNI__
-    return _mm512_fmadd_ps(_mm512_set1_ps(a), _mm512_loadu_ps(b), c);
-#else
-    return _mm256_fmadd_ps(_mm256_set1_ps(a), _mm256_loadu_ps(b), c);
-#endif
-}
-
 /* y += left right for one row and the columns of a strip. */
 static inline void add_factors(float *y, const struct int8_product *product, int64_t row,
                                const struct strip_columns *columns)
 {
     const float *left = product->factor_left + row * product->rank, *right = product->factor_right + columns->first;
     if (columns->count == STRIP) {
-        floats low, high;
-        memcpy(&low, y, sizeof low);
-        memcpy(&high, y + LANES, sizeof high);
+        floats low = load_vector(y), high = load_vector(y + LANES);
         for (int64_t k = 0; k < product->rank; k++, right += product->columns) {
-            low = multiply_add(left[k], right, low);
-            high = multiply_add(left[k], right + LANES, high);
+            low = multiply_add(load_vector(right), left[k], low);
+            high = multiply_add(load_vector(right + LANES), left[k], high);
         }
-        memcpy(y, &low, sizeof low);
-        memcpy(y + LANES, &high, sizeof high);
+        store_vector(y, low);
+        store_vector(y + LANES, high);
     } else {
         for (int64_t k = 0; k < product->rank; k++, right += product->columns)
             for (int64_t i = 0; i < columns->count; i++)
@@ -164,26 +146,13 @@ static inline void subtract_zero_points(int32_t *restrict sums, const struct int
             sums[i] -= (uint32_t)product->zero_points[row + place] * columns->sum[i];
 }
 
-/* y, rows of STRIP `stride` apart, from the exact sums [rows, STRIP] of the rows from `row` on. */
-static inline void scale_sums(float *restrict y, int64_t stride, const int32_t *restrict sums,
-                              const struct int8_product *product, int64_t row, int64_t rows,
-                              const struct strip_columns *restrict columns)
+/* y from the exact sums of all limbs of the rows from `row` on. */
+static inline void combine_limbs(const struct scaling *to, int32_t sums[LIMBS][TILE_ROWS * STRIP],
+                                 const struct int8_product *product, int64_t row, int64_t rows)
 {
-    const float *restrict scale = product->left.scale + row;
-    const int32_t *restrict excess = product->left.sum + row;
-    for (int64_t place = 0; place < rows; place++, y += stride, sums += STRIP)
-        for (int i = 0; i < STRIP; i++) {
-            int32_t exact = (uint32_t)sums[i] - excess[place] - columns->excess[i];
-            y[i] = __builtin_fmaf(exact * columns->scale[i], scale[place], columns->bias[i]);
-        }
-}
-
-/* The same from the sums of all limbs of the rows. */
-static inline void combine_limbs(float *restrict y, int64_t stride, int32_t sums[LIMBS][TILE_ROWS * STRIP],
-                                 const struct int8_product *product, int64_t row, int64_t rows,
-                                 const struct strip_columns *columns)
-{
-    for (int64_t place = 0; place < rows; place++, row++, y += stride) {
+    const struct strip_columns *columns = to->columns;
+    float *restrict y = to->y;
+    for (int64_t place = 0; place < rows; place++, row++, y += to->stride) {
         float total[STRIP] = {0}, part = 1;
         for (int limb = 0; limb < product->limbs; limb++, part /= 256) {
             int32_t excess = product->left.sum[limb * product->rows + row], *sum = sums[limb] + place * STRIP;
@@ -217,14 +186,18 @@ static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t st
     int64_t stride = in_place ? product->columns : STRIP, bytes = bytes_of(dtype);
     if (!is_read_in_place(product))
         fetch_results(out, rows, product->columns * bytes, STRIP * bytes);
-    for (int limb = 0; limb < product->limbs; limb++)
-        multiply_strip(sums[limb], product, limb, row, rows, strip, place);
+    struct scaling scaling = {&columns, product->left.scale + row, product->left.sum + row, y, stride};
+    int in_registers = product->limbs == 1 && !product->zero_points && !is_read_in_place(product);
+    for (int limb = 0; limb < product->limbs; limb++) {
+        struct tile_result result = {sums[limb], in_registers ? &scaling : NULL};
+        multiply_strip(result, product, limb, row, rows, strip, place);
+    }
     if (product->zero_points)
         subtract_zero_points(sums[0], product, row, rows, &columns);
-    if (product->limbs == 1)
-        scale_sums(y, stride, sums[0], product, row, rows, &columns);
-    else
-        combine_limbs(y, stride, sums, product, row, rows, &columns);
+    if (product->limbs > 1)
+        combine_limbs(&scaling, sums, product, row, rows);
+    else if (!in_registers)
+        scale_rows(&scaling, sums[0], rows);
     if (product->rank)
         for (int64_t i = 0; i < rows; i++)
             add_factors(y + i * stride, product, row + i, &columns);

@@ -1,13 +1,11 @@
 /* Exact products of int8 rows with a packed int8 weight, a tile at a time.
  *
- * VNNI multiplies four unsigned bytes by four signed ones and adds the products in int32. The weight is the unsigned
- * operand, as w + OFFSET, and the rows q are the signed one:
+ * The weight is the unsigned operand of int8_vectors.h, as w + OFFSET, and the rows q are the signed one:
  *
  *     sum_k q w = sum_k q (w + OFFSET) - OFFSET sum_k q
  *
- * in arithmetic modulo 2^32, so the result is exact wherever it fits in int32. Without VNNI, AVX2 multiplies pairs of
- * int16: the rows are kept that wide, the weight is widened as it is read, and there is no offset. (Its products of
- * bytes would saturate.)
+ * in arithmetic modulo 2^32, so the result is exact wherever it fits in int32. Without VNNI the rows are kept as int16,
+ * the weight is widened as it is read, and there is no offset.
  *
  * A packed weight lies in strips of STRIP of its rows; a strip holds DEPTH bytes of each of them, then the next DEPTH,
  * and anything beyond the weight's edges: the rows are zero there.
@@ -15,37 +13,9 @@
 #ifndef MIXFT_INT8_TILE_H
 #define MIXFT_INT8_TILE_H
 
-#include <immintrin.h>
 #include <omp.h>
-#include <stdint.h>
-#include <string.h>
 
-/* Two vectors of sums a row and two of the weight fill the registers. */
-#ifdef __AVX512VNNI__
-#define TILE_ROWS 12
-enum { LANES = 16 };
-typedef __m512i integers;
-typedef __m512 floats;
-#else
-#define TILE_ROWS 6
-enum { LANES = 8 };
-typedef __m256i integers;
-typedef __m256 floats;
-#endif
-
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-enum { DEPTH = 4, OFFSET = 128 };
-typedef int8_t row_value;
-typedef uint32_t depth_bytes;
-#define OFFSETS 0x80808080u
-#else
-enum { DEPTH = 2, OFFSET = 0 };
-typedef int16_t row_value;
-typedef uint16_t depth_bytes;
-#define OFFSETS 0u
-#endif
-
-enum { STRIP = 2 * LANES };
+#include "int8_scaling.h"
 
 /* Bytes of packed strips that stay in a second-level cache while the rows pass by. */
 #define GROUP_BYTES (1 << 18)
@@ -63,71 +33,21 @@ static inline int64_t strip_bytes(int64_t inner)
     return STRIP * DEPTH * parts_of(inner, DEPTH);
 }
 
-/* Half a strip at one depth, and one row's values at it for every lane. */
-#ifdef __AVX512VNNI__
-static inline integers weights_at(const uint8_t *strip)
-{
-    return _mm512_loadu_si512(strip);
-}
-
-static inline integers values_at(const row_value *values)
-{
-    int32_t all;
-    memcpy(&all, values, 4);
-    return _mm512_set1_epi32(all);
-}
-
-static inline void store_integers(int32_t *to, integers from)
-{
-    _mm512_storeu_si512(to, from);
-}
-
-/* The compiler's intrinsic makes it copy the sums around. */
-static inline void add_products(integers *sum, integers weights, integers values)
-{
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(weights), "v"(values));
-}
-#else
-static inline integers weights_at(const uint8_t *strip)
-{
-#ifdef __AVXVNNI__
-    return _mm256_loadu_si256((const __m256i *)strip);
-#else
-    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)strip));
-#endif
-}
-
-static inline integers values_at(const row_value *values)
-{
-    int32_t all;
-    memcpy(&all, values, 4);
-    return _mm256_set1_epi32(all);
-}
-
-static inline void store_integers(int32_t *to, integers from)
-{
-    _mm256_storeu_si256((__m256i *)to, from);
-}
-
-static inline void add_products(integers *sum, integers weights, integers values)
-{
-#ifdef __AVXVNNI__
-    *sum = _mm256_dpbusd_avx_epi32(*sum, weights, values);
-#else
-    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, values));
-#endif
-}
-#endif
-
 /* What a tile asks for while it multiplies: `pace` bytes of memory from `ahead` on at every depth. */
 struct fetched {
     const int8_t *ahead;
     int64_t pace;
 };
 
-/* sums [rows, STRIP] of `rows` rows, `stride` values apart, with a strip of the weight. */
-static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, const row_value *values, int64_t stride,
-                                                                const uint8_t *strip, int64_t steps,
+/* What a tile gives: its sums [rows, STRIP], or where `scaling` is not NULL the floats that they become. */
+struct tile_result {
+    int32_t *sums;
+    const struct scaling *scaling;
+};
+
+/* The result of `rows` rows, `stride` values apart, with a strip of the weight. */
+static inline __attribute__((always_inline)) void multiply_rows(struct tile_result result, const row_value *values,
+                                                                int64_t stride, const uint8_t *strip, int64_t steps,
                                                                 struct fetched fetched, const int rows)
 {
     integers sum[TILE_ROWS][2];
@@ -147,33 +67,40 @@ static inline __attribute__((always_inline)) void multiply_rows(int32_t *sums, c
         values += DEPTH;
         strip += STRIP * DEPTH;
     }
+    if (result.scaling) {
+        struct column_vectors columns = vectors_of(result.scaling->columns);
+#pragma GCC unroll 12
+        for (int row = 0; row < rows; row++)
+            scale_row(result.scaling, &columns, row, sum[row][0], sum[row][1]);
+        return;
+    }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) {
-        store_integers(sums + row * STRIP, sum[row][0]);
-        store_integers(sums + row * STRIP + LANES, sum[row][1]);
+        store_integers(result.sums + row * STRIP, sum[row][0]);
+        store_integers(result.sums + row * STRIP + LANES, sum[row][1]);
     }
 }
 
 /* multiply_rows for 1 to TILE_ROWS rows, each number of them compiled by itself. */
-static inline void multiply_tile(int32_t *sums, const row_value *values, int64_t stride, const uint8_t *strip,
-                                 int64_t inner, int64_t rows, struct fetched fetched)
+static inline void multiply_tile(struct tile_result result, const row_value *values, int64_t stride,
+                                 const uint8_t *strip, int64_t inner, int64_t rows, struct fetched fetched)
 {
     int64_t steps = parts_of(inner, DEPTH);
     switch (rows) {
-    case 1: multiply_rows(sums, values, stride, strip, steps, fetched, 1); break;
-    case 2: multiply_rows(sums, values, stride, strip, steps, fetched, 2); break;
-    case 3: multiply_rows(sums, values, stride, strip, steps, fetched, 3); break;
-    case 4: multiply_rows(sums, values, stride, strip, steps, fetched, 4); break;
-    case 5: multiply_rows(sums, values, stride, strip, steps, fetched, 5); break;
+    case 1: multiply_rows(result, values, stride, strip, steps, fetched, 1); break;
+    case 2: multiply_rows(result, values, stride, strip, steps, fetched, 2); break;
+    case 3: multiply_rows(result, values, stride, strip, steps, fetched, 3); break;
+    case 4: multiply_rows(result, values, stride, strip, steps, fetched, 4); break;
+    case 5: multiply_rows(result, values, stride, strip, steps, fetched, 5); break;
 #if TILE_ROWS > 6
-    case 6: multiply_rows(sums, values, stride, strip, steps, fetched, 6); break;
-    case 7: multiply_rows(sums, values, stride, strip, steps, fetched, 7); break;
-    case 8: multiply_rows(sums, values, stride, strip, steps, fetched, 8); break;
-    case 9: multiply_rows(sums, values, stride, strip, steps, fetched, 9); break;
-    case 10: multiply_rows(sums, values, stride, strip, steps, fetched, 10); break;
-    case 11: multiply_rows(sums, values, stride, strip, steps, fetched, 11); break;
+    case 6: multiply_rows(result, values, stride, strip, steps, fetched, 6); break;
+    case 7: multiply_rows(result, values, stride, strip, steps, fetched, 7); break;
+    case 8: multiply_rows(result, values, stride, strip, steps, fetched, 8); break;
+    case 9: multiply_rows(result, values, stride, strip, steps, fetched, 9); break;
+    case 10: multiply_rows(result, values, stride, strip, steps, fetched, 10); break;
+    case 11: multiply_rows(result, values, stride, strip, steps, fetched, 11); break;
 #endif
-    default: multiply_rows(sums, values, stride, strip, steps, fetched, TILE_ROWS);
+    default: multiply_rows(result, values, stride, strip, steps, fetched, TILE_ROWS);
     }
 }
 
