@@ -35,6 +35,6 @@ def int8_input_gradient(
     compiled(
         *(*native.typed(grad), M, N, K),
         *(native.address(weight), native.address(weight_scale), *low_rank(left, right)),
-        *(out.data_ptr(), *room.addresses),
+        *(out.data_ptr(), *room[1:]),
     )
     return out

@@ -6,7 +6,6 @@ native/int8_product.h, which is written for every processor that mixft has compi
 
 import functools
 from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,28 +40,16 @@ def _layout() -> tuple[int, int, int, int]:
     return tuple(map(native.constant, ("int8_strip", "int8_depth", "int8_row_value_bytes", "int8_group_bytes")))
 
 
-class Room(NamedTuple):
-    """What a compiled product works in, to be held until it returns."""
-
-    memory: Tensor
-    groups: int
-    rows: int
-
-    @property
-    def addresses(self) -> tuple[int, int]:
-        """Of the strips that threads pack, and of the rows that are quantized: the last arguments of each product."""
-        return self.groups, self.rows
-
-
-def room_for(M: int, K: int) -> Room:
-    """Room for ``M`` rows of ``K`` values, and for each thread to pack a group of strips of a weight as deep."""
+def room_for(M: int, K: int) -> tuple[Tensor, int, int]:
+    """Memory that a compiled product works in, to be held until it returns, and its last two arguments: where in it
+    threads pack strips of a weight of depth ``K``, and where ``M`` rows are quantized."""
     strip, depth, value_bytes, group_bytes = _layout()
     # Up to a cache line's end.
     rows = -(-M * (K * value_bytes + ROW_BYTES) // 64) * 64
     groups = torch.get_num_threads() * (group_bytes + strip * depth * -(-K // depth))
     memory = native.scratch(rows + groups)
     start = memory.data_ptr()
-    return Room(memory, start + rows, start)
+    return memory, start + rows, start
 
 
 def int8_layer(
@@ -89,7 +76,7 @@ def int8_layer(
     linear(
         *(*native.typed(x), M, K, N),
         *(native.address(weight), native.address(columns), native.address(weight_sum), input_scale, input_zero_point),
-        *(*native.typed(bias), CODES[activation], *low_rank(left, right), *native.typed(out), *room.addresses),
+        *(*native.typed(bias), CODES[activation], *low_rank(left, right), *native.typed(out), *room[1:]),
     )
     return out
 

@@ -91,7 +91,7 @@ def _compiled(
     room = room_for(M, K)
     compiled_product(
         *(native.address(a), M, K, N, native.address(b), by_row, *map(native.address, columns)),
-        *(*native.typed(bias), CODES[activation], *native.typed(out), *room.addresses),
+        *(*native.typed(bias), CODES[activation], *native.typed(out), *room[1:]),
     )
     return out
 
@@ -155,7 +155,7 @@ def _many_rows(
     room = room_for(3 * M, K)
     product_of_limbs(
         *(*native.typed(a), M, K, N, native.address(b), native.address(b_scale), *native.typed(bias)),
-        *(CODES[activation], *native.typed(out), *room.addresses),
+        *(CODES[activation], *native.typed(out), *room[1:]),
     )
     return out
 

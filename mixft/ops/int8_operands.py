@@ -69,5 +69,6 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         shapes = f"x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(f"weight must be [N, K] with the K of x [..., K]; {shapes}")
     check_bias(bias, weight.shape[0])
-    check_same_device(x=x, weight=weight, bias=bias)
+    if x.device != weight.device or (bias is not None and bias.device != weight.device):
+        check_same_device(x=x, weight=weight, bias=bias)
     return x if x.dim() == 2 else x.reshape(prod(x.shape[:-1]), x.shape[-1])
