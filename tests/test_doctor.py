@@ -142,6 +142,15 @@ def test_linux_answers_for_the_probes_that_torch_lacks(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "told"), [("AMD EPYC", "AMD EPYC family 25 model 17"), ("AMD EPYC 9654", "AMD EPYC 9654")]
+)
+def test_a_name_that_several_processors_have_is_told_apart(monkeypatch, name, told):
+    known = {"model name": name, "cpu family": "25", "model": "17"}
+    monkeypatch.setattr(environment, "_cpuinfo", known.__getitem__)
+    assert environment.cpu_name() == told
+
+
+@pytest.mark.parametrize(
     ("arch", "op", "dtype", "code"),
     [
         ("sm_90", "matmul", torch.float16, "Triton, sm_90"),

@@ -180,9 +180,19 @@ def test_a_build_that_this_processor_cannot_run_is_named(monkeypatch, tmp_path, 
     assert f"{build!r}; on this processor it can be 0, avx_vnni, avx2" in unavailable(monkeypatch, tmp_path)
 
 
-def test_they_can_be_switched_off(monkeypatch, tmp_path):
+def test_a_build_that_is_asked_for_in_vain_is_warned_of(monkeypatch):
+    monkeypatch.setenv("MIXFT_NATIVE", "avx1024")
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)
+    with pytest.warns(UserWarning, match="MIXFT_NATIVE is 'avx1024'; .* torch's operators serve"):
+        assert "avx1024" in native.why_unavailable.__wrapped__()
+
+
+def test_they_can_be_switched_off(monkeypatch, tmp_path, recwarn):
     monkeypatch.setenv("MIXFT_NATIVE", "0")
     assert "MIXFT_NATIVE" in unavailable(monkeypatch, tmp_path)
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)
+    assert "MIXFT_NATIVE" in native.why_unavailable.__wrapped__()
+    assert not recwarn.list
 
 
 def build(tmp_path: Path, compiler: str, *options: str) -> list[Path]:

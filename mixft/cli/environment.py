@@ -86,8 +86,14 @@ def compiled_routines() -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's model name, or its architecture where the system does not tell."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """The CPU's model name, or its architecture where the system does not tell.
+
+    A virtual machine's may be that of a brand; family and model then tell one generation from another.
+    """
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    family, model = _cpuinfo("cpu family"), _cpuinfo("model")
+    is_a_brand = family and model and not any(map(str.isdigit, name))
+    return f"{name} family {family} model {model}" if is_a_brand else name
 
 
 def _cpuinfo(key: str) -> str:

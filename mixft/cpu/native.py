@@ -11,6 +11,7 @@ import hashlib
 import mmap
 import os
 import threading
+import warnings
 from array import array
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
@@ -97,10 +98,12 @@ def _is_outdated(library: ctypes.CDLL) -> bool:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Why torch's operators serve; None where the compiled routines do."""
+    """Why torch's operators serve; None where the compiled routines do. Warns where ``MIXFT_NATIVE`` asks for these."""
     try:
         load()
     except Unavailable as reason:
+        if os.environ.get("MIXFT_NATIVE", "0") != "0":
+            warnings.warn(f"no compiled CPU routines: {reason}. torch's operators serve, more slowly.", stacklevel=2)
         return str(reason)
     return None
 
