@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from conftest import assert_within_budget
 from matmul_problems import ACTIVATIONS
 
-from mixft.cpu.int8_matmul import fp32_integer_product, integer_product
+from mixft.cpu import native
+from mixft.cpu.int8_matmul import _compiled, fp32_integer_product, integer_product
 from mixft.kernels.architecture import ARCHITECTURES
 from mixft.kernels.int8_matmul import bucket
 from mixft.kernels.int8_split_k import split_count
@@ -39,6 +40,23 @@ def test_int8_matmul_matches_fp64(device, shape, out_dtype):
     out = int8_matmul(a, b, a_scale, b_scale, bias, out_dtype=out_dtype)
     assert out.dtype == out_dtype
     assert_within_budget(out, exact, exact.to(out_dtype), EPSILON[out_dtype])
+
+
+@pytest.mark.skipif(not native.available(), reason="needs the compiled routines")
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("shape", [(1, 40, 33), (17, 66, 70), (75, 130, 65)])
+def test_the_compiled_product(shape, by_row, affine):
+    """Itself: where there is a faster one, :func:`int8_matmul` does not call it."""
+    M, K, N = shape
+    a, b = int8(M, K, device="cpu"), int8(K, N, device="cpu").t() if by_row else int8(N, K, device="cpu")
+    a_scale, b_scale, bias = torch.rand(M, 1) / 500, torch.rand(N, 1) / 50, torch.randn(N)
+    zero_point = torch.randint(-128, 128, (M, 1), dtype=torch.int32) if affine else None
+    shifted = a.int() - zero_point if affine else a
+    exact = exact_product(shifted, b, a_scale, b_scale, bias, "gelu")
+    b_sum = b.sum(1, dtype=torch.int32) if affine else None
+    out = _compiled(a, b, a_scale, b_scale, bias, "gelu", torch.float32, zero_point, b_sum)
+    assert_within_budget(out, exact, exact.float(), 2**-21)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
