@@ -9,9 +9,7 @@ void int8_input_gradient(const void *grad, int dtype, int64_t rows, int64_t inne
                          int64_t rank, void *out, uint8_t *groups, void *scratch)
 {
     struct int8_product product = int8_product_of(rows, inner, columns, 1, weight, BY_ROW, groups, scratch);
-    product.factor_left = left;
-    product.factor_right = right;
-    product.rank = rank;
+    product.added = (struct low_rank){left, right, rank};
     product.out = out;
     product.out_dtype = dtype;
     quantize_rows(&product.left, grad, dtype, rows, inner, weight_scale, 0, 0);

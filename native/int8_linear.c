@@ -22,9 +22,7 @@ void int8_linear(const void *input, int input_dtype, int64_t rows, int64_t inner
     product.bias = bias;
     product.bias_dtype = bias_dtype;
     product.activation = activation;
-    product.factor_left = left;
-    product.factor_right = right;
-    product.rank = rank;
+    product.added = (struct low_rank){left, right, rank};
     product.out = out;
     product.out_dtype = out_dtype;
     float scale = weight_sum ? input_scale : 0;

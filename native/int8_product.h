@@ -16,6 +16,12 @@
 enum { BY_COLUMN, BY_ROW };
 enum { LIMBS = 3 };
 
+/* What a product of floats adds: left [rows, rank] times right [rank, columns]. */
+struct low_rank {
+    const float *left, *right;
+    int64_t rank;
+};
+
 struct int8_product {
     int64_t rows, inner, columns;
     int limbs;                  /* of a row: 1, or LIMBS, each a 256th of the one before */
@@ -28,9 +34,7 @@ struct int8_product {
     int32_t zero_point;         /* of every row */
     const int32_t *zero_points; /* [rows], beside that one, or NULL */
     const void *bias;           /* [columns], or NULL */
-    const float *factor_left;   /* [rows, rank] */
-    const float *factor_right;  /* [rank, columns] */
-    int64_t rank;
+    struct low_rank added;
     void *out; /* [rows, columns] */
     int bias_dtype, activation, out_dtype;
 };
@@ -121,17 +125,18 @@ static inline void read_columns(struct strip_columns *columns, const struct int8
 static inline void add_factors(float *y, const struct int8_product *product, int64_t row,
                                const struct strip_columns *columns)
 {
-    const float *left = product->factor_left + row * product->rank, *right = product->factor_right + columns->first;
+    int64_t rank = product->added.rank;
+    const float *left = product->added.left + row * rank, *right = product->added.right + columns->first;
     if (columns->count == STRIP) {
         floats low = load_vector(y), high = load_vector(y + LANES);
-        for (int64_t k = 0; k < product->rank; k++, right += product->columns) {
+        for (int64_t k = 0; k < rank; k++, right += product->columns) {
             low = multiply_add(load_vector(right), left[k], low);
             high = multiply_add(load_vector(right + LANES), left[k], high);
         }
         store_vector(y, low);
         store_vector(y + LANES, high);
     } else {
-        for (int64_t k = 0; k < product->rank; k++, right += product->columns)
+        for (int64_t k = 0; k < rank; k++, right += product->columns)
             for (int64_t i = 0; i < columns->count; i++)
                 y[i] = __builtin_fmaf(left[k], right[i], y[i]);
     }
@@ -173,46 +178,49 @@ static inline void fetch_results(const char *out, int64_t rows, int64_t stride, 
     }
 }
 
-static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place)
+/* The scaled sums of `rows` rows from `row` on with a strip, which is number `place` of its group. */
+static inline void multiply_and_scale(const struct scaling *to, const struct int8_product *product, int64_t row,
+                                      int64_t rows, int64_t strip, int64_t place)
 {
-    const struct int8_product *product = arguments;
     int32_t sums[LIMBS][TILE_ROWS * STRIP];
-    float wide[TILE_ROWS * STRIP];
-    struct strip_columns columns;
-    read_columns(&columns, product, strip);
-    int whole = columns.count == STRIP, dtype = product->out_dtype, in_place = whole && dtype == FLOAT32;
-    char *out = element(product->out, row * product->columns + columns.first, dtype);
-    float *y = in_place ? (float *)out : wide;
-    int64_t stride = in_place ? product->columns : STRIP, bytes = bytes_of(dtype);
-    if (!is_read_in_place(product))
-        fetch_results(out, rows, product->columns * bytes, STRIP * bytes);
-    struct scaling scaling = {&columns, product->left.scale + row, product->left.sum + row, y, stride};
     int in_registers = product->limbs == 1 && !product->zero_points && !is_read_in_place(product);
     for (int limb = 0; limb < product->limbs; limb++) {
-        struct tile_result result = {sums[limb], in_registers ? &scaling : NULL};
+        struct tile_result result = {sums[limb], in_registers ? to : NULL};
         multiply_strip(result, product, limb, row, rows, strip, place);
     }
     if (product->zero_points)
-        subtract_zero_points(sums[0], product, row, rows, &columns);
+        subtract_zero_points(sums[0], product, row, rows, to->columns);
     if (product->limbs > 1)
-        combine_limbs(&scaling, sums, product, row, rows);
+        combine_limbs(to, sums, product, row, rows);
     else if (!in_registers)
-        scale_rows(&scaling, sums[0], rows);
-    if (product->rank)
-        for (int64_t i = 0; i < rows; i++)
-            add_factors(y + i * stride, product, row + i, &columns);
-    if (product->activation != NONE)
-        for (int64_t i = 0; i < rows; i++)
-            activate(y + i * stride, STRIP, product->activation);
-    if (in_place)
+        scale_rows(to, sums[0], rows);
+}
+
+static void do_tile(const void *arguments, int64_t row, int64_t rows, int64_t strip, int64_t place)
+{
+    const struct int8_product *product = arguments;
+    float wide[TILE_ROWS * STRIP];
+    struct strip_columns columns;
+    read_columns(&columns, product, strip);
+    int whole = columns.count == STRIP, dtype = product->out_dtype, direct = whole && dtype == FLOAT32;
+    char *out = element(product->out, row * product->columns + columns.first, dtype);
+    int64_t bytes = bytes_of(dtype), stride = direct ? product->columns : STRIP;
+    float *y = direct ? (float *)out : wide;
+    struct scaling scaling = {&columns, product->left.scale + row, product->left.sum + row, y, stride};
+    if (!is_read_in_place(product))
+        fetch_results(out, rows, product->columns * bytes, STRIP * bytes);
+    multiply_and_scale(&scaling, product, row, rows, strip, place);
+    if (direct && !product->added.rank && product->activation == NONE)
         return;
-    for (int64_t i = 0; i < rows; i++) {
-        void *to = element(out, i * product->columns, dtype);
+    for (int64_t i = 0; i < rows; i++, y += stride, out += product->columns * bytes) {
+        if (product->added.rank)
+            add_factors(y, product, row + i, &columns);
+        activate(y, STRIP, product->activation);
         /* A length that the compiler knows leaves no loop to be counted. */
-        if (whole)
-            store_floats(to, wide + i * STRIP, STRIP, dtype);
-        else
-            store_floats(to, wide + i * STRIP, columns.count, dtype);
+        if (whole && !direct)
+            store_floats(out, y, STRIP, dtype);
+        else if (!whole)
+            store_floats(out, y, columns.count, dtype);
     }
 }
 

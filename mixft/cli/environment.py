@@ -88,7 +88,7 @@ def compiled_routines() -> str:
 def cpu_name() -> str:
     """The CPU's model name, or its architecture where the system does not tell.
 
-    A virtual machine's may be that of a brand; family and model then tell one generation from another.
+    On a virtual machine it may be no more than a brand; family and model then tell its generations apart.
     """
     name = _cpuinfo("model name") or platform.processor() or platform.machine()
     family, model = _cpuinfo("cpu family"), _cpuinfo("model")
