@@ -1,6 +1,7 @@
 /* Unscaling and gradient statistics: mixft/cpu/grad.py. */
 #include "blocks.h"
 #include "floats.h"
+#include "grad.h"
 
 struct job {
     void **grads;
@@ -101,12 +102,11 @@ static void square_blocks(void *context, int64_t tensor, int64_t start, int64_t 
     count_nonfinite(job, tensor, nonfinite);
 }
 
-/* Per tensor: sum of squares and number of NaN and Inf. `partial` has room for one number a block; the sums are
- * added in the order of the blocks, whatever the number of threads. */
 void gradient_statistics(void **grads, const int64_t *sizes, const int32_t *dtypes, int64_t count, double *partial,
                          float *squares, int64_t *nonfinite)
 {
     struct job job = {.grads = grads, .dtypes = dtypes, .squares = partial, .nonfinite = nonfinite};
+    memset(nonfinite, 0, count * sizeof *nonfinite);
     for_each_blocks(sizes, count, 4 * BLOCK, square_blocks, &job);
     int64_t block = 0;
     for (int64_t tensor = 0; tensor < count; tensor++) {

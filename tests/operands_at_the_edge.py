@@ -17,6 +17,7 @@ from mixft.cpu.adamw import adamw_step_
 from mixft.cpu.dequantize import dequantize
 from mixft.cpu.dropout import dropout
 from mixft.cpu.grad import gradient_statistics, unscale_gradients_
+from mixft.cpu.grad_scalars import gradient_scalars
 from mixft.cpu.int8_epilogue import apply_epilogue
 from mixft.cpu.int8_input_gradient import int8_input_gradient
 from mixft.cpu.int8_layer import int8_layer
@@ -90,6 +91,7 @@ def passes(M, K, N, dtype):
     accumulate_gradients_(grads, buffers, None, torch.zeros(1), torch.zeros(2, dtype=torch.int64), False, True)
     unscale_gradients_(grads, torch.tensor(0.5), torch.zeros(1), None)
     gradient_statistics(grads)
+    gradient_scalars(grads, normal(1), place(torch.zeros(())), 1.0)
 
 
 def steps(size, dtype):

@@ -57,14 +57,19 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     """``mixft.kernels.grad.gradient_statistics`` on the CPU."""
     if native.available():
         squares = torch.empty(len(grads), dtype=torch.float32, device="cpu")
-        nonfinite = torch.zeros(len(grads), dtype=torch.int64, device="cpu")
-        sizes, dtypes, blocks = _described(native.sizes_of(grads), native.dtypes_of(grads))
+        nonfinite = torch.empty(len(grads), dtype=torch.int64, device="cpu")
+        described, blocks = describe(grads)
         partial = native.scratch(8 * blocks)
-        results = partial.data_ptr(), squares.data_ptr(), nonfinite.data_ptr()
-        compiled_statistics(native.addresses(grads), sizes, dtypes, len(grads), *results)
+        compiled_statistics(*described, partial.data_ptr(), squares.data_ptr(), nonfinite.data_ptr())
         return squares, nonfinite
     squares = sums_of_squares(grads)
     return squares, nonfinite_counts(grads, squares)
+
+
+def describe(grads: list[Tensor]) -> tuple[tuple, int]:
+    """``grads`` as the first arguments of a compiled routine, and how many of native/blocks.h's blocks they have."""
+    sizes, dtypes, blocks = _described(native.sizes_of(grads), native.dtypes_of(grads))
+    return (native.addresses(grads), sizes, dtypes, len(grads)), blocks
 
 
 @functools.lru_cache(KEPT)

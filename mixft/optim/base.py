@@ -232,9 +232,10 @@ class MixedPrecisionOptimizer(Optimizer):
             skip_nonfinite=self.skip_nonfinite,
         )
         self.last_grad_norm = scalars.norm
-        self.last_found_inf = None if scalars.found_inf is None else scalars.found_inf.reshape(())
+        self.last_found_inf = scalars.found_inf
         self.last_nonfinite = list(zip(params.values(), scalars.nonfinite, strict=True)) if scalars.nonfinite else []
-        local = {device: scalars.on(device) for device in grads}
+        home, *others = grads
+        local = {home: scalars} | {device: scalars.on(device) for device in others}
         for members, own, lr in zip(work, listed, rates, strict=True):
             rounding = self.stochastic_rounding and not members.tensors["masters"]
             here = local[members.device]

@@ -15,7 +15,7 @@ class Scalars:
     Attributes:
         inv_scale: what the gradients are multiplied by first.
         clip_coef: what they are multiplied by next, to be clipped.
-        found_inf: not zero where the step is not to be taken.
+        found_inf: 0-d, not zero where the step is not to be taken.
         norm: of the unscaled gradients, before clipping; None where nothing asked for it.
         nonfinite: int64, for every device of the step the number of NaN and Inf elements of each gradient; empty where
             nobody looked.
@@ -52,7 +52,7 @@ def step_scalars(
     """
     home = next(iter(grads))
     inv_scale = None if grad_scale is None else at(grad_scale, home).reciprocal()
-    found_inf = None if found_inf is None else at(found_inf, home)
+    found_inf = None if found_inf is None else at(found_inf, home).reshape(())
     if max_norm is None and (found_inf is not None or not skip_nonfinite):
         return Scalars(inv_scale, None, found_inf)
     if len(grads) == 1:
@@ -66,7 +66,7 @@ def step_scalars(
             norm = norm * inv_scale.reshape(())
         nonfinite = tuple(part.nonfinite for part in parts)
         findings = [at(part.found_inf, home) for part in parts]
-        findings += [] if found_inf is None else [found_inf.reshape(())]
+        findings += [] if found_inf is None else [found_inf]
         # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
         findings += [] if max_norm is None else [(~norm.isfinite()).float()]
         found_inf = torch.stack(findings).amax()
