@@ -74,7 +74,7 @@ def finish_scalars(
     if max_norm is not None:
         # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
         found = tl.where(is_nonfinite(norm) != 0, 1.0, found)
-        clip_coef = tl.minimum(max_norm / (norm + 1e-6), 1.0)
+        clip_coef = tl.minimum(max_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(scalars, norm)
     tl.store(scalars + 1, clip_coef)
     tl.store(scalars + 2, found)

@@ -1,5 +1,7 @@
 """``mixft.ops.grad_scalars`` against FP64, torch's clipping, and a count of what it launches."""
 
+from math import inf, nan
+
 import pytest
 import torch
 from conftest import assert_within_budget
@@ -49,12 +51,18 @@ def test_the_coefficient_is_that_of_clip_grad_norm(device):
 def test_a_small_norm_is_not_clipped(device):
     grads = [torch.full((4,), 0.5, device=device)]
     assert grad_scalars(grads, max_norm=1.5).clip_coef.item() == 1.0
-    assert grad_scalars(grads, max_norm=float("inf")).clip_coef.item() == 1.0
+    assert grad_scalars(grads, max_norm=inf).clip_coef.item() == 1.0
     assert grad_scalars(grads).clip_coef.item() == 1.0
     assert grad_scalars(grads).norm.item() == 1.0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("value", "expected"), [(nan, nan), (inf, 0.0), (1e-6, 0.5)])
+def test_the_coefficient_at_the_edges(device, value, expected):
+    grads = [torch.tensor([value], device=device)]
+    assert grad_scalars(grads, max_norm=1e-6).clip_coef.item() == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [nan, inf, -inf])
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_nonfinite_elements_are_attributed(device, value, size):
     grads = gradients(device, [17, size])
@@ -102,7 +110,7 @@ def test_the_same_input_gives_the_same_bits(device):
 
 def test_more_tensors_than_one_block_of_the_last_program(device):
     grads = [torch.full((1,), 2.0, device=device) for _ in range(300)]
-    grads[299][0] = float("nan")
+    grads[299][0] = nan
     found = grad_scalars(grads)
     assert found.nonfinite.nonzero().tolist() == [[299]]
     grads[299][0] = 2.0
@@ -114,7 +122,7 @@ def test_more_chunks_than_programs(monkeypatch):
     kernels = pytest.importorskip("mixft.kernels.grad_scalars")
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
     grads = [torch.randn(16384 * 5 + 3), torch.randn(17), torch.randn(16384)]
-    grads[0][16384 * 3] = float("inf")
+    grads[0][16384 * 3] = inf
     assert grad_scalars(grads).nonfinite.tolist() == [1, 0, 0]
     grads[0][16384 * 3] = 0.0
     exact = norm_of(grads, torch.float64)
@@ -134,7 +142,7 @@ def test_agrees_with_the_statistics_of_every_tensor(device):
         ([torch.ones(2).double()], {}, TypeError, r"grads\[0\] is torch.float64"),
         ([torch.ones(2).to_sparse()], {}, ValueError, "sparse"),
         ([torch.ones(2)], {"max_norm": 0.0}, ValueError, "max_norm is 0.0"),
-        ([torch.ones(2)], {"max_norm": float("nan")}, ValueError, "max_norm is nan"),
+        ([torch.ones(2)], {"max_norm": nan}, ValueError, "max_norm is nan"),
         ([torch.ones(2)], {"inv_scale": 2.0}, TypeError, "inv_scale is float"),
         ([torch.ones(2)], {"found_inf": torch.zeros(2)}, ValueError, "found_inf has shape"),
     ],
