@@ -30,7 +30,8 @@ from mixft.cpu.sgd import sgd_step_
 
 PAGE = mmap.PAGESIZE
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-SHAPES = ((1, 1, 1), (3, 7, 31), (5, 37, 33), (13, 66, 70), (2, 131, 32))
+# The last one is for two threads.
+SHAPES = ((1, 1, 1), (3, 7, 31), (5, 37, 33), (13, 66, 70), (2, 131, 32), (70, 131, 70))
 protect = ctypes.CDLL(None).mprotect
 empty, empty_like = torch.empty, torch.empty_like
 at_the_end = True
@@ -120,6 +121,7 @@ def note(routine: native.Routine, *arguments) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(2)
     called, call = set(), native.Routine.__call__
     native.Routine.__call__ = note
     torch.empty = lambda *shape, **options: place(empty(*shape, **options))
@@ -130,6 +132,6 @@ if __name__ == "__main__":
             for shape in SHAPES:
                 products(*shape, kind)
                 passes(*shape, kind)
-            for length in (1, 31, 32, 33, 257, 1025):
+            for length in (1, 31, 32, 33, 257, 1025, 40001):
                 steps(length, kind)
     print(*sorted(called))
