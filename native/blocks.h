@@ -2,11 +2,16 @@
 #ifndef MIXFT_BLOCKS_H
 #define MIXFT_BLOCKS_H
 
+#include <immintrin.h>
 #include <omp.h>
 #include <stdint.h>
 
 /* Elements of a block: 4 KB as FP32, so that a few buffers of it stay in the first-level cache. */
 #define BLOCK 1024
+
+/* Elements worked on at a time where they are converted: few enough for the processor to look beyond them, and to read
+ * the next ones meanwhile. */
+#define PART 256
 
 /* Up to this many elements a second thread costs more than it does. */
 #define SMALL 32768
@@ -30,40 +35,40 @@ static inline int64_t blocks_of_all(const int64_t *sizes, int64_t count)
 /* Inlined, with their body, into each caller. */
 #define INLINE static inline __attribute__((always_inline))
 
-/* Blocks `first` up to `last`, of those of all tensors, at most `together` elements of a tensor a call. */
-INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_t last, int64_t together,
-                      block_function body, void *context)
+/* Asks for elements ahead of their turn, into the second-level cache: the first one would soon overflow. */
+INLINE void fetch(const void *elements, int64_t bytes)
+{
+    for (int64_t line = 0; line < bytes; line += 64)
+        _mm_prefetch((const char *)elements + line, _MM_HINT_T1);
+}
+
+/* Blocks `first` up to `last`, of those of all tensors. */
+INLINE void do_blocks(const int64_t *sizes, int64_t count, int64_t first, int64_t last, block_function body,
+                      void *context)
 {
     int64_t passed = 0;
     for (int64_t tensor = 0; tensor < count && passed < last; tensor++) {
         int64_t size = sizes[tensor], of_tensor = blocks_of(size);
         int64_t begin = first > passed ? first - passed : 0;
         int64_t end = last - passed < of_tensor ? last - passed : of_tensor;
-        for (int64_t index = begin; index < end; index += together / BLOCK) {
-            int64_t start = index * BLOCK, rest = size - start, room = (end - index) * BLOCK;
-            int64_t length = together < room ? together : room;
-            body(context, tensor, start, rest < length ? rest : length, passed + index);
+        for (int64_t index = begin; index < end; index++) {
+            int64_t start = index * BLOCK, rest = size - start;
+            body(context, tensor, start, rest < BLOCK ? rest : BLOCK, passed + index);
         }
         passed += of_tensor;
     }
 }
 
-/* Every block of every tensor once, each thread a run of neighbours; calls have up to `together` elements, whole blocks
- * but for a tensor's last. */
-INLINE void for_each_blocks(const int64_t *sizes, int64_t count, int64_t together, block_function body, void *context)
+/* Every block of every tensor once, each thread a run of neighbours. */
+INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function body, void *context)
 {
     int64_t blocks = blocks_of_all(sizes, count);
 #pragma omp parallel if (blocks * BLOCK > SMALL)
     {
         int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int64_t first = blocks * thread / threads, last = blocks * (thread + 1) / threads;
-        do_blocks(sizes, count, first, last, together, body, context);
+        do_blocks(sizes, count, first, last, body, context);
     }
-}
-
-INLINE void for_each_block(const int64_t *sizes, int64_t count, block_function body, void *context)
-{
-    for_each_blocks(sizes, count, BLOCK, body, context);
 }
 
 #endif

@@ -3,6 +3,9 @@
 #include "floats.h"
 #include "grad.h"
 
+/* How far beyond a block of 16-bit elements memory is fetched, in bytes. */
+#define FETCHED 4096
+
 struct job {
     void **grads;
     const int32_t *dtypes;
@@ -19,12 +22,10 @@ static inline void count_nonfinite(const struct job *job, int64_t tensor, int32_
     }
 }
 
-static void unscale_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
+/* How many of `length` elements, at most PART, were not finite. */
+INLINE int32_t unscale_part(void *grad, float factor, int64_t length, int dtype)
 {
-    struct job *job = context;
-    int dtype = job->dtypes[tensor];
-    void *grad = element(job->grads[tensor], start, dtype);
-    float wide[BLOCK], factor = job->factor, *values = dtype == FLOAT32 ? grad : wide;
+    float wide[PART], *values = dtype == FLOAT32 ? grad : wide;
     int32_t nonfinite = 0;
     if (dtype != FLOAT32)
         load_floats(wide, grad, length, dtype);
@@ -34,6 +35,18 @@ static void unscale_block(void *context, int64_t tensor, int64_t start, int64_t 
     }
     if (dtype != FLOAT32)
         store_floats(grad, wide, length, dtype);
+    return nonfinite;
+}
+
+static void unscale_block(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
+{
+    struct job *job = context;
+    int dtype = job->dtypes[tensor];
+    void *grads = job->grads[tensor];
+    int32_t nonfinite = 0;
+    for (; length >= PART; start += PART, length -= PART)
+        nonfinite += unscale_part(element(grads, start, dtype), job->factor, PART, dtype);
+    nonfinite += unscale_part(element(grads, start, dtype), job->factor, length, dtype);
     count_nonfinite(job, tensor, nonfinite);
 }
 
@@ -59,46 +72,43 @@ static float square_block(const float *values, int64_t length, int32_t *nonfinit
     return squares;
 }
 
-/* Four sums at once: each alone would wait for its own additions. */
-static void square_four(const float *values, double *squares, int32_t *nonfinite)
+/* Of a whole block, four sums at once: one alone would wait for its own additions. */
+static float square_quarters(const float *values, int32_t *nonfinite)
 {
     float first = 0, second = 0, third = 0, fourth = 0;
     int32_t found = 0;
 #pragma omp simd reduction(+ : first, second, third, fourth, found)
-    for (int64_t i = 0; i < BLOCK; i++) {
-        float a = values[i], b = values[i + BLOCK], c = values[i + 2 * BLOCK], d = values[i + 3 * BLOCK];
+    for (int64_t i = 0; i < BLOCK / 4; i++) {
+        float a = values[i], b = values[i + BLOCK / 4], c = values[i + BLOCK / 2], d = values[i + 3 * BLOCK / 4];
         found += is_nonfinite(a) + is_nonfinite(b) + is_nonfinite(c) + is_nonfinite(d);
         first += a * a;
         second += b * b;
         third += c * c;
         fourth += d * d;
     }
-    squares[0] = first;
-    squares[1] = second;
-    squares[2] = third;
-    squares[3] = fourth;
     *nonfinite += found;
+    return (first + second) + (third + fourth);
 }
 
-static void square_blocks(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
+static void square_gradients(void *context, int64_t tensor, int64_t start, int64_t length, int64_t block)
 {
     struct job *job = context;
     int dtype = job->dtypes[tensor];
-    const void *grad = element(job->grads[tensor], start, dtype);
-    float wide[4 * BLOCK];
+    const char *grad = element(job->grads[tensor], start, dtype);
+    float wide[BLOCK], squares;
     int32_t nonfinite = 0;
-    const float *values = grad;
-    if (dtype != FLOAT32) {
+    if (dtype == FLOAT32) {
+        /* In quarters, memory would be read in four places, which takes longer. */
+        squares = square_block((const float *)grad, length, &nonfinite);
+    } else if (length == BLOCK) {
+        fetch(grad + FETCHED, BLOCK * 2);
+        load_floats(wide, grad, BLOCK, dtype);
+        squares = square_quarters(wide, &nonfinite);
+    } else {
         load_floats(wide, grad, length, dtype);
-        values = wide;
+        squares = square_block(wide, length, &nonfinite);
     }
-    double *squares = job->squares + block;
-    /* Of FP32 the four would be read in four places of memory, which takes longer. */
-    if (values == wide && length == 4 * BLOCK)
-        square_four(values, squares, &nonfinite);
-    else
-        for (; length > 0; length -= BLOCK, values += BLOCK)
-            *squares++ = square_block(values, length < BLOCK ? length : BLOCK, &nonfinite);
+    job->squares[block] = squares;
     count_nonfinite(job, tensor, nonfinite);
 }
 
@@ -107,7 +117,7 @@ void gradient_statistics(void **grads, const int64_t *sizes, const int32_t *dtyp
 {
     struct job job = {.grads = grads, .dtypes = dtypes, .squares = partial, .nonfinite = nonfinite};
     memset(nonfinite, 0, count * sizeof *nonfinite);
-    for_each_blocks(sizes, count, 4 * BLOCK, square_blocks, &job);
+    for_each_block(sizes, count, square_gradients, &job);
     int64_t block = 0;
     for (int64_t tensor = 0; tensor < count; tensor++) {
         double total = 0;

@@ -6,10 +6,6 @@
 
 #define STATES 3
 
-/* Elements worked on at a time: few enough for the processor to look beyond them, and to read the next ones
- * meanwhile. */
-#define PART 256
-
 enum { NO_MASTERS, FULL_MASTERS, REMAINDERS };
 enum { FULL_STATE, BFLOAT16_STATE, CODES };
 
@@ -89,14 +85,8 @@ INLINE void store_state(float *values, const struct step *step, int number, int6
         store_stochastically((uint16_t *)state + start, values, length, BFLOAT16, phases, turn);
 }
 
-INLINE void fetch(const void *elements, int64_t bytes)
-{
-    for (int64_t line = 0; line < bytes; line += 64)
-        __builtin_prefetch((const char *)elements + line);
-}
-
-/* Asks for narrow elements ahead of their turn: the processor itself, which sees only short runs of them, looks no
- * further than a page. Not beside FP32 state, whose longer runs it follows well. */
+/* Narrow elements of a later part: the processor itself, which sees only short runs of them, looks no further than a
+ * page. Not beside FP32 state, whose longer runs it follows well. */
 INLINE void fetch_part(const struct step *step, int64_t tensor, int64_t start)
 {
     if (step->state_format == FULL_STATE || start + PART > step->sizes[tensor])
