@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .quantize import check_shape, grouped_shapes
-from .registration import define_op
+from .registration import define_op, without_dispatch
 from .validation import check_dtype, check_out_dtype, check_same_device
 
 
@@ -68,4 +68,6 @@ def dequantize(
         zero_point = zero_point.reshape(grouped[0], 1, grouped[2]).contiguous()
     check_same_device(values=values, scale=scale, zero_point=zero_point)
     scale = scale.reshape(grouped[0], 1, grouped[2]).contiguous()
-    return _dequantize(values.reshape(grouped), scale, zero_point, dtype).view(values.shape)
+    has_gradient = torch.is_grad_enabled() and scale.requires_grad
+    serve = _dequantize if has_gradient else without_dispatch(_dequantize, scale, values, zero_point)
+    return serve(values.reshape(grouped), scale, zero_point, dtype).view(values.shape)
