@@ -14,7 +14,7 @@ enum { FEW_ROWS = TILE_ROWS, ROWS_AT_ONCE = 3 };
 #endif
 enum { COLUMNS = 4 };
 
-/* How far beyond the columns that are multiplied the weight is fetched, in bytes. */
+/* How far beyond the columns that are multiplied a single pass fetches the weight, in bytes. */
 #define AHEAD 4096
 
 /* Numbers of a row in a vector. */
@@ -58,14 +58,14 @@ static inline void store_totals(int32_t *to, const integers *sums)
     _mm_storeu_si128((__m128i *)to, four);
 }
 
-/* sums [rows, STRIP] with `columns`, 1 or COLUMNS. As many bytes further on are fetched, in their order in memory, to
- * the second-level cache: the first has room for little more than the rows. */
+/* sums [rows, STRIP] with `columns`, 1 or COLUMNS. What is `fetched` comes to the second-level cache: the first has
+ * room for little more than the rows. */
 static inline __attribute__((always_inline)) void multiply_columns(int32_t *sums, const row_value *values,
                                                                    int64_t stride, const int8_t *weight,
-                                                                   int64_t inner, const int rows, const int columns)
+                                                                   int64_t inner, struct fetched fetched,
+                                                                   const int rows, const int columns)
 {
     integers sum[ROWS_AT_ONCE][COLUMNS], value[ROWS_AT_ONCE];
-    const int8_t *next = weight + columns * inner + AHEAD;
     int64_t k = 0;
 #pragma GCC unroll 6
     for (int row = 0; row < rows; row++)
@@ -79,7 +79,8 @@ static inline __attribute__((always_inline)) void multiply_columns(int32_t *sums
 #pragma GCC unroll 4
         for (int column = 0; column < columns; column++) {
             integers weights = weights_with_offset(weight + column * inner + k);
-            _mm_prefetch(next + k * columns + column * WIDTH, _MM_HINT_T1);
+            _mm_prefetch(fetched.ahead, _MM_HINT_T1);
+            fetched.ahead += fetched.pace;
 #pragma GCC unroll 6
             for (int row = 0; row < rows; row++)
                 add_products(&sum[row][column], weights, value[row]);
@@ -106,13 +107,23 @@ static inline __attribute__((always_inline)) void multiply_columns(int32_t *sums
 /* multiply_columns for up to STRIP of them. */
 static inline __attribute__((always_inline)) void multiply_all_columns(int32_t *sums, const row_value *values,
                                                                        int64_t stride, const int8_t *weight,
-                                                                       int64_t inner, int64_t columns, const int rows)
+                                                                       int64_t inner, int64_t columns, struct fetched fetched,
+                                                                       const int rows)
 {
-    int64_t column = 0;
-    for (; column + COLUMNS <= columns; column += COLUMNS)
-        multiply_columns(sums + column, values, stride, weight + column * inner, inner, rows, COLUMNS);
-    for (; column < columns; column++)
-        multiply_columns(sums + column, values, stride, weight + column * inner, inner, rows, 1);
+    int64_t column = 0, fetched_by_column = inner / WIDTH * fetched.pace;
+    for (; column + COLUMNS <= columns; column += COLUMNS, fetched.ahead += COLUMNS * fetched_by_column)
+        multiply_columns(sums + column, values, stride, weight + column * inner, inner, fetched, rows, COLUMNS);
+    for (; column < columns; column++, fetched.ahead += fetched_by_column)
+        multiply_columns(sums + column, values, stride, weight + column * inner, inner, fetched, rows, 1);
+}
+
+/* What the `count` rows from `first` on, of `rows`, fetch in their pass over a strip of `weight`: all rows together the
+ * strip after it, or one pass the memory a little ahead of it. */
+static inline struct fetched fetched_by(int64_t first, int64_t count, int64_t rows, const int8_t *weight, int64_t inner)
+{
+    if (count == rows)
+        return (struct fetched){weight + COLUMNS * inner + AHEAD, WIDTH};
+    return (struct fetched){weight + STRIP * inner + STRIP * inner * first / rows, WIDTH * count / rows};
 }
 
 /* sums [rows, STRIP] of `rows` rows, `stride` values apart, with the first `columns` of `weight`, up to STRIP. */
@@ -124,14 +135,15 @@ static inline void multiply_few_rows(int32_t *sums, const row_value *values, int
         int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
         const row_value *from = values + first * stride;
         int32_t *to = sums + first * STRIP;
+        struct fetched next = fetched_by(first, count, rows, weight, inner);
         switch (count) {
-        case 1: multiply_all_columns(to, from, stride, weight, inner, columns, 1); break;
-        case 2: multiply_all_columns(to, from, stride, weight, inner, columns, 2); break;
-        case 3: multiply_all_columns(to, from, stride, weight, inner, columns, 3); break;
+        case 1: multiply_all_columns(to, from, stride, weight, inner, columns, next, 1); break;
+        case 2: multiply_all_columns(to, from, stride, weight, inner, columns, next, 2); break;
+        case 3: multiply_all_columns(to, from, stride, weight, inner, columns, next, 3); break;
 #ifdef __AVX512VNNI__
-        case 4: multiply_all_columns(to, from, stride, weight, inner, columns, 4); break;
-        case 5: multiply_all_columns(to, from, stride, weight, inner, columns, 5); break;
-        case 6: multiply_all_columns(to, from, stride, weight, inner, columns, 6); break;
+        case 4: multiply_all_columns(to, from, stride, weight, inner, columns, next, 4); break;
+        case 5: multiply_all_columns(to, from, stride, weight, inner, columns, next, 5); break;
+        case 6: multiply_all_columns(to, from, stride, weight, inner, columns, next, 6); break;
 #endif
         }
     }

@@ -33,7 +33,7 @@ static inline int64_t strip_bytes(int64_t inner)
     return STRIP * DEPTH * parts_of(inner, DEPTH);
 }
 
-/* What a tile asks for while it multiplies: `pace` bytes of memory from `ahead` on at every depth. */
+/* What is asked for while a product runs: `pace` bytes of memory from `ahead` on at every step. */
 struct fetched {
     const int8_t *ahead;
     int64_t pace;
