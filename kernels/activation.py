@@ -36,12 +36,10 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_derivative(x, ACTIVATION: tl.constexpr):
-    """d activate(x) / dx at the pre-activation ``x``; at NaN the slope of ReLU is 1, as torch has it."""
-    # Beyond 64 every slope is 0 or 1 in FP32; without the limits an infinite x would give 0 * Inf.
+    """d activate(x) / dx at the pre-activation ``x`` of an activation that is smooth."""
+    # Beyond 64 every slope is within 1e-25 of 0 or 1; without the limits an infinite x would give 0 * Inf.
     x = tl.where(x > 64.0, 64.0, tl.where(x < -64.0, -64.0, x))
-    if ACTIVATION == "relu":
-        slope = tl.where(x <= 0, 0.0, 1.0)
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         slope = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density
     elif ACTIVATION == "gelu_tanh":
@@ -54,3 +52,13 @@ def activation_derivative(x, ACTIVATION: tl.constexpr):
     else:
         slope = x * 0.0 + 1.0
     return slope
+
+
+@triton.jit
+def multiply_by_slope(grad, x, ACTIVATION: tl.constexpr):
+    """``grad`` times the slope at the pre-activation ``x``. Where ReLU's is 0, so is the product, whatever ``grad``; at
+    NaN it is 1, as torch has it."""
+    if ACTIVATION == "relu":
+        return tl.where(x <= 0, 0.0, grad)
+    else:
+        return grad * activation_derivative(x, ACTIVATION)

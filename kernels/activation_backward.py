@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activation_derivative
+from .activation import multiply_by_slope
 from .architecture import Architecture
 from .variant import BYTES, Elementwise, Variant
 
@@ -32,8 +32,8 @@ def activation_backward_kernel(
         mask = (rows[:, None] < M) & (columns[None, :] < N)
         grad_offsets = rows[:, None].to(tl.int64) * grad_stride_m + columns[None, :].to(tl.int64) * grad_stride_n
         offsets = rows[:, None].to(tl.int64) * N + columns[None, :]
-        slope = activation_derivative(tl.load(kept + offsets, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-        value = tl.load(grad + grad_offsets, mask=mask, other=0.0).to(tl.float32) * slope
+        value = tl.load(grad + grad_offsets, mask=mask, other=0.0).to(tl.float32)
+        value = multiply_by_slope(value, tl.load(kept + offsets, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
         tl.store(out + offsets, value.to(out.dtype.element_ty), mask=mask)
         if WANT_BIAS:
             column_sum += tl.sum(value, axis=0)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, activation_derivative
+from .activation import activate, multiply_by_slope
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def apply_epilogue(
         total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if PREACTIVATION == "read":
         kept = tl.load(preactivation + offsets, mask=mask, other=0.0).to(tl.float32)
-        total *= activation_derivative(kept, ACTIVATION)
+        total = multiply_by_slope(total, kept, ACTIVATION)
     else:
         if PREACTIVATION == "write":
             tl.store(preactivation + offsets, total.to(preactivation.dtype.element_ty), mask=mask)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, activation_derivative
+from .activation import activate, multiply_by_slope
 from .architecture import Architecture
 from .configuration import configurations
 from .matmul_epilogue import EPILOGUES, LAYOUTS, SHAPES, Product
@@ -60,7 +60,7 @@ def persistent_matmul_kernel(
             if HAS_BIAS:
                 total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
             if PREACTIVATION == "read":
-                total *= activation_derivative(preactivation.load([row, column]).to(tl.float32), ACTIVATION)
+                total = multiply_by_slope(total, preactivation.load([row, column]).to(tl.float32), ACTIVATION)
             else:
                 if PREACTIVATION == "write":
                     preactivation.store([row, column], total.to(preactivation.dtype))

@@ -39,6 +39,12 @@ def one_minus_power(log_beta, step):
 
 
 @triton.jit
+def decayed(g, p, weight_decay):
+    """``g + weight_decay * p``; without decay an infinite weight makes no NaN of the gradient."""
+    return tl.where(weight_decay == 0.0, g, g + weight_decay * p)
+
+
+@triton.jit
 def adam_rule(
     p, g, m, v, v_max, decay, step_size, bias2_sqrt, eps, weight_decay,
     one_minus_beta1, beta2, one_minus_beta2, DECOUPLED: tl.constexpr,
@@ -46,7 +52,7 @@ def adam_rule(
     if DECOUPLED:
         p = p * decay
     else:
-        g = g + weight_decay * p
+        g = decayed(g, p, weight_decay)
     m = m + one_minus_beta1 * (g - m)
     v = beta2 * v + one_minus_beta2 * g * g
     # Not tl.maximum, which may drop a NaN and so hide it.
@@ -60,7 +66,7 @@ def sgd_rule(
     p, g, b, rate, is_first, weight_decay, momentum, one_minus_dampening,
     HAS_BUFFER: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
-    g = g + weight_decay * p
+    g = decayed(g, p, weight_decay)
     if HAS_BUFFER:
         b = tl.where(is_first, g, momentum * b + one_minus_dampening * g)
         g = g + momentum * b if NESTEROV else b

@@ -230,6 +230,19 @@ def test_slope_far_from_zero(device, activation):
     assert total.isnan().all() == (activation != "relu")
 
 
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+def test_a_unit_that_relu_left_at_zero_passes_no_infinity(device, dtype):
+    a, b, bias = (leaf.requires_grad_() for leaf in operands(5, 6, 7, dtype, device))
+    with torch.no_grad():
+        bias[:3] = -100
+    out = matmul(a, b, bias, "relu")
+    grad = torch.ones_like(out)
+    grad[:, :3] = torch.inf
+    dead, _ = activation_backward(grad, out.detach(), "relu", dtype, False)
+    assert dead[:, :3].count_nonzero() == 0
+    assert all(found.isfinite().all() for found in torch.autograd.grad(out, (a, b, bias), grad))
+
+
 def test_bias_gradient_over_many_rows(device):
     grad = torch.randn(517, 300, device=device).half()
     kept = torch.randn(517, 300, device=device).half()
@@ -425,7 +438,7 @@ def half(*shape, device="cpu"):
         ((half(2, 3), half(3, 4), None, "tanh"), ValueError, "activation must be None or .*gelu_tanh.* it is 'tanh'"),
         ((half(2, 3), half(3, 4), None, None, torch.int32), TypeError, "out_dtype must be .* it is torch.int32"),
         ((half(2, 3), half(3, 4, device="meta")), ValueError, "a is on cpu and b on meta"),
-        ((half(2, 3), half(3, 4), half(4, device="meta")), ValueError, "bias is on meta and a on cpu"),
+        ((half(2, 3), half(3, 4), half(4, device="meta")), ValueError, "bias is on meta and the operands are on cpu"),
     ],
 )
 def test_refused(arguments, kind, message):
@@ -439,7 +452,7 @@ def test_refused(arguments, kind, message):
         (half(2, 5), ValueError, r"residual has shape \(2, 5\); it must be \(2, 4\)"),
         (half(4), ValueError, r"residual has shape \(4,\)"),
         (half(2, 4).bfloat16(), TypeError, "residual is torch.bfloat16; it must be torch.float16"),
-        (half(2, 4, device="meta"), ValueError, "residual is on meta and a on cpu"),
+        (half(2, 4, device="meta"), ValueError, "residual is on meta and the operands are on cpu"),
     ],
 )
 def test_residual_refused(residual, kind, message):

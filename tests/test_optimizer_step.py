@@ -106,6 +106,31 @@ def test_a_nan_that_is_not_skipped_stays_one_where_it_is(device, rule):
         assert tensors[0].isnan().nonzero().tolist() == [[5]]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's, of the number not taken
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "lion"])
+def test_without_decay_an_infinite_weight_makes_no_nan(device, rule):
+    problem = Problem(RULES[rule], device, [(40,)], torch.float32)
+    problem.tensors["params"][0][5] = -torch.inf
+    problem.tensors["grads"][0][5] = 0.0
+    exact, _ = problem.expected(torch.float64, weight_decay=0.0)
+    problem.run(weight_decay=0.0)
+    assert exact[0][5] == -torch.inf
+    assert problem.weights()[0][5] == -torch.inf
+    assert problem.weights()[0].isfinite().sum() == 39
+
+
+@pytest.mark.parametrize("state", ["fp32", "codes"])
+def test_sgd_without_momentum_leaves_buffers_alone(device, state):
+    problem = Problem(RULES["sgd dampened"], device, SHAPES, torch.float32, state=state)
+    buffers = [torch.clone(buffer) for buffer in problem.states()[0]]
+    exact, _ = problem.expected(torch.float64, momentum=0.0)
+    problem.run(momentum=0.0)
+    for actual, expected in zip(problem.weights(), exact, strict=True):
+        assert (actual - expected).abs().max() < 1e-6 if actual.numel() else actual.shape == expected.shape
+    for now, before in zip(problem.states()[0], buffers, strict=True):
+        assert torch.equal(now, before)
+
+
 @pytest.mark.parametrize(("master", "state"), [("split", "codes"), ("none", "bf16")])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_the_same_step_gives_the_same_bits_whatever_its_neighbours(device, dtype, master, state):

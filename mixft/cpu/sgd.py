@@ -31,8 +31,7 @@ def sgd_step_(
     stochastic_rounding: bool,
 ) -> None:
     """``mixft.kernels.sgd.sgd_step_`` on the CPU."""
-    # As in torch, buffers beside no momentum are left alone.
-    states, scales = ([momentum_buffers], [momentum_buffer_scales]) if momentum else ([[]], [[]])
+    states, scales = [momentum_buffers], [momentum_buffer_scales]
     step = Step(params, grads, masters, states, scales, steps, inv_scale, clip_coef, found_inf, stochastic_rounding)
     if native.available():
         hyperparameters = lr.item(), momentum, dampening, weight_decay, nesterov

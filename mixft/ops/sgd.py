@@ -46,8 +46,8 @@ def sgd_(
         params: FP16, BF16 or FP32 tensors of any shapes and strides on one device, changed in place.
         grads: one gradient a parameter, of its shape; FP16, BF16 or FP32, not necessarily the parameter's dtype.
         masters: FP32 weights or int16 remainders, one a parameter, as in :func:`mixft.ops.adamw_`; or empty.
-        momentum_buffers: FP32, BF16 or int8 codes (:func:`mixft.ops.optimizer_state.quantize_state`); or empty: no
-            momentum.
+        momentum_buffers: FP32, BF16 or int8 codes (:func:`mixft.ops.optimizer_state.quantize_state`); or empty. Left
+            alone where ``momentum`` is 0.
         steps: one-element FP32 tensors, the steps taken so far; each grows by one.
         momentum_buffer_scales: the scales of 8-bit ``momentum_buffers``; empty for other dtypes.
         lr: one-element FP32 tensor, the learning rate.
@@ -81,6 +81,9 @@ def sgd_(
     states = {"momentum_buffers": SIGNED_STATE}
     scalars = {"lr": lr, "inv_scale": inv_scale, "clip_coef": clip_coef, "found_inf": found_inf}
     tensors = check_step(tensors, states, ("momentum_buffers",), scalars, stochastic_rounding)
+    if not momentum:
+        # As in torch, buffers beside no momentum are left alone.
+        tensors |= {"momentum_buffers": [], "momentum_buffer_scales": []}
     if tensors["params"]:
         rule = (momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding)
         advance_(sgd_step_, tensors, (*scalars.values(), *rule))
