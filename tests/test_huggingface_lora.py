@@ -11,7 +11,7 @@ from torch import nn
 
 import mixft
 from mixft.huggingface import LoraQuantLinear
-from mixft.nn import QuantLinear
+from mixft.nn import MLP, QuantLinear
 
 MODES = ["weight_only", "dynamic", "static", "train"]
 
@@ -262,6 +262,23 @@ def test_what_needs_a_floating_point_weight_is_refused(native_device, options, m
 def test_a_fused_activation_is_refused(native_device):
     with pytest.raises(ValueError, match="activation='gelu' takes no adapter"):
         get_peft_model(Layer("dynamic", activation="gelu"), lora(["dense"]))
+    with pytest.raises(ValueError, match="a Linear with activation='gelu' takes no adapter"):
+        get_peft_model(nn.Sequential(MLP(66, 50)), lora(["fc1"]))
+
+
+def test_an_adapter_on_the_second_layer_of_a_block(native_device):
+    block, x = MLP(66, 50), torch.randn(7, 66)
+    before = block(x)
+    model = get_peft_model(nn.Sequential(block), lora(["fc2"]))
+    # At first B is zero.
+    assert_within_budget(model(x), before.double(), before, 1e-6)
+    adapted = model.base_model.model[0].fc2
+    nn.init.normal_(adapted.lora_B["default"].weight)
+    hidden = block.fc1(x)
+    exact = before + adapted.scaling["default"] * adapted.lora_B["default"](adapted.lora_A["default"](hidden))
+    assert_within_budget(model(x), exact.double(), exact, 1e-5)
+    model(x).sum().backward()
+    assert adapted.lora_B["default"].weight.grad.any()
 
 
 def test_other_layers_keep_peft_s_own_adapters(native_device):

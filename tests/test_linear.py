@@ -96,6 +96,13 @@ def test_same_initial_values():
     assert torch.equal(ours.bias, theirs.bias)
 
 
+def test_from_linear_keeps_what_a_layer_of_ours_does():
+    layer = Linear(3, 2, activation="silu", fuse_wgrad_accumulation=True)
+    for ours in (Linear.from_linear(layer), Linear.from_linear(layer, "silu")):
+        assert (ours.activation, ours.fuse_wgrad_accumulation) == ("silu", True)
+    assert Linear.from_linear(torch.nn.Linear(3, 2)).fuse_wgrad_accumulation is False
+
+
 def test_from_linear_shares_the_parameters():
     theirs = torch.nn.Linear(33, 20, bias=False, dtype=torch.bfloat16).eval()
     ours = Linear.from_linear(theirs, "silu")
@@ -257,6 +264,8 @@ def test_refused():
         Linear(3, 2, activation="tanh")
     with pytest.raises(ValueError, match="it is 'swish'"):
         Linear.from_linear(torch.nn.Linear(3, 2), "swish")
+    with pytest.raises(ValueError, match="activation is 'gelu' and linear has 'silu'"):
+        Linear.from_linear(Linear(3, 2, activation="silu"), "gelu")
     with pytest.raises(TypeError, match="linear is a Conv1d"):
         Linear.from_linear(torch.nn.Conv1d(3, 2, 1))
     layer = Linear(3, 2, dtype=torch.float16)

@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_within_budget, error
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
+import mixft
 from mixft.nn import MLP, Linear
 from mixft.ops import mlp
 
@@ -69,6 +71,17 @@ def test_without_biases_or_residual(device, missing):
     truth = outputs_and_gradients(plain, [None if x is None else x.double() for x in inputs], "gelu", cotangent)
     for got, exact in zip(actual, truth, strict=True):
         assert error(got, exact) < 6e-3 * (1 + exact.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_a_unit_that_relu_left_at_zero_passes_no_infinity(device, dtype):
+    x, weight1, bias1, weight2, bias2, _ = tensors(9, dtype, device)
+    bias1[:40] = -100
+    leaves = [leaf.requires_grad_() for leaf in (x, weight1, bias1)]
+    out = mlp(*leaves, weight2, bias2, "relu")
+    _, grad_weight, grad_bias = torch.autograd.grad(out, leaves, torch.full_like(out, torch.inf))
+    assert grad_weight[:40].count_nonzero() == 0
+    assert grad_bias[:40].count_nonzero() == 0
 
 
 def test_biases_and_residual_in_fp32(device):
@@ -147,10 +160,11 @@ HALF = tensors(3, torch.float16, "cpu")
 @pytest.mark.parametrize(
     ("changed", "kind", "message"),
     [
-        ({"x": HALF[0].float()}, TypeError, "a is torch.float32 and b is torch.float16"),
-        ({"x": HALF[0][:, 1:]}, ValueError, r"a has shape \(3, 32\) and b \(33, 48\)"),
-        ({"weight2": HALF[3].float()}, TypeError, "weight2 is torch.float32 on cpu and x torch.float16"),
-        ({"weight2": HALF[3][:, 1:]}, ValueError, r"weight1 has shape \(48, 33\) and weight2 \(21, 47\)"),
+        ({"x": HALF[0].float()}, TypeError, "weight1 must be torch.float32; it is torch.float16"),
+        ({"x": HALF[0][:, 1:]}, ValueError, r"x has shape \(3, 32\), weight1 \(48, 33\)"),
+        ({"weight2": HALF[3].float()}, TypeError, "weight2 must be torch.float16; it is torch.float32"),
+        ({"weight2": HALF[3][:, 1:]}, ValueError, r"weight1 \(48, 33\) and weight2 \(21, 47\)"),
+        ({"weight1": HALF[1].to("meta")}, ValueError, "x on cpu, weight1 on meta"),
         ({"bias1": HALF[4]}, ValueError, r"bias1 has shape \(21,\); it must be \(48,\)"),
         ({"bias2": HALF[4].bfloat16()}, TypeError, "bias2 is torch.bfloat16"),
         ({"residual": HALF[5][1:]}, ValueError, r"residual has shape \(2, 21\); it must be \(3, 21\)"),
@@ -236,6 +250,64 @@ def test_copies_and_conversions():
     assert MLP(33, 48).fc2.out_features == 33
 
 
+def layer_by_layer(module, x, residual=None):
+    out = module.fc2(module.fc1(x))
+    return out if residual is None else out + residual
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
+def test_int8_layers_of_a_block_are_called(mode):
+    module = MLP(256, 256, dtype=torch.float32)
+    x, residual = torch.randn(300, 256), torch.randn(300, 256)
+    exact = module(x, residual)
+    model = torch.nn.Sequential(module)
+    assert len(mixft.quantize_(model, mode).quantized) == 2
+    with torch.set_grad_enabled(mode == "train"):
+        out = module(x, residual)
+        assert torch.equal(out, layer_by_layer(module, x, residual))
+    assert not torch.equal(out, exact)
+    assert error(out, exact.double()) < 0.1
+
+
+def test_a_layer_of_a_block_in_another_precision(device):
+    model = torch.nn.Sequential(MLP(33, 48, 21, device=device, dtype=torch.float32))
+    mixft.PrecisionPolicy({"*": "fp16", "*fc2": "fp32"}).apply(model)
+    x, residual = torch.randn(5, 33, device=device), torch.randn(5, 21, device=device)
+    assert [layer.weight.dtype for layer in (model[0].fc1, model[0].fc2)] == [torch.float16, torch.float32]
+    out = model(x)
+    exact = plain_module(copy.deepcopy(model[0]).double(), x.double())
+    assert error(out, exact) < 1e-2
+    assert error(model[0](x, residual), exact + residual.double()) < 1e-2
+    out.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_what_hangs_on_a_layer_of_a_block_runs():
+    module, x = block(torch.float32), torch.randn(5, 33)
+    before = module(x)
+    called = []
+    hook = module.fc1.register_forward_hook(lambda layer, inputs, out: called.append(layer))
+    assert error(module(x), before.double()) < 1e-6
+    assert called == [module.fc1]
+    hook.remove()
+    prune.l1_unstructured(module.fc2, "weight", amount=0.5)
+    assert torch.equal(module(x), layer_by_layer(module, x))
+    prune.remove(module.fc2, "weight")
+    module.fc2.forward = lambda hidden: hidden.sum(-1)
+    assert module(x).shape == (5,)
+
+
+def test_weight_gradients_of_a_block_are_added_to_main_grad():
+    layers = Linear(33, 48, activation="gelu", fuse_wgrad_accumulation=True), torch.nn.Linear(48, 21)
+    module, x = MLP.from_linears(*layers), torch.randn(5, 33)
+    module.fc1.weight.main_grad = torch.zeros(48, 33)
+    module(x).sum().backward()
+    plain = copy.deepcopy(module)
+    plain_module(plain, x).sum().backward()
+    assert module.fc1.weight.grad is None
+    assert error(module.fc1.weight.main_grad, plain.fc1.weight.grad.double()) < 1e-5
+
+
 def test_module_refused():
     with pytest.raises(ValueError, match="activation is None"):
         MLP(3, 4, activation=None)
@@ -247,4 +319,8 @@ def test_module_refused():
         block()(torch.zeros(5, 4).half())
     with pytest.raises(TypeError, match=r"input is torch.float32 and weight is torch.float16"):
         block()(torch.zeros(5, 33))
+    with pytest.raises(ValueError, match="activation is 'gelu' and linear has 'relu'"):
+        MLP.from_linears(Linear(3, 4, activation="relu"), torch.nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="fc2 has activation='relu'"):
+        MLP.from_linears(torch.nn.Linear(3, 4), Linear(4, 2, activation="relu"))
     assert isinstance(block().fc1, Linear)

@@ -17,9 +17,10 @@ from peft.tuners.lora import Linear, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_adapters_to_merge
 from torch import Tensor, nn
 
+from mixft.nn import Linear as MixftLinear
 from mixft.nn import QuantLinear
+from mixft.nn.hooks import has_hooks
 from mixft.nn.int8_weight import int8_weight_of
-from mixft.nn.quantization import HOOKS
 from mixft.ops.lora_int8_linear import lora_int8_linear, serves_lora
 
 OLDEST_PEFT = (0, 20)
@@ -40,18 +41,11 @@ class LoraQuantLinear(Linear):
     half a step, max|row| / 254, of the exact sum. The weight before is kept, and unmerging gives its bits back.
 
     Raises:
-        ValueError: the layer has a fused activation, which adapters would have to come before; ``use_dora`` or another
-            variant of LoRA, ``lora_bias``, or an ``init_lora_weights`` that changes the weight; merging gives NaN or
-            Inf under ``safe_merge``.
+        ValueError: ``use_dora`` or another variant of LoRA, ``lora_bias``, or an ``init_lora_weights`` that changes the
+            weight; merging gives NaN or Inf under ``safe_merge``.
     """
 
     def __init__(self, base_layer: QuantLinear, adapter_name: str, config, **options):
-        layer = base_layer.get_base_layer() if isinstance(base_layer, BaseTunerLayer) else base_layer
-        if layer.activation is not None:
-            raise ValueError(
-                f"a QuantLinear with activation={layer.activation!r} takes no adapter; use one without, and the "
-                "activation after it"
-            )
         super().__init__(base_layer, adapter_name, config=config, **options)
         self._weight_before_merge: tuple[Tensor, ...] | None = None
 
@@ -84,7 +78,7 @@ class LoraQuantLinear(Linear):
         a, b, dropout = (parts[names[0]] for parts in (self.lora_A, self.lora_B, self.lora_dropout))
         plain = layer.mode == "dynamic" and layer.outlier_threshold is None and type(a) is type(b) is nn.Linear
         dropped = self.training and not isinstance(dropout, nn.Identity)
-        hooked = any(getattr(part, hooks) for part in (layer, a, b) for hooks in HOOKS)
+        hooked = any(map(has_hooks, (layer, a, b)))
         return None if dropped or hooked or not plain or names[0] in self.lora_variant else names[0]
 
     @property
@@ -142,10 +136,15 @@ class LoraQuantLinear(Linear):
 
 
 class Int8LoraModel(LoraModel):
-    """PEFT's ``LoraModel``, which also takes ``QuantLinear`` layers, and counts them in ``"all-linear"``."""
+    """PEFT's ``LoraModel``, which also takes ``QuantLinear`` layers, and counts them in ``"all-linear"``.
+
+    Raises:
+        ValueError: a layer of mixft with a fused activation, which an adapter would have to come before.
+    """
 
     @staticmethod
     def _create_new_module(lora_config, adapter_name: str, target: nn.Module, **options) -> nn.Module:
+        _refuse_activation(target)
         lora_config._register_custom_module({QuantLinear: LoraQuantLinear})
         return LoraModel._create_new_module(lora_config, adapter_name, target, **options)
 
@@ -156,6 +155,16 @@ class Int8LoraModel(LoraModel):
             _maybe_include_all_linear_layers(config, model)
             config.target_modules |= _int8_layers(model)
         super().inject_adapter(model, adapter_name, *arguments, **options)
+
+
+def _refuse_activation(target: nn.Module) -> None:
+    """Raise ValueError for a layer whose activation an adapter, added to its output, would come after."""
+    layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(layer, (QuantLinear, MixftLinear)) and layer.activation is not None:
+        raise ValueError(
+            f"a {type(layer).__name__} with activation={layer.activation!r} takes no adapter; use one without, and the "
+            "activation after it"
+        )
 
 
 def _int8_layers(model: nn.Module) -> set[str]:

@@ -75,13 +75,23 @@ class Linear(torch.nn.Linear):
     def from_linear(cls, linear: torch.nn.Linear, activation: str | None = None) -> "Linear":
         """A layer that shares the parameters of ``linear``: training one trains the other.
 
+        Of a :class:`mixft.nn.Linear` it also has the activation and ``fuse_wgrad_accumulation``.
+
         Raises:
             TypeError: ``linear`` is not a ``torch.nn.Linear``.
-            ValueError: an unknown activation.
+            ValueError: an unknown activation, or ``linear`` has another one.
         """
         if not isinstance(linear, torch.nn.Linear):
             raise TypeError(f"linear is a {type(linear).__name__}; it must be a torch.nn.Linear")
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, activation, device="meta")
+        options = {}
+        if isinstance(linear, Linear):
+            own = linear.activation
+            if own is not None and activation not in (None, own):
+                raise ValueError(f"activation is {activation!r} and linear has {own!r}; pass None or that")
+            activation = activation or own
+            options["fuse_wgrad_accumulation"] = linear.fuse_wgrad_accumulation
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, has_bias, activation, device="meta", **options)
         layer.weight = linear.weight
         layer.bias = linear.bias
         return layer.train(linear.training)

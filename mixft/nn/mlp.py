@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from mixft.ops import mlp
 from mixft.ops.activation import check_activation
 
+from .hooks import has_hooks, has_own_forward
 from .linear import Linear, check_input, in_autocast_dtype
 
 
@@ -14,7 +15,8 @@ class MLP(nn.Module):
 
     The backward pass multiplies by the activation's slope inside the product that makes its gradient, and takes the
     first bias's gradient from the same pass (``mixft.ops.mlp``). Under ``torch.autocast`` it computes in autocast's
-    dtype. Hooks of ``fc1`` and ``fc2`` are not called.
+    dtype. A layer that was replaced, as by :func:`mixft.quantize_` or an adapter, one with hooks, as a precision policy
+    attaches them, and one with ``fuse_wgrad_accumulation`` is called, and the block differentiated layer by layer.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -58,9 +60,12 @@ class MLP(nn.Module):
 
         Raises:
             TypeError: ``fc1`` or ``fc2`` is not a ``torch.nn.Linear``.
-            ValueError: no or an unknown activation, or layers that do not fit each other.
+            ValueError: no or an unknown activation, an ``fc1`` with another one or an ``fc2`` with any, or layers that
+                do not fit each other.
         """
         layers = Linear.from_linear(fc1, activation), Linear.from_linear(fc2)
+        if layers[1].activation is not None:
+            raise ValueError(f"fc2 has activation={layers[1].activation!r}; nothing activates the block's output")
         if fc1.out_features != fc2.in_features:
             raise ValueError(
                 f"fc1 gives {fc1.out_features} features and fc2 takes {fc2.in_features}; they must be equal"
@@ -72,6 +77,14 @@ class MLP(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """The block's output, and ``residual`` [..., out_features] added to it, if given; FP32 if that is."""
         fc1, fc2 = self.fc1, self.fc2
+        if not (_is_bare(fc1) and _is_bare(fc2)):
+            out = fc2(fc1(input))
+            return out if residual is None else out + residual
         input, *parameters = in_autocast_dtype(input, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
         check_input(input, parameters[0])
         return mlp(input, *parameters, fc1.activation, residual=residual)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether ``layer`` does nothing but multiply by its weight, add its bias and activate."""
+    return type(layer) is Linear and not (layer.fuse_wgrad_accumulation or has_hooks(layer) or has_own_forward(layer))

@@ -10,6 +10,7 @@ from mixft.ops.validation import FLOATS
 
 from .conv1d import is_conv1d
 from .frozen_training import FrozenOptions
+from .hooks import has_hooks, has_own_forward, share_hooks
 from .int8_training import TrainingOptions
 from .linear import Linear
 from .quant_linear import Mode, QuantLinear, check_mode, check_outlier_threshold, training_options
@@ -21,16 +22,6 @@ SMALLEST_SIDE = 32
 
 # The last layer decides between tokens or classes by small differences, and is a small part of the work.
 HEAD_NAMES = ("lm_head", "classifier", "score", "qa_outputs", "embed_out")
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-# How the hooks of HOOKS are to be called.
-HOOK_OPTIONS = (
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-    "_is_full_backward_hook",
-)
 
 SHARED = "its weight is shared with another module"
 
@@ -153,11 +144,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, QuantLinear)) or is_conv1d(module)
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether ``forward`` was replaced on this very module, as Accelerate does to move what it is given."""
-    return "forward" in vars(module)
-
-
 def dequantize_(model: nn.Module) -> list[str]:
     """Replace every :class:`mixft.nn.QuantLinear` of ``model`` by a plain ``nn.Linear``, in place.
 
@@ -214,10 +200,12 @@ def _reason_to_leave(
         return f"a subclass of nn.Linear, {type(module).__name__}"
     if module.weight.dtype not in FLOATS:
         return f"its weight is {module.weight.dtype}"
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if has_hooks(module):
         return "it has hooks, which a replacement would lose"
     if has_own_forward(module):
         return "its forward was replaced on the layer itself, which a replacement would lose"
+    if mode == "train" and getattr(module, "fuse_wgrad_accumulation", False):
+        return "fuse_wgrad_accumulation is on, and int8 training gives weight.grad"
     owners = sum(
         1 for other in model.modules() for parameter in other.parameters(recurse=False) if parameter is module.weight
     )
@@ -249,8 +237,7 @@ def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode, options: 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
     """Put each replacement wherever its original stands, with its hooks; a module in several places stays one."""
     for original, replacement in replacements.items():
-        for attribute in (*HOOKS, *HOOK_OPTIONS):
-            setattr(replacement, attribute, getattr(original, attribute))
+        share_hooks(original, replacement)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in replacements:

@@ -253,8 +253,8 @@ def check_added(name: str, tensor: Tensor | None, shape: tuple[int, ...], a: Ten
     if tensor is None:
         return
     if tensor.dtype not in (a.dtype, torch.float32):
-        raise TypeError(f"{name} is {tensor.dtype}; it must be {a.dtype}, as a is, or torch.float32")
+        raise TypeError(f"{name} is {tensor.dtype}; it must be {a.dtype}, as the operands are, or torch.float32")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {shape} to be added to the product")
     if tensor.device != a.device:
-        raise ValueError(f"{name} is on {tensor.device} and a on {a.device}; all must be on one device")
+        raise ValueError(f"{name} is on {tensor.device} and the operands are on {a.device}; all must be on one device")

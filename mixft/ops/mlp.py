@@ -20,7 +20,6 @@ from .activation import check_activation
 from .activation_backward import column_sums
 from .matmul import (
     check_added,
-    check_operands,
     in_backward,
     matmul_activation_backward,
     matmul_forward,
@@ -29,6 +28,7 @@ from .matmul import (
     wants_gradient,
 )
 from .registration import without_dispatch
+from .validation import FLOATS, check_dtype, check_same_device
 
 
 def layers(
@@ -97,6 +97,17 @@ class FusedMLP(torch.autograd.Function):
         return *grads.values(), None, grad.to(ctx.residual_dtype) if needs_residual else None
 
 
+def _check_operands(x: Tensor, weight1: Tensor, weight2: Tensor) -> None:
+    check_dtype("x", x, FLOATS)
+    check_dtype("weight1", weight1, (x.dtype,))
+    check_dtype("weight2", weight2, (x.dtype,))
+    fit = x.dim() > 0 and weight1.dim() == weight2.dim() == 2
+    if not fit or x.shape[-1] != weight1.shape[1] or weight2.shape[1] != weight1.shape[0]:
+        shapes = f"{tuple(x.shape)}, weight1 {tuple(weight1.shape)} and weight2 {tuple(weight2.shape)}"
+        raise ValueError(f"x must be [..., M, K], weight1 [H, K] and weight2 [N, H]; x has shape {shapes}")
+    check_same_device(x=x, weight1=weight1, weight2=weight2)
+
+
 def mlp(
     x: Tensor,
     weight1: Tensor,
@@ -127,19 +138,12 @@ def mlp(
 
     Raises:
         ValueError: shapes that do not match, tensors on several devices, or an unknown activation.
-        TypeError: a dtype that is not supported, or weights of another dtype or device than ``x``.
+        TypeError: a dtype that is not supported, or weights of another dtype than ``x``.
     """
     name = check_activation(activation)
     if name == "none":
         raise ValueError("activation is None; without one the two layers are one product, or two calls of matmul")
-    if weight1.dim() != 2 or weight2.dim() != 2 or weight2.shape[1] != weight1.shape[0]:
-        shapes = f"weight1 has shape {tuple(weight1.shape)} and weight2 {tuple(weight2.shape)}"
-        raise ValueError(f"{shapes}; they must be [H, K] and [N, H]")
-    check_operands(x, weight1.t())
-    if weight2.dtype != x.dtype or weight2.device != x.device:
-        raise TypeError(
-            f"weight2 is {weight2.dtype} on {weight2.device} and x {x.dtype} on {x.device}; both must be alike"
-        )
+    _check_operands(x, weight1, weight2)
     check_added("bias1", bias1, (weight1.shape[0],), x)
     check_added("bias2", bias2, (weight2.shape[0],), x)
     check_added("residual", residual, (*x.shape[:-1], weight2.shape[0]), x)
