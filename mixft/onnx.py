@@ -63,9 +63,11 @@ def translation_table() -> dict[Callable, Callable]:
             product = op.Add(product, op.Cast(bias, to=float32))
         return activated(product, activation)
 
+    def scaled(product, a_scale, b_scale):
+        return op.Mul(op.Mul(op.Cast(product, to=float32), op.Transpose(b_scale, perm=[1, 0])), a_scale)
+
     def integer_product(a, b, a_scale, b_scale, *zero_point):
-        product = op.Cast(op.MatMulInteger(a, op.Transpose(b, perm=[1, 0]), *zero_point), to=float32)
-        return op.Mul(op.Mul(product, op.Transpose(b_scale, perm=[1, 0])), a_scale)
+        return scaled(op.MatMulInteger(a, op.Transpose(b, perm=[1, 0]), *zero_point), a_scale, b_scale)
 
     def dynamic_product(floats, weight, weight_scale):
         largest = op.ReduceMax(op.Abs(floats), [1], keepdims=1)
@@ -78,8 +80,11 @@ def translation_table() -> dict[Callable, Callable]:
         floats = op.DequantizeLinear(weight, op.Squeeze(weight_scale, [1]), axis=0)
         return op.MatMul(a, op.Transpose(floats, perm=[1, 0]))
 
-    def int8_matmul(a, b, a_scale, b_scale, bias, activation, out_dtype):
-        return op.Cast(finished(integer_product(a, b, a_scale, b_scale), bias, activation), to=out_dtype)
+    def int8_matmul(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point=None, b_sum=None):
+        product = op.MatMulInteger(a, op.Transpose(b, perm=[1, 0]))
+        if a_zero_point is not None:
+            product = op.Sub(product, op.Mul(a_zero_point, b_sum))
+        return op.Cast(finished(scaled(product, a_scale, b_scale), bias, activation), to=out_dtype)
 
     def dynamic_int8_linear(x, weight, weight_scale, bias, activation):
         product = dynamic_product(op.Cast(x, to=float32), weight, weight_scale)

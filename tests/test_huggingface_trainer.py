@@ -141,10 +141,24 @@ class Outlier(nn.Module):
         return {"loss": (self.dense(inputs).mean((1, 2)) - labels).square().mean()}
 
 
-def test_layers_that_fell_back_are_counted_in_the_log(tmp_path):
+class Behind(Outlier):
+    """The same outlier in what comes back to a frozen layer: one of its outputs weighs 10,000 times the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(256, 256)
+
+    def forward(self, inputs, labels):
+        hidden = self.dense(self.first(inputs))
+        hidden = torch.cat([1e4 * hidden[..., :1], hidden[..., 1:]], dim=-1)
+        return {"loss": (hidden.mean((1, 2)) - labels).square().mean()}
+
+
+@pytest.mark.parametrize(("model", "mode"), [(Outlier, "train"), (Behind, "dynamic")])
+def test_layers_that_fell_back_are_counted_in_the_log(tmp_path, model, mode):
     recorder = Recorder()
-    model = Outlier()
-    mixft.quantize_(model, "train")
+    model = model()
+    mixft.quantize_(model, mode, include="dense")
     rows = [{"inputs": row, "labels": row[0, 0]} for row in torch.randn(16, 16, 256)]
     trainer = Trainer(
         model, arguments(tmp_path, max_steps=4, logging_steps=2), train_dataset=rows, callbacks=[recorder]

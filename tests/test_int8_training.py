@@ -169,8 +169,13 @@ def test_options_reach_the_layers_and_errors_name_them():
         mixft.quantize_(model, "train", backward="fp8")
     with pytest.raises(ValueError, match="shape_gating, stochastic is for mode 'train'; the mode is 'dynamic'"):
         mixft.quantize_(model, "dynamic", stochastic=True, shape_gating=False)
-    with pytest.raises(TypeError, match="backwards"):
+    with pytest.raises(TypeError, match="there is no option backwards; there are backward, min_sqnr, shape_gating, st"):
         QuantLinear(4, 4, mode="train", backwards="int8")
+    for mode in ("train", "dynamic"):
+        with pytest.raises(TypeError, match="min_sqnr is '10'; it must be a number of dB, or None"):
+            QuantLinear(4, 4, mode=mode, min_sqnr="10")
+        with pytest.raises(ValueError, match="min_sqnr is NaN"):
+            QuantLinear(4, 4, mode=mode, min_sqnr=float("nan"))
 
 
 def test_copies_and_pickles_train_alike(native_device):

@@ -116,9 +116,11 @@ class Mixed(nn.Module):
         self.outliers = QuantLinear.from_linear(nn.Linear(67, 33), outlier_threshold=100.0)
         self.register_buffer("b", torch.randint(-127, 128, (20, 33), dtype=torch.int8))
 
-    def forward(self, x, a, a_scale):
-        y = int8_matmul(a, self.b, a_scale, torch.tensor(0.25), activation="relu", out_dtype=torch.float32)
-        return self.rounding(x), self.dense(x), self.static(x), self.outliers(x), y
+    def forward(self, x, a, a_scale, zero_points):
+        b, scales = self.b, (a_scale, torch.tensor(0.25))
+        y = int8_matmul(a, b, *scales, activation="relu", out_dtype=torch.float32)
+        affine = int8_matmul(a, b, *scales, out_dtype=torch.float32, a_zero_point=zero_points)
+        return self.rounding(x), self.dense(x), self.static(x), self.outliers(x), y, affine
 
 
 def test_exact_ties_round_to_even_and_other_ops_are_translated(tmp_path):
@@ -129,6 +131,7 @@ def test_exact_ties_round_to_even_and_other_ops_are_translated(tmp_path):
         "x": x,
         "a": torch.randint(-127, 128, (17, 33), dtype=torch.int8),
         "a_scale": torch.rand(17, 1) / 100,
+        "zero_points": torch.randint(-128, 128, (17, 1), dtype=torch.int32),
     }
     session, _ = exported(model, inputs, None, tmp_path / "model.onnx")
     with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from optimizer_cases import CASES, every_optimizer
 
-from mixft.optim import AdamW
+from mixft.optim import SGD, AdamW
 
 
 def one_parameter():
@@ -58,6 +58,12 @@ def test_bad_hyperparameters(case, options, message):
 def test_what_is_no_number_is_refused_by_name(case, options):
     with pytest.raises(TypeError, match=f"{next(iter(options))} is .*; it must be a"):
         case.ours([one_parameter()], **options)
+
+
+@pytest.mark.parametrize("dampening", ["0.5", torch.tensor(0.5)], ids=str)
+def test_a_dampening_that_is_no_number_is_refused(dampening):
+    with pytest.raises(TypeError, match=r"dampening is .*; it must be a number"):
+        SGD([one_parameter()], momentum=0.9, dampening=dampening)
 
 
 @every_optimizer

@@ -343,6 +343,15 @@ def test_bad_arguments(options, error, match):
         mixft.PrecisionController(**{"model": model, "optimizer": optimizer, **options})
 
 
+def test_a_state_that_is_kept_stays_as_it_was():
+    controller = mixft.PrecisionController(*three_layers(), interval=2)
+    controller.step(torch.tensor(1.0))
+    kept = controller.state_dict()["rows"]
+    for loss in (2.0, 3.0):
+        controller.step(torch.tensor(loss))
+    assert kept["losses"].tolist() == [1.0]
+
+
 @pytest.mark.parametrize(("loss", "error"), [(1.0, TypeError), (torch.ones(2), ValueError)])
 def test_bad_losses(loss, error):
     controller = mixft.PrecisionController(*three_layers())

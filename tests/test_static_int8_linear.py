@@ -126,7 +126,7 @@ def test_calls_that_a_static_layer_refuses():
         static_int8_linear(x, *rest, **{**scale, "input_scale": torch.ones(2)})
     with pytest.raises(TypeError, match=r"input_zero_point must be torch\.int32"):
         static_int8_linear(x, *rest, **{**scale, "input_zero_point": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"b_sum must have shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"weight_sum must have shape \(4,\)"):
         static_int8_linear(x, *rest, **scale, weight_sum=torch.ones(3).int())
     with pytest.raises(ValueError, match="only a dynamic layer"):
         QuantLinear(8, 4, mode="weight_only").to_static(0.1, 0)

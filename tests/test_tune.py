@@ -170,6 +170,7 @@ def test_the_whole_command_in_the_interpreter(two_tiny_candidates, tmp_path, cap
         (["--device", "cpu", "--write"], "rehearses a sweep without --write"),
         (["--from", "/no/such/file.json"], "--from /no/such/file.json cannot be used"),
         (["--from", "a.json", "--write"], "leave the other options out"),
+        (["--from", "a.json", "--seconds", "9"], "leave the other options out"),
         (["--json", "/no/such/folder/file.json", "--device", "cpu"], "--json /no/such/folder/file.json"),
     ],
 )

@@ -16,7 +16,10 @@ from mixft.cli.output_file import check_writable
 
 def tune(
     ops: Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Of kernels/configs; else all.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Time for all sweeps; what it does not reach is said.")] = 300,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="Time for all sweeps, else 300; what it does not reach is said.", show_default=False),
+    ] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write every trial to FILE.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Put the choices into the shipped files.")] = False,
     source: Annotated[
@@ -33,7 +36,7 @@ def tune(
 
     console = Console(soft_wrap=True, highlight=False)
     if source is not None:
-        if ops or json or write or device:
+        if ops or seconds or json or write or device:
             raise InputError("--from takes what was measured and sweeps nothing; leave the other options out")
         _ship(console, _read(source))
         return
@@ -52,7 +55,7 @@ def tune(
     check_writable("--json", json)
     measured_on = {**environment(where), "commit": revision.commit()}
     sweeps = []
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + (seconds or 300)
     for left, space in zip(range(len(spaces), 0, -1), spaces, strict=True):
         found = tuning.sweep(space, where, max(1.0, deadline - time.monotonic()) / left, compiles=not interprets)
         sweeps.append(asdict(found))

@@ -16,11 +16,11 @@ class NumericsCallback(TrainerCallback):
 
     - ``loss_scale``: of the gradient scaler, ``torch.amp.GradScaler`` or ``mixft.amp.LossScaler``;
     - ``overflow_steps``: optimizer steps skipped since training began, for gradients with NaN or Inf;
-    - ``int8_fallbacks``: layers of ``mode="train"`` that compute in floating point for their noise, in part or whole;
+    - ``int8_fallbacks``: ``QuantLinear`` layers that compute in floating point for their noise, in part or whole;
       ``mixft.model_report(model)`` names them.
 
     Each is left out where there is nothing to say: without a scaler the first, and the second too unless an optimizer
-    of ``mixft.optim`` looks for NaN and Inf itself; the last where no layer trains in int8. Reading them waits for the
+    of ``mixft.optim`` looks for NaN and Inf itself; the last where there is no such layer. Reading them waits for the
     device; the steps between wait for nothing.
 
     Args:
@@ -65,6 +65,6 @@ class NumericsCallback(TrainerCallback):
             figures["loss_scale"] = scaler.get_scale()
         if self._skipped is not None:
             figures["overflow_steps"] = int(self._skipped)
-        if any(isinstance(module, QuantLinear) and module.mode == "train" for module in model.modules()):
+        if any(isinstance(module, QuantLinear) for module in model.modules()):
             figures["int8_fallbacks"] = len(model_report(model).fallbacks)
         return figures

@@ -7,7 +7,7 @@ from torch import Tensor
 from mixft.ops.int8_input_gradient import FrozenBackward, check_frozen_backward
 from mixft.ops.registration import is_observed
 
-from .noise_guard import NoiseGuard
+from .noise_guard import NoiseGuard, check_min_sqnr
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class FrozenOptions:
             goes on as "16bit"; see ``mixft.nn.noise_guard``. None measures nothing.
 
     Raises:
-        ValueError: an unknown ``backward``.
+        ValueError: an unknown ``backward``, or a ``min_sqnr`` that is NaN.
+        TypeError: a ``min_sqnr`` that is no number.
     """
 
     backward: FrozenBackward | None = None
@@ -31,6 +32,7 @@ class FrozenOptions:
     def __post_init__(self):
         if self.backward is not None:
             check_frozen_backward(self.backward)
+        check_min_sqnr(self.min_sqnr)
 
 
 class FrozenTraining:

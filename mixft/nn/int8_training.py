@@ -12,7 +12,7 @@ from mixft.ops.registration import is_observed
 from mixft.ops.validation import FLOATS
 
 from .int8_cache import WeightCache, shared_input
-from .noise_guard import NoiseGuard
+from .noise_guard import NoiseGuard, check_min_sqnr
 
 LEAST_ROWS = 32
 LEAST_PRODUCTS = 2**23
@@ -31,7 +31,8 @@ class TrainingOptions:
             backward, goes on in floats; see ``mixft.nn.noise_guard``. None measures nothing.
 
     Raises:
-        ValueError: an unknown ``backward``.
+        ValueError: an unknown ``backward``, or a ``min_sqnr`` that is NaN.
+        TypeError: a ``min_sqnr`` that is no number.
     """
 
     backward: Backward = "int8"
@@ -41,6 +42,7 @@ class TrainingOptions:
 
     def __post_init__(self):
         check_backward(self.backward)
+        check_min_sqnr(self.min_sqnr)
 
 
 def gains(rows: int, in_features: int, out_features: int, device: torch.device) -> bool:

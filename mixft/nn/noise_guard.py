@@ -10,6 +10,8 @@ it has to compute what the first one did.
 """
 
 import warnings
+from math import isnan
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -37,6 +39,14 @@ def feature_sqnr(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     noise = (x - values * scale).square().sum(0) / x.square().sum(0)
     # A column without noise, of zeros and a few exact values, is as good as FP32's own rounding.
     return -10 * noise.nanmedian().clamp(min=2.0**-48).log10()
+
+
+def check_min_sqnr(decibels: float | None) -> None:
+    """Raise TypeError for what is neither None nor a number, ValueError for NaN."""
+    if decibels is not None and not isinstance(decibels, Real):
+        raise TypeError(f"min_sqnr is {decibels!r}; it must be a number of dB, or None")
+    if decibels is not None and isnan(decibels):
+        raise ValueError("min_sqnr is NaN; it must be a number of dB, or None")
 
 
 class NoiseGuard:

@@ -20,6 +20,7 @@ from .noise_guard import NoiseGuard
 
 Mode = Literal["weight_only", "dynamic", "train"]
 MODES = get_args(Mode)
+TRAINED = {field.name for field in fields(TrainingOptions)}
 FROZEN = {field.name for field in fields(FrozenOptions)}
 
 
@@ -41,9 +42,12 @@ def check_outlier_threshold(threshold: float | None, mode: str) -> None:
 
 def training_options(mode: str, training: dict) -> TrainingOptions | FrozenOptions:
     """The options for training of a layer of ``mode``; raises unless they fit it."""
+    unknown = training.keys() - TRAINED
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}; there are {', '.join(sorted(TRAINED))}")
     if mode == "train":
         return TrainingOptions(**training)
-    others = training.keys() & ({field.name for field in fields(TrainingOptions)} - FROZEN)
+    others = training.keys() - FROZEN
     if others:
         raise ValueError(f"{', '.join(sorted(others))} is for mode 'train'; the mode is {mode!r}")
     return FrozenOptions(**training)

@@ -59,7 +59,7 @@ def dequantize(
     """
     check_dtype("values", values, (torch.int8,))
     check_dtype("scale", scale, (torch.float32,))
-    check_out_dtype(dtype)
+    check_out_dtype(dtype, "dtype")
     grouped, scale_shape = grouped_shapes(values, dim, group_size)
     check_shape("scale", scale, scale_shape)
     if zero_point is not None:

@@ -73,7 +73,7 @@ def int8_matmul(
     if a_zero_point is not None:
         check_dtype("a_zero_point", a_zero_point, (torch.int32,))
         a_zero_point = as_column("a_zero_point", a_zero_point, rows)
-        b_sum = b.sum(1, dtype=torch.int32) if b_sum is None else check_row_sums(b_sum, b)
+        b_sum = b.sum(1, dtype=torch.int32) if b_sum is None else check_row_sums("b_sum", b_sum, b)
     elif b_sum is not None:
         raise ValueError("b_sum serves zero points; give a_zero_point with it, or neither")
     out = _int8_matmul(
@@ -90,11 +90,11 @@ def int8_matmul(
     return out.view(*a.shape[:-1], b.shape[0])
 
 
-def check_row_sums(row_sums: Tensor, b: Tensor) -> Tensor:
+def check_row_sums(name: str, row_sums: Tensor, b: Tensor) -> Tensor:
     """``row_sums`` contiguous; raise unless it is int32 [N] for ``b`` [N, K]."""
-    check_dtype("b_sum", row_sums, (torch.int32,))
+    check_dtype(name, row_sums, (torch.int32,))
     if row_sums.shape != b.shape[:1]:
-        raise ValueError(f"b_sum must have shape ({b.shape[0]},); it has shape {tuple(row_sums.shape)}")
+        raise ValueError(f"{name} must have shape ({b.shape[0]},); it has shape {tuple(row_sums.shape)}")
     return row_sums.contiguous()
 
 

@@ -76,7 +76,9 @@ def static_int8_linear(
         raise ValueError(
             f"K must be at most {MOST_AFFINE_TERMS}, or its sum could exceed int32; it is {weight.shape[1]}"
         )
-    weight_sum = weight.sum(1, dtype=torch.int32) if weight_sum is None else check_row_sums(weight_sum, weight)
+    if weight_sum is None:
+        weight_sum = weight.sum(1, dtype=torch.int32)
+    weight_sum = check_row_sums("weight_sum", weight_sum, weight)
     check_same_device(x=x, input_scale=input_scale, input_zero_point=input_zero_point, weight_sum=weight_sum)
     more = (input_scale, input_zero_point, weight_sum)
     return call_frozen(_static_linear, x, rows, weight, weight_scale, bias, activation, *more, backward=backward)

@@ -13,10 +13,10 @@ def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> 
         raise TypeError(f"{name} must be {_either(allowed)}; it is {tensor.dtype}")
 
 
-def check_out_dtype(out_dtype: torch.dtype) -> None:
-    """Raise TypeError unless the result may have ``out_dtype``."""
+def check_out_dtype(out_dtype: torch.dtype, name: str = "out_dtype") -> None:
+    """Raise TypeError unless the result may have ``out_dtype``, the argument ``name``."""
     if out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype must be {_either(FLOATS)}; it is {out_dtype}")
+        raise TypeError(f"{name} must be {_either(FLOATS)}; it is {out_dtype}")
 
 
 def check_bias(bias: Tensor | None, out_features: int) -> None:

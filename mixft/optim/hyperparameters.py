@@ -27,12 +27,17 @@ def check_rate_tensor(rate: Tensor) -> None:
         raise ValueError(f"lr is a tensor of shape {tuple(rate.shape)}; it must hold one element")
 
 
+def check_number(group: dict[str, Any], name: str) -> None:
+    """Raise TypeError for what is no number, a tensor included."""
+    if not isinstance(group[name], Real):
+        what = "a tensor" if isinstance(group[name], Tensor) else repr(group[name])
+        raise TypeError(f"{name} is {what}; it must be a number")
+
+
 def check_not_negative(group: dict[str, Any], *names: str) -> None:
     """Raise TypeError for what is no number, a tensor included, and ValueError for a negative number or NaN."""
     for name in names:
-        if not isinstance(group[name], Real):
-            what = "a tensor" if isinstance(group[name], Tensor) else repr(group[name])
-            raise TypeError(f"{name} is {what}; it must be a number")
+        check_number(group, name)
         if not group[name] >= 0.0:
             raise ValueError(f"{name} is {group[name]}; it must not be negative")
 

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 from mixft.ops.sgd import sgd_step_
 
 from .base import MixedPrecisionOptimizer
-from .hyperparameters import check_not_negative, check_rate
+from .hyperparameters import check_not_negative, check_number, check_rate
 
 
 class SGD(MixedPrecisionOptimizer):
@@ -75,6 +75,7 @@ class SGD(MixedPrecisionOptimizer):
     def check_hyperparameters(group: dict[str, Any]) -> None:
         check_rate(group)
         check_not_negative(group, "momentum", "weight_decay")
+        check_number(group, "dampening")
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 f"nesterov is True with momentum {group['momentum']} and dampening {group['dampening']}; Nesterov's "

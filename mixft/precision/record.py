@@ -60,7 +60,7 @@ class StepRecord:
     def rows(self) -> Rows:
         """The steps noted so far; waits for the device."""
         filled = slice(self.filled)
-        return Rows(*(kept[filled].cpu() for kept in (self._losses, self._squares, self._nonfinite)))
+        return Rows(*(kept[filled].to("cpu", copy=True) for kept in (self._losses, self._squares, self._nonfinite)))
 
     def clear(self) -> None:
         self.filled = 0
