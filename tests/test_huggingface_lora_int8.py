@@ -9,6 +9,7 @@ from huggingface_models import llama
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as PlainLora
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import mixft
 from mixft.huggingface import lora as adapters
@@ -62,6 +63,36 @@ def test_the_gradient_of_the_input_runs_in_what_was_asked_for(native_device, bac
     (found,) = torch.autograd.grad(out, x, grad)
     expected = input_gradient(grad, weight, scale, backward) + 2.0 * (grad @ b) @ a
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-4)
+
+
+def test_autocast_around_fp32_operands_changes_nothing(native_device):
+    tensors = operands((9, 66, 34, 3), device=native_device)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(native_device.type, torch.bfloat16, enabled=enabled):
+            out = lora_int8_linear(*tensors, 2.0)
+        leaves = [tensor for tensor in tensors if tensor.requires_grad]
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("backward", ["int8", "exact"])
+def test_a_compiler_sees_the_parts(native_device, backward):
+    tensors = operands((9, 66, 34, 3), device=native_device)
+
+    def call(*tensors):
+        return lora_int8_linear(*tensors, 2.0, backward=backward)
+
+    torch.compiler.reset()
+    out, expected = torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors), call(*tensors)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+    gradients = (torch.autograd.grad(result.sum(), leaves) for result in (out, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in tensors]
+        assert call(*fakes).shape == (9, 34)
 
 
 def test_bits_do_not_depend_on_the_threads(one_thread, without_interpreter):

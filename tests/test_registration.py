@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mixft
+import mixft.nn
 from mixft.ops.registration import cpu_routine, define_op, interpreting, launcher, without_dispatch
 
 unused = (f"probe_{number}" for number in itertools.count())
@@ -154,6 +155,46 @@ def test_a_view_of_negated_numbers_keeps_its_sign(device):
     expected, expected_scale, _ = mixft.ops.quantize(x.resolve_neg())
     assert torch.equal(values, expected)
     assert torch.equal(scale, expected_scale)
+
+
+def frozen(x, bias):
+    weight = torch.randint(-9, 9, (6, 6), generator=torch.Generator().manual_seed(1)).to(x.device, torch.int8)
+    return mixft.ops.dynamic_int8_linear(x, weight, torch.ones(6, 1, device=x.device), bias)
+
+
+def dropped(x, bias):
+    torch.manual_seed(5)
+    return mixft.nn.Dropout(0.5)(x) + bias
+
+
+CALLS = {
+    "matmul": lambda x, bias: mixft.ops.matmul(x, x.t() @ x, bias, "gelu", residual=bias.expand(x.shape)),
+    "matmul with a plain bias": lambda x, bias: mixft.ops.matmul(x, x.t() @ x, bias + 0, residual=x),
+    "mlp": lambda x, bias: mixft.ops.mlp(x, x.t() @ x, bias, x.t() @ x, bias, residual=x),
+    "activation": lambda x, bias: mixft.nn.GELU()(x) * bias,
+    "dropout": dropped,
+    "dynamic layer": frozen,
+    "training layer": lambda x, bias: mixft.ops.int8_linear(x, x.t() @ x, bias),
+}
+
+
+@pytest.mark.parametrize("negated", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_operands_and_gradients_of_negated_numbers_keep_their_sign(device, call, negated):
+    torch.manual_seed(2)
+    x, bias, grad = (torch.randn(size, device=device) for size in ((4, 6), (6,), (4, 6)))
+
+    def results(turn, with_gradients=True):
+        leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+        out = CALLS[call](*(turn(leaf) if place in negated else leaf for place, leaf in enumerate(leaves)))
+        return (out, *torch.autograd.grad(out, leaves, turn(grad))) if with_gradients else (out,)
+
+    turned = results(torch._neg_view)
+    plain = results(lambda tensor: -tensor)
+    with torch.no_grad():
+        without_gradients = results(torch._neg_view, with_gradients=False)
+    for found, expected in zip((*turned, *without_gradients), (*plain, plain[0]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_negated_numbers_behind_others_keep_their_sign(device):

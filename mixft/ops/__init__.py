@@ -1,4 +1,4 @@
-"""The ops, each registered with ``torch.library`` under ``mixft::``; they accept CPU and GPU tensors alike."""
+"""The ops, on CPU and GPU tensors alike, each registered with ``torch.library`` under ``mixft::`` or made of such."""
 
 from .accumulate import accumulate_
 from .adamw import adamw_

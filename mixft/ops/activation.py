@@ -29,7 +29,7 @@ class _Compiled(torch.autograd.Function):
     def forward(ctx, x: Tensor, activation: str) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(x)
-        x = x.contiguous()
+        x = x.resolve_neg().contiguous()
         return finish_product(x, activation, x.dtype, preactivation_dtype=x.dtype)[0]
 
     @staticmethod
@@ -38,7 +38,7 @@ class _Compiled(torch.autograd.Function):
         if torch.is_grad_enabled():  # with create_graph=True
             return *torch.autograd.grad(ACTIVATIONS[ctx.activation](x), x, grad_out, create_graph=True), None
         columns = x.shape[-1] if x.dim() else 1
-        grad, kept = grad_out.reshape(-1, columns), x.reshape(-1, columns)
+        grad, kept = (tensor.resolve_neg().reshape(-1, columns) for tensor in (grad_out, x))
         return activation_backward(grad, kept, ctx.activation, x.dtype, False)[0].view(x.shape), None
 
 

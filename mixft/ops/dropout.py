@@ -17,7 +17,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dropped: int, seed: int) -> Tensor:
         ctx.dropped, ctx.seed = dropped, seed
-        return drop(x.contiguous(), dropped, seed)
+        return drop(x.resolve_neg().contiguous(), dropped, seed)
 
     @staticmethod
     def backward(ctx, grad_out: Tensor):

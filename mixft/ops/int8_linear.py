@@ -30,7 +30,7 @@ from mixft.cpu.instruction_set import has_bf16_dot
 from .int8_matmul import MOST_TERMS
 from .int8_operands import check_layer, check_quantized, quantize_columns, quantize_rows, quantized_rows
 from .quantize import LARGEST_SEED
-from .registration import composition, is_observed, server
+from .registration import composition, needs_dispatch, server
 from .validation import FLOATS, check_dtype
 
 Backward = Literal["int8", "weight_grad_16bit", "16bit"]
@@ -196,7 +196,7 @@ class _EagerInt8Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        return _differentiate_with(_gradients, ctx, grad_out)
+        return _differentiate_with(_gradients, ctx, grad_out.resolve_neg())
 
 
 def int8_linear(
@@ -248,6 +248,6 @@ def int8_linear(
     # Without gradients too: reentrant checkpointing computes the forward so at first, and draws the same once more.
     if stochastic and backward != "16bit":
         seed = torch.randint(LARGEST_SEED, (), device=x.device)
-    serve = _forward if is_observed() or type(x) is not Tensor else _EagerInt8Linear.apply
+    serve = _forward if needs_dispatch(x, weight, bias) else _EagerInt8Linear.apply
     out = serve(rows, weight, bias, x_values, x_scale, weight_values, weight_scale, seed, backward)
     return out.view(*x.shape[:-1], weight.shape[0])

@@ -7,13 +7,14 @@ to one of bytes before anything is stored: the output in the forward, the gradie
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dynamic_int8_linear import _dynamic_linear
+from .dynamic_int8_linear import _dynamic_linear, dynamic_int8_linear
 from .int8_input_gradient import FrozenBackward, check_frozen_backward, input_gradient
 from .int8_operands import check_frozen_weight, check_layer
-from .registration import needs_dispatch
+from .registration import needs_dispatch, without_autocast
 from .validation import check_same_device
 
 
@@ -45,11 +46,6 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, None, grad_bias, grad_a, grad_b, None, None
 
 
-def serves_lora(*tensors: Tensor | None) -> bool:
-    """Whether :func:`lora_int8_linear` takes these: plain tensors in eager mode, that nothing else has to see."""
-    return not needs_dispatch(*tensors)
-
-
 def lora_int8_linear(
     x: Tensor,
     weight: Tensor,
@@ -62,6 +58,8 @@ def lora_int8_linear(
     backward: FrozenBackward = "int8",
 ) -> Tensor:
     """``dynamic_int8_linear(x, weight, weight_scale, bias) + scaling * F.linear(F.linear(x, a), b)``.
+
+    Where more than the implementation has to see the products, as under a compiler, these are three calls.
 
     Args:
         x: FP16, BF16 or FP32 [..., K].
@@ -90,5 +88,9 @@ def lora_int8_linear(
     if a.dim() != 2 or a.shape[1] != weight.shape[1] or b.shape != (weight.shape[0], a.shape[0]):
         shapes = f"{tuple(a.shape)}, b {tuple(b.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(f"a must be [rank, K] and b [N, rank] for weight [N, K]; a has shape {shapes}")
-    out = _LoraLinear.apply(rows, weight, weight_scale, bias, a, b, scaling, backward)
+    if needs_dispatch(x, weight, weight_scale, bias, a, b):
+        adapted = F.linear(F.linear(x, a), b)
+        return dynamic_int8_linear(x, weight, weight_scale, bias, backward=backward) + scaling * adapted
+    operands = rows, weight, weight_scale, bias, a, b, scaling, backward
+    out = without_autocast(x.device.type, _LoraLinear.apply, operands)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])

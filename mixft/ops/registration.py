@@ -163,7 +163,7 @@ def needs_dispatch(*tensors: Tensor | None) -> bool:
     """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None."""
     if is_observed() or torch._C._get_tracing_state() is not None:
         return True
-    first = tensors[0]
-    if first.is_neg():  # numbers whose sign the dispatcher turns
+    if any(tensor is not None and tensor.is_neg() for tensor in tensors):  # numbers whose sign the dispatcher turns
         return True
+    first = tensors[0]
     return not (PLAIN.issuperset(map(type, tensors)) and (first.is_cuda or (first.is_cpu and not interpreting())))
