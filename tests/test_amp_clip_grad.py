@@ -103,8 +103,9 @@ def test_forms_of_the_argument():
     assert torch.allclose(grad_norm(iter(params)), stock)
     assert torch.allclose(grad_norm(params[0]), params[0].grad.norm())
     assert torch.allclose(clip_grad_norm_((param for param in params), 1.0, foreach=True), stock)
-    for empty in ([], [torch.nn.Parameter(torch.ones(2))]):
-        assert torch.equal(clip_grad_norm_(empty, 1.0), torch.tensor(0.0))
+    assert torch.equal(clip_grad_norm_([], 1.0), torch.tensor(0.0))
+    with pytest.warns(UserWarning, match="none of the 1 parameters has a gradient"):
+        assert torch.equal(clip_grad_norm_([torch.nn.Parameter(torch.ones(2))], 1.0), torch.tensor(0.0))
     with pytest.warns(UserWarning, match="empty generator"):
         clip_grad_norm_((param for param in ()), 1.0)
     with pytest.raises(ValueError, match="foreach is False"):

@@ -311,3 +311,100 @@ def test_a_parameter_that_was_given_another_shape_is_refused():
     with pytest.raises(ValueError, match=r"gradient of parameter 1 has shape \(10,\) and its buffer \(40,\)"):
         accumulator.accumulate()
     assert not any(buffer.any() for buffer in accumulator.buffers)
+
+
+@pytest.mark.parametrize("kind", [mixft.optim.SGD, torch.optim.SGD])
+@pytest.mark.parametrize("norm_type", [2.0, 1.0])
+def test_the_sums_are_clipped(device, kind, norm_type):
+    params = parameters(device)
+    before = [param.detach().clone() for param in params]
+    optimizer = kind(params, lr=1.0)
+    scaler = LossScaler(8.0, device=device.type)
+    accumulator = GradAccumulator(optimizer, scaler)
+    batches = micro_batches(params, 3)
+    for factors in batches:
+        backward(params, scaler, factors)
+        accumulator.accumulate()
+    exact = [sum(parts) for parts in zip(*(map(torch.Tensor.double, factors) for factors in batches), strict=True)]
+    total = torch.nn.utils.get_total_norm(exact, norm_type)
+    norm = accumulator.clip_grad_norm_(0.5, norm_type)
+    assert abs(norm.item() - total.item()) < 1e-5 * total.item()
+    scaler.step(optimizer)
+    scaler.update()
+    for param, old, grad in zip(params, before, exact, strict=True):
+        torch.testing.assert_close(param.double(), old.double() - grad * (0.5 / total), rtol=1e-5, atol=1e-6)
+    backward(params, scaler, [torch.full_like(param, torch.nan) for param in params])
+    accumulator.accumulate()
+    with pytest.raises(RuntimeError, match=r"the norm of order 2\.0 of the gradients is nan"):
+        accumulator.clip_grad_norm_(0.5, error_if_nonfinite=True)
+
+
+def test_what_would_clip_nothing_is_said(device):
+    params = parameters(device)
+    optimizer = mixft.optim.AdamW(params)
+    scaler = LossScaler(8.0, device=device.type)
+    accumulator = GradAccumulator(optimizer, scaler)
+    backward(params, scaler, micro_batches(params, 1)[0])
+    accumulator.accumulate()
+    with pytest.raises(RuntimeError, match="sums are unscaled already; leave this call out, and clip with"):
+        scaler.unscale_(optimizer)
+    with pytest.warns(UserWarning, match="none of the 4 parameters has a gradient, so nothing was clipped"):
+        assert mixft.amp.clip_grad_norm_(params, 1.0).item() == 0.0
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@pytest.mark.parametrize("again", ["step", "reset"])
+@pytest.mark.parametrize("kind", [mixft.optim.SGD, torch.optim.SGD])
+def test_after_a_step_that_failed_nothing_of_it_is_left(device, kind, again):
+    (param,) = params = [torch.nn.Parameter(torch.ones(3, device=device))]
+    optimizer = kind(params, lr=0.5)
+    accumulator = GradAccumulator(optimizer)
+    failing = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    for factor in (1.0, torch.nan):
+        param.grad = torch.full_like(param, factor)
+        accumulator.accumulate()
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        if again == "step":
+            break
+        accumulator.reset()
+        assert param.grad is None
+        assert getattr(optimizer, "found_inf", None) is None
+        assert getattr(optimizer, "main_grads", None) is None
+    failing.remove()
+    if again == "reset":
+        param.grad = torch.ones_like(param)
+        accumulator.accumulate()
+    optimizer.step()
+    assert param.tolist() == [0.5] * 3
+    assert param.grad is None
+
+
+def test_a_backward_after_a_step_that_failed_is_refused(device):
+    (param,) = params = [torch.nn.Parameter(torch.ones(3, device=device))]
+    optimizer = torch.optim.SGD(params, lr=0.5)
+    accumulator = GradAccumulator(optimizer)
+    param.grad = torch.ones_like(param)
+    accumulator.accumulate()
+    failing = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
+    failing.remove()
+    param.grad += 1
+    with pytest.raises(RuntimeError, match="the optimizer's last step raised an error"):
+        accumulator.accumulate()
+
+
+def test_a_parameter_that_joins_a_group_in_the_middle_is_summed(device):
+    params = parameters(device)
+    optimizer = mixft.optim.SGD([{"params": params[:1]}, {"params": params[1:2]}], lr=1.0)
+    accumulator = GradAccumulator(optimizer)
+    optimizer.param_groups[0]["params"].append(params[3])
+    before = params[3].detach().clone()
+    for param in (params[0], params[1], params[3]):
+        param.grad = torch.ones_like(param)
+    accumulator.accumulate()
+    assert params[3].grad is None
+    optimizer.step()
+    assert torch.equal(params[3], before - 1)

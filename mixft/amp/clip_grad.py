@@ -71,7 +71,19 @@ def clip_grad_norm_(
     """
     if foreach is False:
         raise ValueError("foreach is False; there is one implementation, which takes all tensors at once, leave it out")
-    grads = _gradients(_listed(parameters))
+    listed = _listed(parameters)
+    grads = _gradients(listed)
+    if listed and not grads:
+        warnings.warn(
+            f"none of the {len(listed)} parameters has a gradient, so nothing was clipped; the sums of a "
+            "GradAccumulator are clipped by its own clip_grad_norm_",
+            stacklevel=3,
+        )
+    return clip_gradients_(grads, max_norm, norm_type, error_if_nonfinite)
+
+
+def clip_gradients_(grads: list[Tensor], max_norm: float, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """:func:`clip_grad_norm_` on the gradients themselves, dense tensors."""
     norm = _total_norm(grads, float(norm_type), error_if_nonfinite)
     coefficient = (float(max_norm) / (norm + 1e-6)).clamp(max=1.0)
     ours, others = _sorted(grads)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mixft.ops.accumulate import add_
 from mixft.ops.validation import FLOATS
 
+from .clip_grad import clip_gradients_
 from .loss_scaler import LossScaler
 from .main_grads import MainGrads
 from .overflow import Counts
@@ -39,6 +40,9 @@ class GradAccumulator:
     ``mixft.nn.Linear(fuse_wgrad_accumulation=True)`` adds to the sum in the product of its backward, unrounded. Such a
     sum is unscaled and checked once, when the step or :meth:`gradients` asks for it, and an overflow is counted once
     however many micro-batches had it.
+
+    Clip by the ``max_grad_norm`` of mixft's optimizers, or the sums by :meth:`clip_grad_norm_`: for torch's function of
+    this name there are no gradients.
 
     Costs 4 bytes a parameter. Gradients are not divided by the number of micro-batches.
 
@@ -89,7 +93,7 @@ class GradAccumulator:
             raise ValueError("optimizer_or_params holds no parameters; give an optimizer, or a list of its parameters")
         self._aside: list[tuple[Tensor, Tensor | None]] = []
         self._keeps_gradients = False
-        self._lends_finding = False
+        self._lent = self._lends_finding = False
         self.reset()
         if scaler is not None:
             scaler.scaled_sums.add(self._main_grads)
@@ -125,11 +129,18 @@ class GradAccumulator:
             ValueError: a parameter has another device or shape than when the accumulator was made; no buffer is
                 changed.
             RuntimeError: a ``main_grad`` was set or replaced since the accumulator was made; no buffer is changed. Or a
-                backward has added to one since its sum was read.
+                backward has added to one since its sum was read. Or the optimizer's last step raised an error, and
+                neither a step nor :meth:`reset` came after it.
             AssertionError: the scaler has scaled no loss.
         """
+        if self._aside:
+            raise RuntimeError(
+                "the optimizer's last step raised an error; call step() again, or reset() before the next backward to "
+                "go on without it"
+            )
         if self._optimizer is not None:
-            self._extend(_parameters(self._optimizer)[len(self._params) :])
+            known = set(self._params)
+            self._extend([param for param in _parameters(self._optimizer) if param not in known])
         inv_scale = None if self.scaler is None else self.scaler.inverse_scale()
         self._main_grads.check(self._params, inv_scale is not None)
         work = self._launches()
@@ -193,6 +204,21 @@ class GradAccumulator:
         summed = sorted(self._summed | self._main_grads.summed)
         return {self._params[position]: self._buffers[position] for position in summed}
 
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale the sums in place so that their norm is at most ``max_norm``; call it once, right before the step.
+
+        Args:
+            max_norm, norm_type, error_if_nonfinite: as in :func:`mixft.amp.clip_grad_norm_`.
+
+        Returns:
+            The norm before clipping, 0-d FP32; waits for nothing unless ``error_if_nonfinite``.
+
+        Raises:
+            RuntimeError: ``error_if_nonfinite`` and the norm is NaN or Inf.
+        """
+        return clip_gradients_(list(self.gradients().values()), max_norm, norm_type, error_if_nonfinite)
+
     def found_inf_per_device(self) -> dict[torch.device, Tensor]:
         """0-d FP32 on each device of the parameters: 1 where a micro-batch since the last step held a NaN or Inf."""
         self._settle()
@@ -209,6 +235,7 @@ class GradAccumulator:
 
     def reset(self) -> None:
         """Begin a new sum; a step of the optimizer, taken or skipped, does it."""
+        self._take_back()
         self._summed: set[int] = set()
         self._found_inf: dict[torch.device, Tensor] = {}
         self._counts: dict[tuple, Tensor] = {}
@@ -220,6 +247,7 @@ class GradAccumulator:
 
     def remove(self) -> None:
         """Let the optimizer step with the gradients themselves again."""
+        self._take_back()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -248,6 +276,7 @@ class GradAccumulator:
                 "a closure cannot be used with a GradAccumulator: its gradients would not be added up; run backward "
                 "and accumulate() before step()"
             )
+        self._take_back()
         # After a launch that cleared in place, gradients that are there may be the zeros that it left.
         missed = 0 if self._keeps_gradients else sum(param.grad is not None for param in self._params)
         missed += len(self._main_grads.unseen())
@@ -257,6 +286,7 @@ class GradAccumulator:
                 f"backward"
             )
         gradients = self.gradients()
+        self._lent = True
         if hasattr(optimizer, "main_grads"):
             optimizer.main_grads = gradients
             if optimizer.skip_nonfinite and getattr(optimizer, "found_inf", None) is None and self._found_inf:
@@ -270,15 +300,21 @@ class GradAccumulator:
             param.grad = gradients[param].to(param.dtype) if param in gradients else None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        if hasattr(optimizer, "main_grads"):
-            optimizer.main_grads = None
+        self.reset()
+
+    def _take_back(self) -> None:
+        """Take from the optimizer what its step was lent; one that raised an error has it still."""
+        if not self._lent:
+            return
+        self._lent = False
+        if hasattr(self._optimizer, "main_grads"):
+            self._optimizer.main_grads = None
         if self._lends_finding:
-            del optimizer.found_inf
+            del self._optimizer.found_inf
             self._lends_finding = False
         for param, grad in self._aside:
             param.grad = grad
         self._aside = []
-        self.reset()
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

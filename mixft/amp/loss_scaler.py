@@ -135,6 +135,21 @@ class LossScaler(torch.amp.GradScaler):
         """
         return self._overflows.history()
 
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients of ``optimizer`` by the scale, and look for NaN and Inf; :meth:`step` does so itself.
+
+        Raises:
+            RuntimeError: a second call for ``optimizer`` since the last ``update``, or one after ``step``; or it has a
+                GradAccumulator, whose sums are unscaled already.
+            AssertionError: no loss was scaled.
+        """
+        if self._enabled and self._accumulator_of(optimizer) is not None:
+            raise RuntimeError(
+                "the optimizer has a GradAccumulator, whose sums are unscaled already; leave this call out, and clip "
+                "with max_grad_norm of mixft's optimizers or the accumulator's clip_grad_norm_"
+            )
+        super().unscale_(optimizer)
+
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step ``optimizer`` unless one of its gradients is NaN or Inf; unscale them first where that was not done.
 
@@ -162,7 +177,7 @@ class LossScaler(torch.amp.GradScaler):
             self._check_scale_growth_tracker("step")
             if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
                 # Its buffers hold no scale any more.
-                self.unscale_(optimizer)
+                super().unscale_(optimizer)
         result = super().step(optimizer, *args, **kwargs)
         self._note_step(optimizer)
         if accumulator is not None:
