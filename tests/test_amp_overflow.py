@@ -52,6 +52,22 @@ def test_parameters_are_named_and_their_elements_counted(device, make, dtype):
     assert scaler.overflow_steps == 2
 
 
+class Wrapped(torch.Tensor):
+    """A tensor of another library, as a sharded one is."""
+
+
+def test_gradients_of_a_subclass_alone_are_scaled_and_checked():
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([param], lr=0.5)
+    scaler = LossScaler(8.0, device="cpu")
+    for value in (1.0, INF, 1.0):
+        param.grad = scaler.scale(torch.full((3,), value)).as_subclass(Wrapped)
+        scaler.step(optimizer)
+        scaler.update()
+    assert param.tolist() == [0.0] * 3
+    assert scaler.overflow_steps == 1
+
+
 def test_parameters_without_names_are_known_by_group_position_and_shape():
     model = model_of()
     groups = [{"params": [model["first"].weight]}, {"params": [model["second"].bias, model["second"].weight]}]

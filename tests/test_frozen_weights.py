@@ -89,3 +89,14 @@ def test_checkpointing_and_autocast_give_the_gradients_of_plain_training(native_
     assert out.dtype == torch.bfloat16
     (rounded,) = torch.autograd.grad(out.float().square().sum(), x)
     assert (rounded - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("backward", ["int8", "16bit", "exact"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_second_derivative_is_refused(mode, backward):
+    frozen = QuantLinear.from_linear(torch.nn.Linear(64, 64), mode, backward=backward)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), frozen)
+    x = torch.randn(4, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

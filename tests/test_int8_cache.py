@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,25 @@ def test_on_a_cpu_a_write_through_data_is_seen_too():
     layer.weight.data.neg_()
     layer.bias.data.neg_()
     assert torch.equal(layer(x), -before)
+
+
+@pytest.mark.parametrize("inner", [64, 96, 512])
+def test_on_a_cpu_a_write_through_data_to_half_of_the_columns_is_seen(inner):
+    layer = layer_of("cpu", inner)
+    x = torch.randn(5, inner)
+    for _ in range(3):
+        layer(x).sum().backward()
+    layer.weight.data[:, 1::2] = 0
+    assert torch.equal(layer(x), mixft.ops.int8_linear(x, layer.weight, layer.bias))
+
+
+def test_on_a_cpu_an_input_that_numpy_writes_to_is_quantized_again():
+    first, second = layer_of("cpu"), layer_of("cpu")
+    memory = np.random.default_rng(0).standard_normal((5, 64), dtype=np.float32)
+    x = torch.from_numpy(memory)
+    first(x)
+    memory *= -2
+    assert torch.equal(second(x), mixft.ops.int8_linear(x, second.weight, second.bias))
 
 
 def test_without_accumulation_no_copy_is_kept(native_device):

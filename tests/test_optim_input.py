@@ -87,6 +87,16 @@ def test_parameters_of_other_dtypes_are_refused(case, dtype):
     assert len(optimizer.param_groups) == 1
 
 
+def test_16_bit_parameters_in_one_memory_are_refused():
+    first, second = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    second.data = first.data
+    with pytest.raises(ValueError, match="0 and 1 of group 0 are two tensors in the same memory"):
+        AdamW([first, second])
+    halves = torch.ones(8, dtype=torch.bfloat16).split(4)
+    AdamW([*map(torch.nn.Parameter, halves), *(torch.nn.Parameter(torch.ones(0).half()) for _ in range(2))])
+    AdamW([torch.nn.Parameter(torch.ones(4, device="meta").half()) for _ in range(2)])
+
+
 @every_optimizer
 def test_a_parameter_given_twice_or_expanded_is_refused(case):
     param = one_parameter()

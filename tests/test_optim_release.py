@@ -16,6 +16,7 @@ from optimizer_cases import (
     parameters,
     snapshot,
 )
+from torch.utils.checkpoint import checkpoint
 
 from mixft.amp import GradAccumulator
 from mixft.optim import AdamW, release_gradients
@@ -133,6 +134,23 @@ def test_backward_never_waits(device):
     for _ in range(2):
         with RefuseSync():
             loss_of(params, [0.0] * len(params)).backward()
+        optimizer.step()
+
+
+def test_a_second_gradient_before_the_step_is_refused(device):
+    layer = torch.nn.Linear(8, 8).to(device)
+    optimizer = AdamW(layer.parameters())
+    hidden = torch.ones(4, 8, device=device, requires_grad=True)
+    with release_gradients(optimizer):
+        layer(hidden).sum().backward()
+        with pytest.raises(RuntimeError, match=r"second gradient since optimizer.step\(\); call step\(\) after each"):
+            layer(hidden).sum().backward()
+        optimizer.step()
+        # One layer three times, its gradients apart.
+        for _ in range(3):
+            hidden = checkpoint(layer, hidden, use_reentrant=True)
+        with pytest.raises(RuntimeError, match="use_reentrant=False"):
+            hidden.sum().backward()
 
 
 def test_what_cannot_hold_is_refused():

@@ -21,7 +21,7 @@ from optimizer_cases import (
     weight,
 )
 
-from mixft.optim import SGD, Adam, AdamW
+from mixft.optim import SGD, Adam, AdamW, Lion
 
 
 @pytest.fixture(autouse=True)
@@ -178,13 +178,29 @@ def test_loaded_hyperparameters_are_read_once_and_refused_where_there_are_none_s
     decoupled["param_groups"][0]["decoupled_weight_decay"] = True
     rows = [
         (SGD(params), decayed, TypeError, "the loaded weight_decay is a tensor"),
-        (Adam(params), decoupled, ValueError, "decoupled_weight_decay is True and Adam's False; load it into AdamW"),
+        (
+            Adam(params),
+            decoupled,
+            ValueError,
+            "decoupled_weight_decay is True, that of AdamW, from which",
+        ),
     ]
     for optimizer, saved, error, message in rows:
         before = [dict(group) for group in optimizer.param_groups]
         with pytest.raises(error, match=message):
             optimizer.load_state_dict(saved)
         assert optimizer.param_groups == before
+
+
+@pytest.mark.parametrize(("saved", "loading"), [(AdamW, Adam), (Adam, AdamW), (AdamW, Lion), (Adam, SGD)])
+def test_a_state_of_another_rule_is_refused(saved, loading):
+    state = saved(parameters("cpu")).state_dict()
+    assert "decoupled_weight_decay" not in saved(parameters("cpu")).param_groups[0]
+    with pytest.raises(ValueError, match=f"that of {saved.__name__}, from which {loading.__name__} does not go on"):
+        loading(parameters("cpu")).load_state_dict(state)
+    theirs = getattr(torch.optim, saved.__name__)(parameters("cpu"))
+    theirs.load_state_dict(state)
+    assert theirs.param_groups[0]["decoupled_weight_decay"] == (saved is AdamW)
 
 
 @every_optimizer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_within_budget
 
-from mixft.cpu import native
+from mixft.cpu import int8_layer, native
 from mixft.cpu import packed_weight as packing
 from mixft.cpu.instruction_set import has_int8_dot
 from mixft.cpu.packed_weight import PackedWeight, packed_product, packed_product_is_exact, packed_weight
@@ -34,6 +34,16 @@ def int8(*shape):
 @needs_vnni
 def test_packed_products_pass_their_own_check():
     assert packed_product_is_exact()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        for works in (packed_product_is_exact, int8_layer._matches_exact_products):
+            assert works.__wrapped__() == works()
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @needs_vnni

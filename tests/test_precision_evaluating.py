@@ -62,6 +62,24 @@ def test_without_masters_it_widens_the_parameters():
         assert all(torch.equal(param, value) for param, value in zip(model.parameters(), narrow, strict=True))
 
 
+@pytest.mark.parametrize("master", ["auto", "split", "none"])
+def test_state_dictionaries_are_for_outside_of_it(master):
+    policy, model, optimizer = trained(master_weights=master)
+    kept = model.state_dict(), optimizer.state_dict()
+    before = [bits(param) for param in model.parameters()]
+    with policy.evaluating(model, optimizer):
+        assert not {F16, BF16} & {value.dtype for value in model.state_dict().values()}
+        with pytest.raises(RuntimeError, match="save the optimizer outside of policy"):
+            optimizer.state_dict()
+        with pytest.raises(RuntimeError, match="load state dictionaries outside of policy"):
+            optimizer.load_state_dict(kept[1])
+        with pytest.raises(RuntimeError, match="load state dictionaries outside of policy"):
+            model.load_state_dict(kept[0])
+    model.load_state_dict(kept[0])
+    optimizer.load_state_dict(kept[1])
+    assert [bits(param) for param in model.parameters()] == before
+
+
 def test_restores_after_an_error_and_refuses_a_step():
     policy, model, optimizer = trained()
     before = [bits(param) for param in model.parameters()]

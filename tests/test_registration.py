@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import mixft
 import mixft.nn
@@ -195,6 +196,21 @@ def test_operands_and_gradients_of_negated_numbers_keep_their_sign(device, call,
         without_gradients = results(torch._neg_view, with_gradients=False)
     for found, expected in zip((*turned, *without_gradients), (*plain, plain[0]), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", [name for name in CALLS if name not in ("activation", "dropout")])
+def test_forward_mode_differentiation_is_refused(device, call):
+    x, bias = torch.randn(4, 6, device=device), torch.randn(6, device=device)
+    for place in (0, 1):
+        operands = [x, bias]
+        with forward_ad.dual_level():
+            operands[place] = forward_ad.make_dual(operands[place], torch.ones_like(operands[place]))
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                CALLS[call](*operands)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: CALLS[call](x, bias), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level():
+        assert CALLS[call](x, bias).shape == (4, 6)
 
 
 def test_gradients_of_negated_numbers_behind_others_keep_their_sign(device):

@@ -107,7 +107,7 @@ class OverflowRing:
     def _columns(self, params: list[int]) -> Tensor:
         if self._last_columns is None or self._last_columns[0] != params:
             self._refuse_capture(self._counts.device)
-            positions = torch.tensor([self._positions[param] for param in params], device="cpu")
+            positions = torch.tensor([self._positions[param] for param in params], dtype=torch.int64, device="cpu")
             device = self._counts.device
             on_device = positions.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else positions
             self._last_columns = (params, on_device)

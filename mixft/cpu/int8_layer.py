@@ -95,7 +95,8 @@ def _matches_exact_products() -> bool:
         weight = torch.randint(-128, 128, (N, K), dtype=torch.int8, device="cpu", generator=generator)
         values[:, 0], values[0], weight[0], weight[1] = 127, -127, 127, -128
         # A row whose largest magnitude is 127 is its own quantization, with a scale of 1.
-        found = int8_layer(values.float(), weight, torch.ones(N, 1, device="cpu"), None, "none")
+        one = torch.ones(N, 1, dtype=torch.float32, device="cpu")
+        found = int8_layer(values.float(), weight, one, None, "none")
         if not torch.equal(found, (values.double() @ weight.double().t()).float()):
             return False
     return True

@@ -137,7 +137,7 @@ def packed_product_is_exact() -> bool:
         # Where products of bytes are added in 16 bits, these saturate.
         unsigned[0], weight[0], weight[1] = 255, 127, -128
         packed = PackedWeight(weight)
-        one = torch.ones(N, 1, device="cpu")
+        one = torch.ones(N, 1, dtype=torch.float32, device="cpu")
         product = (unsigned.double() - ZERO) @ weight.double().t()
         if not all(
             torch.equal(packed_product(unsigned, packed, one, exact=exact), product.float()) for exact in (True, False)

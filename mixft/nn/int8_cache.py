@@ -1,6 +1,7 @@
 """Quantized copies that serve again: a layer's weight while gradients accumulate, an input that several layers read."""
 
 import functools
+import math
 import threading
 import weakref
 
@@ -13,7 +14,7 @@ from mixft.ops.int8_operands import quantized_rows
 
 Quantized = tuple[Tensor, Tensor]
 
-# Elements of a CPU weight that are compared with what they were before a copy serves again.
+# Elements of a CPU tensor that are compared with what they were before its copy serves again.
 PROBED = 64
 
 _optimizer_steps = [0]
@@ -65,18 +66,24 @@ class WeightCache:
         return quantized
 
 
-def _probe(weight: Tensor) -> Tensor | None:
-    if weight.device.type != "cpu":
+def _probe(tensor: Tensor) -> Tensor | None:
+    """A sample of the elements of a CPU tensor [..., K]."""
+    if tensor.device.type != "cpu" or tensor.numel() == 0:
         return None
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // PROBED)].clone()
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // PROBED)
+    # Not the same few columns of every row.
+    while math.gcd(step, tensor.shape[-1]) > 1:
+        step += 1
+    return flat[::step].clone()
 
 
 class SharedInput(threading.local):
     """The int8 copy of the input that was quantized last in this thread.
 
     The query, key and value layers of attention read one tensor: the second and third take the first's copy. It serves
-    each layer once and as long as the tensor lives and has not been written to.
+    each layer once and as long as the tensor lives and has not been written to, which its version tells, and on a CPU a
+    sample of its elements: NumPy may write to its memory.
     """
 
     def __init__(self):
@@ -98,6 +105,7 @@ class _Entry:
     def __init__(self, layer: object, source: Tensor, dtype: torch.dtype, quantized: Quantized):
         self.source = weakref.ref(source, self.forget)
         self.version = source._version
+        self.probe = _probe(source)
         self.dtype = dtype
         self.layers = {id(layer)}
         self.quantized = quantized
@@ -107,6 +115,8 @@ class _Entry:
 
     def serves(self, layer: object, source: Tensor, dtype: torch.dtype) -> bool:
         if self.source() is not source or self.version != source._version or self.dtype != dtype:
+            return False
+        if self.probe is not None and not torch.equal(self.probe, _probe(source)):
             return False
         first_use = id(layer) not in self.layers
         self.layers.add(id(layer))

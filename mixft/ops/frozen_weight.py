@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .activation import check_activation
 from .int8_input_gradient import check_frozen_backward, input_gradient
@@ -37,6 +38,7 @@ class FrozenWeight(torch.autograd.Function):
         _keep(ctx, inputs[1], inputs[2:])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out: Tensor):
         return None, None, *_gradients(ctx, grad_out, ctx.needs_input_grad[2], ctx.needs_input_grad[5])
 

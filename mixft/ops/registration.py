@@ -15,6 +15,7 @@ from typing import List  # noqa: UP035
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 CPU = torch.device("cpu")
 
@@ -160,10 +161,24 @@ def change_in_place(op, changed: list[Tensor], *arguments) -> None:
 
 
 def needs_dispatch(*tensors: Tensor | None) -> bool:
-    """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None."""
+    """Whether more than the implementation has to see an op's call on ``tensors``, of which the first is not None.
+
+    Raises:
+        NotImplementedError: one of them has a tangent, of forward-mode differentiation.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     if is_observed() or torch._C._get_tracing_state() is not None:
         return True
     if any(tensor is not None and tensor.is_neg() for tensor in tensors):  # numbers whose sign the dispatcher turns
         return True
     first = tensors[0]
     return not (PLAIN.issuperset(map(type, tensors)) and (first.is_cuda or (first.is_cpu and not interpreting())))
+
+
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "mixft's ops have no forward-mode derivative, as torch.func.jvp and forward_ad ask for; use reverse mode, "
+            "or torch's layers"
+        )

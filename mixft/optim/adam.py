@@ -29,6 +29,7 @@ class Adam(MixedPrecisionOptimizer):
     op = adamw_step_
     signed_state: ClassVar[dict[str, bool]] = {"exp_avg": True, "exp_avg_sq": False, "max_exp_avg_sq": False}
     needs_step = True
+    decoupled = False
 
     def __init__(
         self,

@@ -52,8 +52,8 @@ class MixedPrecisionOptimizer(Optimizer):
     signed_state: ClassVar[dict[str, bool]]
     # Whether the rule cannot go on without knowing the number of steps taken.
     needs_step: ClassVar[bool] = False
-    # Whether weight decay leaves the gradients alone.
-    decoupled: ClassVar[bool] = False
+    # Whether weight decay leaves the gradients alone, where there is a rule of the same state with which it does not.
+    decoupled: ClassVar[bool | None] = None
     # Whether a state tensor made late makes the next step the parameter's first.
     restarts_with_new_state: ClassVar[bool] = False
 
@@ -261,7 +261,10 @@ class MixedPrecisionOptimizer(Optimizer):
                 key: self.storage.widen(params[key], values) if key in range(len(params)) else values
                 for key, values in saved["state"].items()
             }
-            return {**saved, "state": state}
+            # torch's name for it.
+            mark = {} if self.decoupled is None else {"decoupled_weight_decay": self.decoupled}
+            groups = [{**group, **mark} for group in saved["param_groups"]]
+            return {**saved, "state": state, "param_groups": groups}
 
         handle = self.register_state_dict_post_hook(widen, prepend=True)
         try:

@@ -20,10 +20,19 @@ class GradientRelease:
             for param in group["params"]
             if param.requires_grad
         ]
+        self._stepped: set[Tensor] = set()
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped.clear()))
 
     def _stepper(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def step_and_free(param: Tensor) -> None:
+            if param in self._stepped:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(param.shape)} has a second gradient since optimizer.step(); call "
+                    "step() after each backward, and checkpoint a layer that is called several times with "
+                    "use_reentrant=False"
+                )
+            self._stepped.add(param)
             self._optimizer.step_in_backward(group, param)
             param.grad = None
 
@@ -48,7 +57,9 @@ def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
 
     Gradients then never exist all at once, which saves their memory. Every backward is a step: gradients cannot be
     accumulated over several, and what changes the learning rate has to come before. ``optimizer.step()`` stays in the
-    loop and steps what has a gradient still: parameters that were added, or that did not require gradients, since.
+    loop, after each backward, and steps what has a gradient still: parameters that were added, or that did not require
+    gradients, since. A second gradient of one parameter before it raises RuntimeError: it would be another step; so it
+    would with a layer that is called several times under reentrant checkpointing.
 
     What holds for a whole step otherwise holds for each parameter here. A NaN or Inf in the gradient of one parameter
     leaves that one and its state unchanged and no other; ``last_found_inf`` after ``optimizer.step()`` says whether

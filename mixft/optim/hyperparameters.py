@@ -65,20 +65,24 @@ def as_numbers(betas: tuple[float | Tensor, ...]) -> tuple[float, ...]:
     return tuple(map(float, betas))
 
 
-def loaded_group(group: dict[str, Any], defaults: dict[str, Any], decoupled: bool, optimizer: str) -> dict[str, Any]:
+def loaded_group(
+    group: dict[str, Any], defaults: dict[str, Any], decoupled: bool | None, optimizer: str
+) -> dict[str, Any]:
     """A group of a state dictionary for an ``optimizer`` of these ``defaults``: one-element betas are read.
 
     Raises:
         TypeError: a hyperparameter that has to be a number is a tensor.
-        ValueError: the group is of an Adam whose weight decay is decoupled and not ``decoupled``, or the reverse.
+        ValueError: the group is of an Adam, and not of one whose weight decay is ``decoupled`` as here.
     """
     for name in defaults.keys() - {"lr", "betas"}:
         if isinstance(group.get(name), Tensor):
             raise TypeError(f"the loaded {name} is a tensor; it must be a number")
-    if group.get("decoupled_weight_decay", decoupled) != decoupled:
+    loaded = group.get("decoupled_weight_decay", decoupled)
+    if loaded != decoupled:
+        kind = "AdamW" if loaded else "Adam"
         raise ValueError(
-            f"the loaded decoupled_weight_decay is {not decoupled} and {optimizer}'s {decoupled}; load it into "
-            f"{'Adam' if decoupled else 'AdamW'}"
+            f"the loaded decoupled_weight_decay is {loaded}, that of {kind}, from which {optimizer} does not go on; "
+            f"load it into {kind}"
         )
     return {**group, "betas": as_numbers(group["betas"])} if "betas" in group else group
 

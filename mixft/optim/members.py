@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixft.ops.capture import capturing
 from mixft.ops.tensor_list import TensorList
-from mixft.ops.validation import FLOATS
+from mixft.ops.validation import FLOATS, SIXTEEN_BITS
 
 from .metadata import Metadata
 from .state import lay_steps_side_by_side
@@ -123,6 +123,7 @@ def _same(found: list[Any], expected: list[Any]) -> bool:
 def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
     """Raise TypeError or ValueError for parameters of group ``number`` that no op takes, or that are one tensor."""
     seen: dict[Tensor, int] = {}
+    starts: dict[int, int] = {}
     for position, param in enumerate(params):
         if param in seen:
             raise ValueError(
@@ -134,6 +135,13 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
                 f"parameter {position} of group {number} is a {param.layout} tensor of {param.dtype}; "
                 f"{optimizer} takes dense float32, float16 and bfloat16 parameters"
             )
+        if param.dtype in SIXTEEN_BITS and param.data_ptr():
+            other = starts.setdefault(param.data_ptr(), position)
+            if other != position:
+                raise ValueError(
+                    f"parameters {other} and {position} of group {number} are two tensors in the same memory, whose "
+                    f"masters would undo each other's steps; tie modules by one Parameter, and give it once"
+                )
         if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
             raise ValueError(
                 f"parameter {position} of group {number} has strides {param.stride()} for shape {tuple(param.shape)}: "

@@ -127,12 +127,13 @@ class PrecisionPolicy:
         """Run all of ``model`` in FP32 inside the ``with`` block: 16-bit training, FP32 evaluation.
 
         Every 16-bit parameter has its master's value, in the master's memory, or its own in FP32 where there is no
-        master; a state dictionary made inside is FP32 too. Afterwards parameters and buffers are what they were, bit
-        for bit. Whether the model is in ``eval`` mode is left as it is.
+        master; the model's state dictionary made inside is FP32 too. Afterwards parameters and buffers are what they
+        were, bit for bit. Whether the model is in ``eval`` mode is left as it is.
 
         Args:
             model: one that a policy is applied to.
-            optimizer: one of mixft's; its ``step`` raises RuntimeError inside the block.
+            optimizer: one of mixft's; its ``step``, ``state_dict`` and ``load_state_dict`` raise RuntimeError inside
+                the block, and so does ``load_state_dict`` of the model.
 
         Raises:
             TypeError: as :meth:`apply`.
@@ -144,7 +145,13 @@ class PrecisionPolicy:
         borders = [border for module in model.modules() if (border := border_of(module))]
         before = [(border, border.dtype, border.outputs) for border in borders]
         kept = [(tensor, tensor.data) for tensor in narrow]
-        guard = None if optimizer is None else optimizer.register_step_pre_hook(_refuse_step)
+        guards = [model.register_load_state_dict_pre_hook(_refuse_loading)]
+        if optimizer is not None:
+            guards += [
+                optimizer.register_step_pre_hook(_refuse_step),
+                optimizer.register_state_dict_pre_hook(_refuse_saving),
+                optimizer.register_load_state_dict_pre_hook(_refuse_loading),
+            ]
         try:
             for tensor in narrow:
                 tensor.data = widened(tensor, optimizer)
@@ -156,7 +163,7 @@ class PrecisionPolicy:
                 tensor.data = data
             for border, dtype, outputs in before:
                 border.dtype, border.outputs = dtype, outputs
-            if guard is not None:
+            for guard in guards:
                 guard.remove()
 
     def _rules_by_module(self, model: nn.Module) -> dict[nn.Module, tuple[str, torch.dtype | None]]:
@@ -242,3 +249,11 @@ def _parameter_dtype(module: nn.Module, dtype: torch.dtype) -> torch.dtype:
 
 def _refuse_step(*_: object) -> None:
     raise RuntimeError("the model is in FP32 for evaluation; take the step outside of policy.evaluating")
+
+
+def _refuse_saving(*_: object) -> None:
+    raise RuntimeError("the model is in FP32 for evaluation; save the optimizer outside of policy.evaluating")
+
+
+def _refuse_loading(*_: object) -> None:
+    raise RuntimeError("the model is in FP32 for evaluation; load state dictionaries outside of policy.evaluating")
