@@ -6,6 +6,9 @@
 /* How far beyond a block of 16-bit elements memory is fetched, in bytes. */
 #define FETCHED 4096
 
+/* For callers, who bring a number for each block. */
+const int32_t gradient_block = BLOCK;
+
 struct job {
     void **grads;
     const int32_t *dtypes;

@@ -3,7 +3,7 @@
 
 /* What callers have to know of the room that rows and packed strips need. */
 const int32_t int8_strip = STRIP, int8_depth = DEPTH, int8_row_value_bytes = sizeof(row_value);
-const int32_t int8_group_bytes = GROUP_BYTES;
+const int32_t int8_group_bytes = GROUP_BYTES, int8_row_bytes = ROW_BYTES;
 
 /* out [rows, columns] = act(s * weight_scale * ((q - zero_point) w^T) + bias + left right) with input [rows, inner] =
  * s (q - zero_point): a static layer, with a weight_sum, has its s from `input_scale`; a dynamic one finds it in each

@@ -14,12 +14,15 @@ struct quantized_rows {
     int32_t *sum;
 };
 
-/* Bytes that `rows` rows of `inner` values take. */
+/* Bytes from one row of `inner` values to the next. */
 static inline int64_t stride_of(int64_t inner)
 {
     /* An odd number of cache lines, or the rows of a tile would displace each other from the first-level cache. */
     return parts_of((inner + DEPTH) * sizeof(row_value), 64) * 64 | 64;
 }
+
+/* Bytes beside its values that a row takes at most: zeros up to its stride, a scale and a sum. */
+enum { ROW_BYTES = DEPTH * sizeof(row_value) + 2 * 64 + sizeof(float) + sizeof(int32_t) };
 
 static inline struct quantized_rows rows_at(void *memory, int64_t rows, int64_t inner)
 {

@@ -1,4 +1,4 @@
-/* The frame of the optimizer steps: whatever the dtypes, a rule sees blocks of FP32: mixft/cpu/optimizer_step.py. */
+/* The frame of the optimizer steps: whatever the dtypes, a rule sees blocks of FP32: mixft/cpu/compiled_step.py. */
 #ifndef MIXFT_OPTIMIZER_STEP_H
 #define MIXFT_OPTIMIZER_STEP_H
 

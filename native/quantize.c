@@ -8,6 +8,8 @@
 #include "int8_rounding.h"
 #include "rounding_noise.h"
 
+const int32_t quantize_panel = PANEL;
+
 struct job {
     const void *x; /* [outer, n, inner], without gaps along inner, or along n where inner is 1 */
     int dtype;

@@ -5,6 +5,7 @@
 
 /* Rows whose column sums are added up before they are added to others': the same whatever the number of threads. */
 #define ROWS 32
+const int32_t quantize_gradient_rows = ROWS;
 
 struct job {
     const void *grad;

@@ -127,8 +127,11 @@ static void do_strip(const struct product *product, int64_t column)
     }
 }
 
+const int32_t weight_only_padding = LANES;
+
 /* out [rows, columns] = act(scale * (input weight^T) + bias), the sums in FP32: input [rows, inner] floats, weight
- * int8 [columns, inner]. `scratch` has room for rows * (inner + 16) FP32 numbers. */
+ * int8 [columns, inner]. `scratch` has room for rows * (inner + weight_only_padding)
+ * FP32 numbers. */
 void weight_only_product(const void *input, int input_dtype, int64_t rows, int64_t inner, int64_t columns,
                          const int8_t *weight, const float *scale, const void *bias, int bias_dtype, int activation,
                          void *out, int out_dtype, float *scratch)

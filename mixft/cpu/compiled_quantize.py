@@ -13,9 +13,6 @@ SMALL = 1 << 16
 # Bytes of a panel of columns, at most: half of a core's second-level cache, so that it is read from memory once.
 CACHED = 1 << 19
 
-# Columns of a panel at most: PANEL of native/rounding_noise.h.
-PANEL = 512
-
 # Elements of a part at least, where a unit is split.
 PART = 1 << 14
 
@@ -60,7 +57,8 @@ def tiling(x: Tensor) -> tuple[int, int]:
     width = inner
     if inner > 1:
         fitting = CACHED // (n * x.itemsize) // 64 * 64
-        width = min(inner, fitting or PANEL, PANEL)
+        most = native.constant("quantize_panel")
+        width = min(inner, fitting or most, most)
     if x.numel() <= SMALL:
         return width, 1
     units = outer * -(-inner // width)

@@ -16,9 +16,6 @@ SMALL = 1 << 14
 # Long FP32 dot products lose digits; a million terms keep about five, and the parts are added apart.
 PIECE = 1 << 20
 
-# native/blocks.h
-BLOCK = 1024
-
 # Descriptions of lists of gradients that are kept.
 KEPT = 64
 
@@ -75,13 +72,12 @@ def describe(grads: list[Tensor]) -> tuple[tuple, int]:
 @functools.lru_cache(KEPT)
 def _described(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> tuple[ctypes.Array, ctypes.Array, int]:
     """The sizes, the codes of the dtypes, and how many blocks these are at most: one of each tensor is not full."""
-    return native.integers(c_int64, sizes), native.dtype_codes(dtypes), sum(sizes) // BLOCK + len(sizes)
+    blocks = sum(sizes) // native.constant("gradient_block") + len(sizes)
+    return native.integers(c_int64, sizes), native.dtype_codes(dtypes), blocks
 
 
 def sums_of_squares(grads: list[Tensor]) -> Tensor:
     """FP32 [gradients]."""
-    if not grads:
-        return torch.zeros(0, device="cpu")
     small = [grad for grad in grads if grad.numel() <= SMALL]
     squares = torch._foreach_norm(small, 2, dtype=torch.float32) if small else []
     if squares:

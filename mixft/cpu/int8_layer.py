@@ -21,9 +21,6 @@ linear = native.Routine(
     *(c_void_p, c_int, c_int, c_void_p, c_void_p, c_int64, c_void_p, c_int, c_void_p, c_void_p),
 )
 
-# Bytes beside its values that a row of the input needs: native/int8_rows.h.
-ROW_BYTES = 144
-
 # Input rows from which on oneDNN is faster, on a processor with AMX.
 AMX_ROWS = 32
 
@@ -34,18 +31,19 @@ def serves(rows: int) -> bool:
 
 
 @functools.cache
-def _layout() -> tuple[int, int, int, int]:
-    """Rows of a weight in a strip, bytes of each that lie together in it, bytes of a value of the input, and bytes of
-    the strips that a thread packs at a time."""
-    return tuple(map(native.constant, ("int8_strip", "int8_depth", "int8_row_value_bytes", "int8_group_bytes")))
+def _layout() -> tuple[int, int, int, int, int]:
+    """Rows of a weight in a strip, bytes of each that lie together in it, bytes of the strips that a thread packs at a
+    time, bytes of a value of the input, and those that a row of it takes beside."""
+    names = ("int8_strip", "int8_depth", "int8_group_bytes", "int8_row_value_bytes", "int8_row_bytes")
+    return tuple(map(native.constant, names))
 
 
 def room_for(M: int, K: int) -> tuple[Tensor, int, int]:
     """Memory that a compiled product works in, to be held until it returns, and its last two arguments: where in it
     threads pack strips of a weight of depth ``K``, and where ``M`` rows are quantized."""
-    strip, depth, value_bytes, group_bytes = _layout()
+    strip, depth, group_bytes, value_bytes, row_bytes = _layout()
     # Up to a cache line's end.
-    rows = -(-M * (K * value_bytes + ROW_BYTES) // 64) * 64
+    rows = -(-M * (K * value_bytes + row_bytes) // 64) * 64
     groups = torch.get_num_threads() * (group_bytes + strip * depth * -(-K // depth))
     memory = native.scratch(rows + groups)
     start = memory.data_ptr()

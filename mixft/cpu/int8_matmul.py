@@ -25,9 +25,6 @@ FEW_ROWS = 6
 # Without instructions for bytes those never pay, and up to this many rows the compiled product in FP32 beats torch's.
 FEW_ROWS_WITHOUT_VNNI = 128
 
-# FP32 numbers beside its own that a row needs there.
-ROW_PADDING = 16
-
 few_rows_product = native.Routine(
     "weight_only_product",
     *(c_void_p, c_int, c_int64, c_int64, c_int64),
@@ -131,7 +128,7 @@ def _few_rows(
     bias = None if bias is None else bias.contiguous()
     (M, K), N = a.shape, b.shape[0]
     out = torch.empty((M, N), dtype=out_dtype, device="cpu")
-    room = native.scratch(4 * M * (K + ROW_PADDING))
+    room = native.scratch(4 * M * (K + native.constant("weight_only_padding")))
     few_rows_product(
         *(*native.typed(a), M, K, N, native.address(b), native.address(b_scale), *native.typed(bias)),
         *(CODES[activation], *native.typed(out), room.data_ptr()),

@@ -112,6 +112,7 @@ def available() -> bool:
     return why_unavailable() is None
 
 
+@functools.cache
 def constant(name: str) -> int:
     """A ``const int32_t`` of the library."""
     return c_int32.in_dll(load(), name).value

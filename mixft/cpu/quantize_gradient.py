@@ -8,9 +8,6 @@ from torch import Tensor
 from . import native
 from .quantize import quantize
 
-# native/quantize_gradient.c
-ROWS = 32
-
 compiled = native.Routine("quantize_gradient", c_void_p, c_int, *[c_int64] * 3, *[c_void_p] * 11)
 
 
@@ -28,7 +25,7 @@ def quantize_gradient(
     M, N = grad.shape
     values, by_column = torch.empty((2, M, N), dtype=torch.int8, device="cpu")
     scale, column_scale = (torch.empty((size, 1), dtype=torch.float32, device="cpu") for size in (M, N))
-    blocks = -(-M // ROWS)
+    blocks = -(-M // native.constant("quantize_gradient_rows"))
     # A row of sums, and of the bits of magnitudes, for each block, and a row of inverse scales.
     work = torch.empty((2 * blocks + 1, N), dtype=torch.float32, device="cpu")
     compiled(
