@@ -121,17 +121,21 @@ ARCHITECTURES = {
 
 @functools.cache
 def architecture_of(device: torch.device) -> Architecture:
-    """The architecture of a CUDA or ROCm ``device``; for a CPU (the interpreter) the one with the smallest limits.
+    """The architecture of a CUDA or ROCm ``device``; for a CPU (the interpreter) sm_86, which
+    has the smallest limits of those with tensor cores.
 
-    A newer minor revision is served by the highest listed architecture of the same major number.
+    On CUDA a newer minor revision is served by the highest listed architecture of the same major number.
 
     Raises:
-        RuntimeError: the device is older than every listed architecture.
+        RuntimeError: the device is of no listed architecture and of no such revision.
     """
     if device.type == "cpu":
         return ARCHITECTURES["sm_86"]
     if torch.version.hip:
-        return ARCHITECTURES["gfx942"]
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if name not in ARCHITECTURES:
+            raise RuntimeError(f"mixft has no kernels for {name}; it supports {', '.join(ARCHITECTURES)}")
+        return ARCHITECTURES[name]
     major, minor = torch.cuda.get_device_capability(device)
     fitting = [
         arch
@@ -140,7 +144,6 @@ def architecture_of(device: torch.device) -> Architecture:
     ]
     if not fitting:
         raise RuntimeError(
-            f"mixft has no kernels for compute capability {major}.{minor}; it supports "
-            + ", ".join(name for name in ARCHITECTURES)
+            f"mixft has no kernels for compute capability {major}.{minor}; it supports {', '.join(ARCHITECTURES)}"
         )
     return max(fitting, key=lambda arch: arch.capability)

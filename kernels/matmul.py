@@ -36,7 +36,7 @@ from .configuration import configuration, configurations
 from .matmul_epilogue import Product
 from .matmul_persistent import PersistentMatmulConfig
 from .matmul_tiles import MatmulConfig, bucket
-from .torch_matmul import torch_matmul
+from .torch_matmul import plain_product_, torch_matmul
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def matmul_forward(
         "write" if keep_preactivation else "none",
     )
     if product.is_plain and served_by_torch(product, arch):
-        return torch_matmul(a, b, bias, activation, out_dtype, False)[0].view(out.shape), preactivation
-    compute(product, arch)
+        plain_product_(product.out, a, b, bias)
+    else:
+        compute(product, arch)
     return out, preactivation
 
 

@@ -114,7 +114,17 @@ def dtypes_of(tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
 
 
 def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(Tensor.data_ptr, tensors))
+    """Where the elements of each begin; raises ValueError where some have no memory."""
+    found = tuple(map(Tensor.data_ptr, tensors))
+    if not all(found):
+        for tensor, address in zip(tensors, found, strict=True):
+            # An empty tensor's address is a null too.
+            if not address and tensor.numel():
+                raise ValueError(
+                    f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} on {tensor.device} has no memory of its "
+                    "own: its storage was freed, as sharding does between uses; pass it when it holds its elements"
+                )
+    return found
 
 
 @functools.lru_cache(maxsize=64)

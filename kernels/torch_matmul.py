@@ -43,6 +43,15 @@ def _is_allowed(backend, name: str) -> bool:
         return False
 
 
+def plain_product_(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """``out = a @ b + bias`` by torch's product of matrices: a [M, K], b [K, N], bias [N], all of one dtype."""
+    with full_precision_sums():
+        if bias is None:
+            torch.mm(a, b, out=out)
+        else:
+            torch.addmm(bias, a, b, out=out)
+
+
 def torch_matmul(
     a: Tensor,
     b: Tensor,

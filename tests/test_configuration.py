@@ -4,6 +4,7 @@ import datetime
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,16 +121,26 @@ def test_a_device_is_served_by_the_highest_architecture_of_its_major_number(gpu,
     assert architecture_of(gpu(capability)).name == name
 
 
+@pytest.mark.parametrize("name", ["gfx942:sramecc+:xnack-", "gfx942"])
+def test_a_rocm_device_is_known_by_its_name(gpu, monkeypatch, name):
+    device = gpu((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert architecture_of(device).name == "gfx942"
+
+
+def test_another_rocm_device_is_refused_by_name(gpu, monkeypatch):
+    device = gpu((11, 0))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx1100"))
+    with pytest.raises(RuntimeError, match="no kernels for gfx1100; it supports sm_75"):
+        architecture_of(device)
+
+
 @pytest.mark.parametrize("capability", [(6, 1), (7, 0), (11, 0), (13, 0)])
 def test_an_unsupported_device_is_refused_by_name(gpu, capability):
     with pytest.raises(RuntimeError, match=rf"{capability[0]}\.{capability[1]}.*sm_75"):
         architecture_of(gpu(capability))
-
-
-def test_rocm_is_served_by_its_own_architecture(gpu, monkeypatch):
-    device = gpu((9, 4))
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert architecture_of(device).backend == "hip"
 
 
 def test_the_interpreter_keeps_to_the_smallest_limits_with_tensor_cores():

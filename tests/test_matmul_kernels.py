@@ -16,7 +16,7 @@ from mixft.kernels.matmul import PlainMatmulConfig
 from mixft.kernels.matmul_epilogue import Product
 from mixft.kernels.matmul_persistent import PersistentMatmulConfig, has_descriptors
 from mixft.kernels.matmul_tiles import MatmulConfig, bucket
-from mixft.kernels.torch_matmul import SETTINGS, full_precision_sums, torch_matmul
+from mixft.kernels.torch_matmul import SETTINGS, full_precision_sums, plain_product_
 from mixft.ops.registration import launcher
 
 TILES = MatmulConfig(16, 32, 16, 2, num_warps=4, num_stages=2)
@@ -240,15 +240,19 @@ def test_a_plain_product_goes_to_torch_where_the_data_says_so(monkeypatch, arch)
     arch = ARCHITECTURES[arch]
     monkeypatch.setattr(matmul, "architecture_of", lambda device: arch)
     taken = []
-    monkeypatch.setattr(matmul, "torch_matmul", lambda *args: (taken.append(1), torch_matmul(*args))[1])
+    monkeypatch.setattr(matmul, "plain_product_", lambda *args: (taken.append(1), plain_product_(*args)))
     monkeypatch.setattr(matmul, "compute", lambda *args: taken.append(0))
-    a, b, bias = matrix(64, 64), matrix(64, 64), matrix(1, 64)[0]
+    a, b, bias = (torch.randn(shape).half() for shape in ((64, 64), (64, 64), (64,)))
 
     def plain(device_type):
         monkeypatch.setattr(matmul, "is_interpreted", lambda product: device_type == "cpu")
         taken.clear()
-        matmul.matmul_forward(a, b, bias, "none", torch.float16, False, None)
-        return taken
+        out, _ = matmul.matmul_forward(a, b, bias, "none", torch.float16, False, None)
+        assert taken == [0] or torch.equal(out, F.linear(a, b.t(), bias))
+        assert taken == [0] or torch.equal(
+            matmul.matmul_forward(a, b, None, "none", torch.float16, False, None)[0], a @ b
+        )
+        return taken[:1]
 
     assert plain("cuda") == [1]
     assert plain("cpu") == [0]

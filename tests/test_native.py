@@ -22,6 +22,7 @@ from mixft.cpu.accumulate import accumulate_gradients_
 from mixft.cpu.compiled_step import StepTensors
 from mixft.cpu.grad import gradient_statistics
 from mixft.cpu.int8_layer import serves
+from mixft.kernels.multi_tensor import addresses as launched_addresses
 from mixft.ops import dynamic_int8_linear, weight_only_matmul
 
 built_here = pytest.mark.skipif(
@@ -270,7 +271,8 @@ def without_memory(tensor: torch.Tensor) -> torch.Tensor:
 
 def test_a_tensor_without_memory_is_refused_and_an_empty_one_taken():
     freed, empty = without_memory(torch.ones(3)), torch.ones(0)
-    for get in (native.address, native.typed, lambda tensor: native.addresses([torch.ones(1), tensor])):
+    lists = [lambda tensor, of=of: of([torch.ones(1), tensor]) for of in (native.addresses, launched_addresses)]
+    for get in (native.address, native.typed, *lists):
         with pytest.raises(ValueError, match=r"a Tensor of shape \(3,\) on cpu has no memory of its own"):
             get(freed)
         get(empty)

@@ -50,7 +50,7 @@ def _on_gpu(op: str, dtype: torch.dtype, device: torch.device) -> str | None:
 
     try:
         arch = architecture_of(device)
-    except RuntimeError:  # older than every architecture that mixft compiles for
+    except RuntimeError:  # none that mixft compiles for
         return None
     if op in ("matmul", "mlp") and (dtype == torch.float32 or not arch.tensor_cores):
         return "torch.matmul"
