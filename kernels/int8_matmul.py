@@ -156,7 +156,11 @@ def _launch(
         return out
     arch = architecture_of(a.device)
     if not arch.tensor_cores:
-        raise RuntimeError(f"mixft.{op} needs int8 matrix instructions; {arch.name} has none that Triton can use")
+        kind = "int8" if a.dtype == torch.int8 else "16-bit"
+        raise RuntimeError(
+            f"mixft.{op} needs {kind} matrix instructions, and {arch.name} has none that Triton can use; call "
+            "mixft.dequantize_(model) there, or move it to the CPU"
+        )
     shape = bucket(op, M, N, activation, arch)
     config = configuration(op, Int8MatmulConfig, arch, shape)
     a, b = _readable(a), _readable(b)

@@ -151,8 +151,8 @@ def test_the_api_imports_without_triton(module):
     import_seconds(module, block_triton=True)
 
 
-def registered_ops() -> list[tuple[str, str, str]]:
-    """Every op: (the file of mixft.ops, the module that implements it, the implementation's name)."""
+def registered_ops() -> list[tuple[str, str, str, str]]:
+    """Every op: (the file of mixft.ops, the name there, the module that implements it, the implementation's name)."""
     found = []
     for module, path in SOURCES.items():
         if not within(module, "mixft.ops"):
@@ -163,29 +163,34 @@ def registered_ops() -> list[tuple[str, str, str]]:
             for call in getattr(node, "decorator_list", []):
                 if isinstance(call, ast.Call) and ast.unparse(call.func) == "define_op":
                     names = [word.value.value for word in call.keywords if word.arg == "name"]
-                    found.append((module, call.args[0].value, names[0] if names else node.name))
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "define_in_place_op":
-                found.append((module, imported[0].names[0].name, node.args[0].attr))
+                    found.append((module, node.name, call.args[0].value, names[0] if names else node.name))
+            if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("define_in_place_op("):
+                routine = node.value.args[0]
+                spelling = f"{path.name}: from mixft.cpu import scale_add as routines; ...(routines.scale_add_, ...)"
+                assert imported, spelling
+                assert isinstance(routine, ast.Attribute), spelling
+                found.append((module, node.targets[0].id, imported[0].names[0].name, routine.attr))
     return found
 
 
 def test_every_public_op_stands_on_registered_ones():
     ops = importlib.import_module("mixft.ops")
-    files = {module for module, _, _ in registered_ops()}
+    files = {module for module, *_ in registered_ops()}
     for name in ops.__all__:
         module = getattr(ops, name).__module__
         imported = imports(SOURCES[module].read_text(), module, is_package=False)
         assert module in files or any(within(name, file) for name in imported for file in files), name
 
 
-@pytest.mark.parametrize(("file", "module", "name"), registered_ops())
-def test_launcher_and_cpu_routine_have_one_signature(file, module, name):
+@pytest.mark.parametrize(("file", "op", "module", "name"), registered_ops())
+def test_launcher_cpu_routine_and_schema_have_one_signature(file, op, module, name):
     launcher = getattr(importlib.import_module(f"mixft.kernels.{module}"), name)
     routine = getattr(importlib.import_module(f"mixft.cpu.{module}"), name)
     assert parameters(launcher) == parameters(routine)
-    fake = getattr(importlib.import_module(file), name, None)
-    if isinstance(fake, type(importlib.import_module("torch").library.CustomOpDef)):
-        assert parameters(launcher) == parameters(fake._init_fn)
+    schema = getattr(importlib.import_module(file), op)._opoverload._schema
+    assert [argument.name for argument in schema.arguments] == [name for name, *_ in parameters(launcher)]
+    defaults = [argument.default_value for argument in schema.arguments if argument.has_default_value()]
+    assert defaults == [default for *_, default in parameters(launcher) if default is not inspect.Parameter.empty]
 
 
 def parameters(function) -> list[tuple[str, object]]:

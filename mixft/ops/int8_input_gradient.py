@@ -20,18 +20,6 @@ def _int8_input_gradient(
     return grad.new_empty(grad.shape[0], weight.shape[1])
 
 
-@define_op("int8_matmul", name="weight_only_matmul")
-def weight_only_product(
-    a: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
-
-
 def check_frozen_backward(backward: str) -> None:
     """Raise ValueError for a backward that a layer with a frozen weight does not have."""
     if backward not in FROZEN_BACKWARDS:

@@ -87,13 +87,14 @@ class FusedMLP(torch.autograd.Function):
         if ctx.needs_first:
             kept = kept.reshape(flat.shape[0], kept.shape[-1])
             multiply_by_slope = in_backward(matmul_activation_backward, flat, weight2, kept)
-            slope, bias1 = multiply_by_slope(flat, weight2, kept, ctx.activation, needs_bias1)
+            grad_preactivation, bias1 = multiply_by_slope(flat, weight2, kept, ctx.activation, needs_bias1)
             if needs_bias1:
                 grads["bias1"] = bias1.to(ctx.bias_dtypes[0])
             if needs_x:
-                grads["x"] = product(multiply, slope, weight1).view(*lead, weight1.shape[1])
+                grads["x"] = product(multiply, grad_preactivation, weight1).view(*lead, weight1.shape[1])
             if needs_weight1:
-                grads["weight1"] = product(multiply, slope.t(), x.reshape(flat.shape[0], x.shape[-1]))
+                rows = x.reshape(flat.shape[0], x.shape[-1])
+                grads["weight1"] = product(multiply, grad_preactivation.t(), rows)
         return *grads.values(), None, grad.to(ctx.residual_dtype) if needs_residual else None
 
 
