@@ -6,7 +6,7 @@ with this step. Each rule returns the new weight and the new state.
 AdamW (Loshchilov and Hutter 2019) in the arrangement of ``torch.optim.AdamW``, and Adam (Kingma and Ba 2015)::
 
     p <- p * (1 - lr * weight_decay)   AdamW          g <- g + weight_decay * p   Adam
-    m <- m + (1 - beta1) * (g - m)
+    m <- beta1 * m + (1 - beta1) * g
     v <- beta2 * v + (1 - beta2) * g^2
     u <- v, or with AMSGrad vmax <- max(vmax, v) and u <- vmax   (Reddi et al. 2018)
     p <- p - lr / (1 - beta1^t) * m / (sqrt(u) / sqrt(1 - beta2^t) + eps)
@@ -39,6 +39,17 @@ def one_minus_power(log_beta, step):
 
 
 @triton.jit
+def lerp(a, b, weight):
+    """``a + weight * (b - a)``, from the nearer of the two, as torch has it: at a weight of 1 it is ``b``."""
+    # One number for all, by which the processor can branch; a choice between two results would take their registers.
+    if weight < 0.5:
+        result = a + weight * (b - a)
+    else:
+        result = b - (1.0 - weight) * (b - a)
+    return result
+
+
+@triton.jit
 def decayed(g, p, weight_decay):
     """``g + weight_decay * p``; without decay an infinite weight makes no NaN of the gradient."""
     return tl.where(weight_decay == 0.0, g, g + weight_decay * p)
@@ -53,7 +64,7 @@ def adam_rule(
         p = p * decay
     else:
         g = decayed(g, p, weight_decay)
-    m = m + one_minus_beta1 * (g - m)
+    m = lerp(m, g, one_minus_beta1)
     v = beta2 * v + one_minus_beta2 * g * g
     # Not tl.maximum, which may drop a NaN and so hide it.
     v_max = tl.where(v_max > v, v_max, v)

@@ -25,7 +25,7 @@ INLINE void adam_rule(struct adam rule, int64_t tensor, float *weights, const fl
         if (has_penalty)
             g += rule.weight_decay * p;
         p *= rule.decay;
-        m += rule.one_minus_beta1 * (g - m);
+        m = lerp(m, g, rule.one_minus_beta1);
         v = rule.beta2 * v + rule.one_minus_beta2 * g * g;
         exp_avg[i] = m;
         exp_avg_sq[i] = v;

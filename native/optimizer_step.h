@@ -27,6 +27,12 @@ struct step {
 typedef void update_function(const void *rule, int64_t tensor, float *weights, const float *grads, float factor,
                              float *const states[STATES], int64_t length);
 
+/* a + weight (b - a), from the nearer of the two, as torch has it: at a weight of 1 it is b to the bit. */
+INLINE float lerp(float a, float b, float weight)
+{
+    return weight < 0.5f ? a + weight * (b - a) : b - (1 - weight) * (b - a);
+}
+
 /* FP32 elements where they lie, or in `buffer` if they are narrower. */
 INLINE float *as_floats(float *buffer, void *elements, int64_t length, int dtype)
 {

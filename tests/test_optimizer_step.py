@@ -119,6 +119,17 @@ def test_without_decay_an_infinite_weight_makes_no_nan(device, rule):
     assert problem.weights()[0].isfinite().sum() == 39
 
 
+@pytest.mark.parametrize("rule", ["adamw", "adam"])
+def test_a_moment_that_forgets_all_is_the_gradient_to_the_bit(device, rule):
+    """As generative adversarial networks take Adam."""
+    problem = Problem(RULES[rule], device, [(40,)], torch.float32)
+    problem.tensors["exp_avgs"][0].mul_(1e6)
+    exact, _ = problem.expected(torch.float64, betas=(0.0, 0.9), weight_decay=0.0)
+    problem.run(beta1=0.0, beta2=0.9, weight_decay=0.0)
+    assert torch.equal(problem.states()[0][0], problem.tensors["grads"][0])
+    torch.testing.assert_close(problem.weights()[0].double(), exact[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("state", ["fp32", "codes"])
 def test_sgd_without_momentum_leaves_buffers_alone(device, state):
     problem = Problem(RULES["sgd dampened"], device, SHAPES, torch.float32, state=state)
