@@ -68,6 +68,22 @@ def test_the_screen_of_a_real_kernel(real, capsys, tmp_path):
 
 
 @needs_compiler
+def test_a_report_that_was_there_stays_until_the_new_one_is_whole(real, compiler, tmp_path, monkeypatch):
+    compiler(lambda job: replace(real, job=job))
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def refuse(source, target):
+        assert json.loads(source.read_text())["kernels"]
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        main(["inspect", KERNEL, "--arch", "sm_90", "--json", str(path)])
+    assert path.read_text() == "old"
+
+
+@needs_compiler
 def test_every_variant_has_a_row_that_fits(real, compiler, capsys):
     """All kernels at once, in the order of their modules, whatever order they are compiled in."""
     works = {it.name: it.work for module in kernel_modules().values() for it in module.variants(ARCHITECTURES["sm_90"])}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mixft.cli.errors import InputError
-from mixft.cli.output_file import check_writable
+from mixft.cli.output_file import check_writable, write_whole
 from mixft.kernels.variant import kernel_of
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def inspect(
             "architectures": {name: asdict(ARCHITECTURES[name]) for name in architectures},
             "kernels": [_record(outcome) for outcome in outcomes],
         }
-        json.write_text(dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(json, dumps(report, indent=1) + "\n")
     raise typer.Exit(1 if any(complaints(outcome) for outcome in outcomes) else 0)
 
 

@@ -13,7 +13,14 @@ def check_writable(option: str, file: Path | None) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 under a hidden name and rename that, so that a reader never finds half of it."""
+    """Write ``text`` as UTF-8 under a hidden name and rename that, so that a reader never finds half of it.
+
+    A link stays one, to a new file; into a pipe or a device, such as /dev/stdout, the text is written as it is.
+    """
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
+    file = file.resolve()
     draft = file.with_name(f".{file.name}.draft")
     draft.write_text(text, encoding="utf-8")
     os.replace(draft, file)

@@ -17,6 +17,7 @@ import torch
 from mixft.cli import stored_weights
 from mixft.cli.errors import InputError
 from mixft.cli.model_folder import SAFETENSORS
+from mixft.cli.output_file import write_whole
 from mixft.cli.progress import ByteProgress
 from mixft.huggingface import Int8Config
 from mixft.huggingface.quantizer import choose_unread_layers
@@ -226,4 +227,4 @@ def write_report(report: QuantizationReport, source: Path, out: Path, file: Path
         "mode": report.mode,
         "layers": [asdict(l) for l in report.layers],
     }
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
