@@ -173,3 +173,12 @@ def test_a_weight_with_nan_is_refused_by_name():
     with pytest.raises(ValueError, match=r"layer 'transformer\.h\.1\.mlp\.c_proj' holds NaN or Inf"):
         mixft.quantize_(model)
     assert type(model.transformer.h[0].attn.c_attn) is Conv1D
+
+
+def test_a_frozen_weight_comes_back_frozen():
+    model = gpt2()
+    model.transformer.h[0].requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    mixft.quantize_(model)
+    mixft.dequantize_(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before

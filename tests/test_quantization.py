@@ -1,5 +1,8 @@
 """quantize_ and dequantize_ on models: what they take, what they leave and why, and that nothing is half-changed."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -269,3 +272,22 @@ def test_the_choice_of_layers_needs_no_weights():
     report = mixft.quantize_(Model(), exclude="*second")
     assert chosen == {layer.name: layer.reason for layer in report.layers}
     assert {"", "in exclude", "its weight is shared with another module"} <= set(chosen.values())
+
+
+@pytest.mark.parametrize(
+    "journey", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+@pytest.mark.parametrize("modes", [["dynamic"], ["weight_only"], ["train"], ["train", "dynamic"]])
+def test_frozen_weights_come_back_frozen_and_others_do_not(modes, journey):
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128), Linear(128, 128, activation="relu"))
+    for layer in (model[0], model[2]):
+        layer.requires_grad_(False)
+    for mode in modes:
+        mixft.quantize_(model, mode)
+    model = journey(model)
+    mixft.dequantize_(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False, False, True, True, False, False]
+
+
+def test_a_layer_that_was_made_from_none_gives_a_weight_that_trains():
+    assert QuantLinear(128, 128).to_linear().weight.requires_grad

@@ -72,7 +72,8 @@ class QuantLinear(nn.Module):
     ``weight`` is a parameter and ``weight_scale`` is None. Inputs are [..., in_features] of FP16, BF16 or FP32, under
     autocast of its dtype, and the output has the input's dtype. Where oneDNN multiplies, on a CPU with AMX or without
     the compiled routines, it keeps a packed copy of an int8 weight, which is made anew after a change in place; a
-    change through ``.data`` goes unnoticed there.
+    change through ``.data`` goes unnoticed there. ``load_state_dict`` refuses a floating-point weight for an int8 one
+    and the reverse, whatever ``strict`` says, and leaves the layer as it was.
 
     Args:
         in_features: size of the last dimension of the input.
@@ -129,6 +130,7 @@ class QuantLinear(nn.Module):
             self.weight_scale = None
         else:
             self.frozen_training = FrozenTraining(options)
+            self.weight_requires_grad = True  # of the floating-point weight that to_linear makes
             self.register_buffer("weight", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
             self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
         if mode == "static":
@@ -193,21 +195,22 @@ class QuantLinear(nn.Module):
         else:
             weight = linear.weight.t() if transposed else linear.weight
             layer.weight, layer.weight_scale = int8_weight.int8_weight_of(weight)
+            layer.weight_requires_grad = linear.weight.requires_grad
         layer.bias = linear.bias
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
         """The floating-point layer of the same function; parameters are shared.
 
-        An int8 weight is dequantized to the dtype that it came from. A layer with an activation gives a
-        :class:`mixft.nn.Linear` with it, one that stands in for a ``Conv1D`` a ``Conv1D``, any other a plain
-        ``nn.Linear``.
+        An int8 weight is dequantized to the dtype that it came from, and is frozen where the weight was that
+        ``from_linear`` took. A layer with an activation gives a :class:`mixft.nn.Linear` with it, one that stands in
+        for a ``Conv1D`` a ``Conv1D``, any other a plain ``nn.Linear``.
         """
+        weight = self.weight if self.mode == "train" else self._dequantized_parameter()
         if self.transposed:
-            weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight().t().contiguous())
             return make_conv1d(weight, self.bias).train(self.training)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = self.weight if self.mode == "train" else nn.Parameter(self.dequantized_weight())
+        linear.weight = weight
         linear.bias = self.bias
         linear.train(self.training)
         return linear if self.activation is None else Linear.from_linear(linear, self.activation)
@@ -241,6 +244,10 @@ class QuantLinear(nn.Module):
         if self.mode == "train":
             return self.matrix().detach()
         return (self.weight * self.weight_scale).to(self.float_dtype)
+
+    def _dequantized_parameter(self) -> nn.Parameter:
+        weight = self.dequantized_weight()
+        return nn.Parameter(weight.t().contiguous() if self.transposed else weight, self.weight_requires_grad)
 
     def matrix(self) -> Tensor:
         """The weight of a layer in ``train`` mode as [out_features, in_features], differentiable."""
@@ -289,6 +296,27 @@ class QuantLinear(nn.Module):
             if scale is not None and getattr(self, name).dtype != torch.float32:
                 setattr(self, name, scale.to(getattr(self, name).device))
         return self
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        # torch would cast one kind to the other: a float weight to int8 is all zeros, int8 codes make no float weight.
+        given = state_dict.get(f"{prefix}weight")
+        if isinstance(given, Tensor) and given.is_floating_point() != self.weight.is_floating_point():
+            error_msgs.append(self._refusal(prefix.removesuffix("."), given.dtype))
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _refusal(self, name: str, found: torch.dtype) -> str:
+        """What ``load_state_dict`` says of a weight of the dtype ``found``."""
+        if found.is_floating_point:
+            hint = "load it before mixft.quantize_(model), or after mixft.dequantize_(model)"
+        else:
+            hint = "call mixft.quantize_(model, mode) first, with the mode that it was saved in"
+        layer = f"layer {name!r}" if name else "this layer"
+        return f"the weight of {layer} is {found} in state_dict, and {self.weight.dtype} in mode {self.mode!r}; {hint}"
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

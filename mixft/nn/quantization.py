@@ -149,7 +149,8 @@ def dequantize_(model: nn.Module) -> list[str]:
 
     Weights kept in int8 come back in the dtype that they came from. A layer with a fused activation becomes a
     :class:`mixft.nn.Linear` with that activation, and one that was a ``Conv1D`` a ``Conv1D``: the state dict has the
-    names and shapes that it had before :func:`quantize_`. Hooks go along.
+    names and shapes that it had before :func:`quantize_`. Hooks go along. A weight that was frozen when it was
+    quantized is frozen again; all others require a gradient.
 
     Returns:
         The names of the layers replaced.
