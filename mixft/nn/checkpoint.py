@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from mixft.ops.validation import FLOATS
@@ -23,6 +24,7 @@ from .tensor_file import CHECKSUMS, Entry
 
 FORMAT = "mixft-quantized-2"
 FIRST_FORMAT = "mixft-quantized-1"  # one file, without checksums; read, no longer written
+EXTRA_STATE = "_extra_state"  # torch's name for what a module's get_extra_state gives
 FIELDS = ("in_features", "out_features", "mode", "activation", "outlier_threshold")
 
 
@@ -38,8 +40,8 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
             ``model-00001-of-00003.safetensors`` and their index ``model.safetensors.index.json``, as Hugging Face does.
 
     Raises:
-        ValueError: ``model`` has no QuantLinear or is one itself; ``path`` is a folder or in one that does not exist;
-            ``max_shard_size`` is no size.
+        ValueError: ``model`` has no QuantLinear or is one itself, or has extra state that is no tensor; ``path`` is a
+            folder or in one that does not exist; ``max_shard_size`` is no size. Nothing is written then.
     """
     path = Path(path)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -50,7 +52,7 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
         raise ValueError("model is itself a QuantLinear; save its state_dict as usual")
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"path must be a file in an existing folder; it is {str(path)!r}")
-    tensors, aliases = _without_aliases(model.state_dict())
+    tensors, aliases = _without_aliases(_tensors_of(model))
     description = {name: _described(layer) for name, layer in layers.items()}
     metadata = {
         "format": "pt",  # what transformers asks of a safetensors file
@@ -78,12 +80,13 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file and no index of its name.
-        ValueError: a file is truncated, damaged, changed or foreign, a layer or tensor does not fit the model, or the
-            model is on the meta device; the message names it, and the model is as it was.
+        ValueError: a file is truncated, damaged, changed or foreign, a layer or tensor does not fit the model, two
+            names of one tensor of the model have two different ones in the file, or the model is on the meta device;
+            the message names it, and the model is as it was.
     """
     path = Path(path)
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta:
+        if isinstance(tensor, Tensor) and tensor.is_meta:
             raise ValueError(f"model has {name!r} on the meta device; call model.to_empty(device=...) first")
     saved = open_tensors(path)
     layers, aliases = _description(saved)
@@ -97,27 +100,41 @@ def load_quantized(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             replacements[modules.get(name)] = _layer_like(modules.get(name), name, fields, saved.source)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{saved.source} has a damaged description of its layers: {error!r}") from error
-    _check_fit(_expected_state(model, replacements), entries, saved.source)
+    expected = _expected_state(model, replacements)
+    _check_fit(expected, entries, saved.source)
     checksums = saved.checksums()
     tensors = {
         name: saved.tensor(name) if checksums is None else saved.verified(name, checksums[name])
         for name in saved.entries
     }
     tensors |= {alias: tensors[name] for alias, name in aliases.items()}
+    _check_ties(expected, tensors, saved.source)
     for original, layer in replacements.items():
         layer.to_empty(device=original.weight.device).train(original.training)
-        if layer.bias is not None:
-            layer.bias.requires_grad_(original.bias.requires_grad)
+        _freeze_like(original, layer)
     replace_modules(model, replacements)
     model.load_state_dict(tensors)
     return model
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``model``; ValueError where something in it is no tensor."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"model has the extra state {name!r}, a {type(value).__name__}, and a safetensors file holds tensors "
+                "only; a get_extra_state that returns a tensor would do"
+            )
+    return state
 
 
 def _without_aliases(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, each once, and {name: the name that its tensor is stored under} for the rest."""
     first, tensors, aliases = {}, {}, {}
     for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        # On the meta device no tensor has an address, and each is known by itself.
+        key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in first:
             aliases[name] = first[key]
         else:
@@ -187,13 +204,14 @@ def _layer_like(module: nn.Module | None, name: str, fields: dict, path: Path) -
 
 
 def _expected_state(model: nn.Module, replacements: dict[nn.Module, QuantLinear]) -> dict[str, Tensor]:
-    """The state dict that ``model`` will have once its layers are replaced."""
-    state = model.state_dict()
+    """The state dict that ``model`` will have once its layers are replaced, of its own tensors and not of views."""
+    state = model.state_dict(keep_vars=True)
     for name, module in model.named_modules(remove_duplicate=False):
         if module in replacements:
             for key in module.state_dict():
                 del state[f"{name}.{key}"]
-            state.update({f"{name}.{key}": tensor for key, tensor in replacements[module].state_dict().items()})
+            replaced = replacements[module].state_dict(keep_vars=True)
+            state.update({f"{name}.{key}": tensor for key, tensor in replaced.items()})
     return state
 
 
@@ -201,6 +219,8 @@ def _check_fit(expected: dict[str, Tensor], found: dict[str, Entry], path: Path)
     for name, tensor in expected.items():
         if name not in found:
             raise ValueError(f"{path} has no tensor {name!r}, which the model needs; build it as the saved one was")
+        if _is_extra_state(name):
+            continue
         if found[name].shape != tensor.shape:
             raise ValueError(
                 f"tensor {name!r} has shape {found[name].shape} in {path} and {tuple(tensor.shape)} in the model; "
@@ -216,3 +236,33 @@ def _check_fit(expected: dict[str, Tensor], found: dict[str, Entry], path: Path)
     surplus = sorted(found.keys() - expected.keys())
     if surplus:
         raise ValueError(f"{path} has a tensor {surplus[0]!r}, which the model lacks; build it as the saved one was")
+
+
+def _check_ties(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    """Raise ValueError where two names of one tensor of the model have two different tensors in the file."""
+    _, aliases = _without_aliases({name: tensor for name, tensor in expected.items() if not _is_extra_state(name)})
+    for alias, name in aliases.items():
+        if found[alias] is found[name]:
+            continue
+        dtype = expected[name].dtype
+        if not torch.equal(found[alias].to(dtype), found[name].to(dtype)):
+            raise ValueError(
+                f"{path} has two different tensors {name!r} and {alias!r}, which are one in the model; build it as the "
+                "saved one was, without the tie"
+            )
+
+
+def _is_extra_state(name: str) -> bool:
+    """Whether ``name`` is what a module's ``get_extra_state`` gave, which may be of another shape from time to time."""
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def _freeze_like(original: nn.Module, layer: QuantLinear) -> None:
+    """Let the parameters of ``layer`` require a gradient where those of ``original`` do, its weight once it has one."""
+    requires_grad = getattr(original, "weight_requires_grad", original.weight.requires_grad)
+    if layer.mode == "train":
+        layer.weight.requires_grad_(requires_grad)
+    else:
+        layer.weight_requires_grad = requires_grad
+    if layer.bias is not None:
+        layer.bias.requires_grad_(original.bias.requires_grad)
