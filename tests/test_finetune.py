@@ -175,6 +175,19 @@ def test_predict_names_the_models_of_an_output_folder(finished, capsys):
     assert "fp16-seed3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("missing", [TOKENIZERS, ("model.safetensors",)], ids=["tokenizer", "weights"])
+def test_predict_checks_the_only_model_of_an_output_folder(finished, tmp_path, capsys, missing):
+    saved = shutil.copytree(finished[0] / "int8-seed3", tmp_path / "int8-seed3")
+    assert main(["predict", str(tmp_path), "a dull actor", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("na ja\t")
+    for name in missing:
+        (saved / name).unlink(missing_ok=True)
+    assert main(["predict", str(tmp_path), "a dull actor", "--device", "cpu"]) == 2
+    output = capsys.readouterr()
+    assert (output.out, output.err.count("\n")) == ("", 1)
+    assert f"the model folder {saved} has no" in output.err
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -248,4 +261,5 @@ def test_a_signal_stops_the_run(folder, tmp_path, sent):
     process.send_signal(sent)
     assert "stopped during fp32 seed 1" in process.stderr.read()  # ends once the run's process has let go of it
     assert process.wait() == 130
-    assert old.read_text() == "old"
+    assert contents(tmp_path) == {old: b"old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["fp32-seed1"]

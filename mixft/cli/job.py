@@ -8,7 +8,7 @@ and at the end ``result`` (the run's entry in ``report.json``) or ``refused`` (r
 import json
 from dataclasses import asdict, dataclass
 
-LOG = "train.log"  # in a run's folder from its start on
+LOG = "train.log"  # in a run's folder
 
 
 @dataclass(frozen=True)

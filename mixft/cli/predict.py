@@ -74,11 +74,10 @@ def _model_in(folder: Path) -> Path:
     """``folder``, or the one model in it where it is the output of ``mixft finetune``."""
     folder = model_folder.named_folder(str(folder))
     if not (folder / "config.json").exists():
-        models = sorted(path.parent for path in folder.glob("*/config.json"))
-        if len(models) == 1:
-            return models[0]
-        if models:
+        models = sorted(path.parent for path in folder.glob("[!.]*/config.json"))
+        if len(models) > 1:
             raise InputError(f"{folder} holds {len(models)} models; name one of them: {', '.join(map(str, models))}")
+        folder = models[0] if models else folder
     if model_folder.has_quantized_file(folder) or model_folder.has_adapters(folder):
         return folder
     return model_folder.find_model(str(folder))

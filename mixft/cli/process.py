@@ -2,14 +2,15 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from mixft.cli.errors import InputError
 from mixft.cli.job import LOG, Job
+from mixft.cli.run_folder import failed_log, run_folder
 
 # Not -m, which would look for mixft in the current folder first, where a checkout of that name may lie.
 CHILD = "import sys; sys.path[:] = filter(None, sys.path); from mixft.cli.training import main; main()"
@@ -25,17 +26,28 @@ class RunFailed(Exception):
 
 
 def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
-    """Train in a process of its own; its log is ``LOG`` in the job's output folder.
+    """Train in a process of its own; the job's output folder appears when it has finished, with its log as ``LOG``.
 
     Returns:
         The run's entry in ``report.json``.
 
     Raises:
-        RunFailed: the process ended before its result; the message has the last line of its log.
-        InputError: it found that what the user gave does not load; the job's output folder is gone then.
+        RunFailed: the process ended before its result; the message has the last line of its log, which is the
+            `failed_log` of the output folder.
+        InputError: it found that what the user gave does not load.
     """
-    log = Path(job.output) / LOG
-    log.parent.mkdir(parents=True)
+    place = Path(job.output)
+    with run_folder(place) as draft:
+        try:
+            result = _train(replace(job, output=str(draft)), draft / LOG, on_event)
+        except RunFailed:
+            os.replace(draft / LOG, failed_log(place))
+            raise
+    failed_log(place).unlink(missing_ok=True)
+    return result
+
+
+def _train(job: Job, log: Path, on_event: Callable[[dict], None]) -> dict:
     result = refusal = None
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -61,7 +73,6 @@ def run_in_process(job: Job, on_event: Callable[[dict], None]) -> dict:
         finally:
             _end(process)
     if refusal is not None:
-        shutil.rmtree(log.parent)
         raise InputError(refusal)
     if result is None or process.returncode != 0:
         raise RunFailed(f"the run {job.name} failed: {_reason(process.returncode, log)}")

@@ -9,15 +9,16 @@ from rich.console import Console
 
 from mixft.cli import report
 from mixft.cli.environment import environment
-from mixft.cli.job import LOG, Job
+from mixft.cli.job import Job
 from mixft.cli.output_folder import CURVES, OldRuns
 from mixft.cli.process import RunFailed, run_in_process
 from mixft.cli.progress import RunProgress
+from mixft.cli.run_folder import failed_log
 from mixft.cli.tasks import Task
 
 
 def run_all(jobs: list[Job], task: Task, folder: Path, old_runs: OldRuns) -> int:
-    """Run every job, write the report after each, and print the comparison. The old runs go with the first report.
+    """Run every job, write the report after each, and print the comparison. The old runs go once one has finished.
 
     Returns:
         The exit code: 0, 1 where a run failed, 130 where Ctrl-C or SIGTERM stopped one.
@@ -38,17 +39,14 @@ def run_all(jobs: list[Job], task: Task, folder: Path, old_runs: OldRuns) -> int
             with RunProgress(console, job.name) as progress:
                 finished.append(run_in_process(job, progress.on_event))
         except RunFailed as failure:
-            place = Path(job.output)
-            log = old_runs.restore().get(place, place) / LOG
-            print(f"mixft: {failure}; its log is {log}", file=sys.stderr)
-            code = 1
+            ending, code = f"{failure}; its log is {failed_log(Path(job.output))}", 1
         except KeyboardInterrupt:
-            print(f"mixft: stopped during {job.name}; what finished before it is in {folder}", file=sys.stderr)
-            code = 130
+            ending, code = f"stopped during {job.name}, of which nothing is kept", 130
         if code:
+            print(f"mixft: {ending}{_what_else(folder, finished, old_runs.restore())}", file=sys.stderr)
             break
-        report.write_report(folder, machine, described, finished)
         old_runs.discard()
+        report.write_report(folder, machine, described, finished)
     if finished:
         report.draw_curves(finished, folder / CURVES)
         Console().print(report.comparison(finished))
@@ -56,3 +54,12 @@ def run_all(jobs: list[Job], task: Task, folder: Path, old_runs: OldRuns) -> int
             print(line)
         print(f"report, curves and models: {folder}")
     return code
+
+
+def _what_else(folder: Path, finished: list[dict], brought_back: list[str]) -> str:
+    """What ``folder`` has beside the run that did not finish."""
+    if finished:
+        return f"; what finished before it is in {folder}"
+    if brought_back:
+        return f"; {folder} has back what was to be replaced: {', '.join(brought_back)}"
+    return ""
