@@ -15,6 +15,7 @@ from .int8_training import TrainingOptions
 from .linear import Linear
 from .quant_linear import Mode, QuantLinear, check_mode, check_outlier_threshold, training_options
 from .quantization_report import LayerReport, QuantizationReport, bytes_of, relative_error
+from .weight_readers import reader_of
 
 # A product below this size costs less than quantizing its input.
 SMALLEST_WEIGHT = 128 * 128
@@ -42,9 +43,10 @@ def quantize_(
     embed_out), weights shared with another module such as an embedding, layers so small that int8 would be slower,
     layers with hooks or a ``forward`` of their own, and subclasses of ``nn.Linear``, whose own code may read the
     weight; so does ``nn.TransformerEncoderLayer``, whose layers are taken in the modes that keep int8 weights only
-    after ``torch.backends.mha.set_fastpath_enabled(False)``, which such a model needs wherever it runs. ``include``
-    names layers that are to be quantized although they are heads or small. Code that reads ``layer.weight`` itself is
-    not seen: name its layers in ``exclude``.
+    after ``torch.backends.mha.set_fastpath_enabled(False)``, which such a model needs wherever it runs. In those modes
+    a layer stays too whose weight the forward of a module around it reads, as its source says (``self.dense.weight``);
+    where other code does so, name the layer in ``exclude``. ``include`` names layers that are to be quantized although
+    they are heads or small.
 
     In mode "train" the parameters stay the model's own, and an optimizer that holds them goes on. In the other modes a
     quantized weight is no parameter any more: an optimizer built before still holds the old one, and its steps change
@@ -217,6 +219,8 @@ def _reason_to_leave(
         return "nn.MultiheadAttention reads its weight"
     if mode != "train" and isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "nn.TransformerEncoderLayer reads its weight, unless torch.backends.mha.set_fastpath_enabled(False)"
+    if mode != "train" and (reader := reader_of(name, model)):
+        return f"{reader} reads its weight"
     if explicit or isinstance(module, QuantLinear):
         return ""
     if name.rsplit(".", 1)[-1] in HEAD_NAMES:

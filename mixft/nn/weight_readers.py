@@ -1,0 +1,65 @@
+"""Which layers' weights the code around them reads, past the layers' own forward, as the source of its classes says."""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+
+from torch import nn
+
+# What an int8 weight answers as the floating-point one did.
+HARMLESS = (["dtype"], ["device"], ["shape"], ["size"], ["requires_grad"])
+
+
+def reader_of(name: str, model: nn.Module) -> str:
+    """The class of the innermost module around the layer ``name`` of ``model`` whose forward reads the layer's weight,
+    such as ``self.dense.weight``, itself; empty where none does, or where that cannot be told from a class's source."""
+    parts = name.split(".")
+    for start in reversed(range(len(parts))):
+        outer = type(model.get_submodule(".".join(parts[:start])))
+        if ".".join(parts[start:]) in layers_read_by(outer):
+            return outer.__name__
+    return ""
+
+
+@functools.cache
+def layers_read_by(module: type[nn.Module]) -> frozenset[str]:
+    """The paths, from a module of this class, whose ``weight`` its forward and the methods that this calls read."""
+    if module.__module__.partition(".")[0] == "torch":
+        return frozenset()
+    found, seen, pending = set(), set(), ["forward"]
+    while pending:
+        method = pending.pop()
+        if method in seen:
+            continue
+        seen.add(method)
+        for first, *rest in _paths(_source(getattr(module, method, None))):
+            if not rest:
+                pending.append(first)
+            for place, name in enumerate(rest):
+                if name == "weight" and rest[place + 1 : place + 2] not in HARMLESS:
+                    found.add(".".join([first, *rest[:place]]))
+    return frozenset(found)
+
+
+def _source(function: object) -> ast.AST:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module([], [])
+
+
+def _paths(node: ast.AST) -> Iterator[tuple[str, ...]]:
+    """What is read of ``self`` under ``node``: ("a", "b") for ``self.a.b``."""
+    names = []
+    inner = node
+    while isinstance(inner, ast.Attribute):
+        names.append(inner.attr)
+        inner = inner.value
+    if names and isinstance(inner, ast.Name) and inner.id == "self":
+        if isinstance(node.ctx, ast.Load):
+            yield tuple(reversed(names))
+    elif not (isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"):
+        for child in ast.iter_child_nodes(node):
+            yield from _paths(child)
