@@ -236,6 +236,50 @@ def test_a_model_of_quantize_saves_as_one_of_from_pretrained(tmp_path, name, mod
     assert not int8_layers(model)
 
 
+def calibrated(model):
+    mixft.calibrate(model, [{"input_ids": torch.randint(0, 100, (2, 9))}])
+
+
+CHANGES = {
+    "calibrated": calibrated,
+    "dequantized": mixft.dequantize_,
+    "one layer less": lambda model: setattr(
+        model.bert.encoder.layer[0].attention.self, "query", model.get_submodule(QUERY).to_linear()
+    ),
+    "trained, then dynamic": lambda model: (
+        mixft.dequantize_(model),
+        mark_quantized(mixft.quantize_(model, "train") and model),
+        mixft.quantize_(model, "dynamic"),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_model_has_become_since_it_was_loaded_is_saved(saved, tmp_path, change):
+    model = BertForSequenceClassification.from_pretrained(
+        saved("bert"), quantization_config=mixft.Int8Config("dynamic")
+    )
+    CHANGES[change](model)
+    model.save_pretrained(tmp_path / "changed")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "changed")
+    assert torch.equal(logits(again), logits(model))
+    assert {name: layer.mode for name, layer in int8_layers(again).items()} == {
+        name: layer.mode for name, layer in int8_layers(model).items()
+    }
+    again.save_pretrained(tmp_path / "again")
+    configuration = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert ("quantization_config" in configuration) == (change != "dequantized")
+
+
+def test_a_model_with_layers_of_two_modes_is_not_saved(saved, tmp_path):
+    model = BertForSequenceClassification.from_pretrained(
+        saved("bert"), quantization_config=mixft.Int8Config("dynamic")
+    )
+    model.get_submodule(QUERY).to_static(0.1, 0)
+    with pytest.raises(ValueError, match=r"layers of the modes dynamic, static; config\.json holds one mode"):
+        model.save_pretrained(tmp_path / "mixed")
+
+
 def test_what_cannot_be_marked_is_refused():
     with pytest.raises(TypeError, match=r"must be a transformers\.PreTrainedModel; it is a Linear"):
         mark_quantized(nn.Linear(4, 4))

@@ -57,6 +57,17 @@ class Int8Quantizer(HfQuantizer):
         """``save_pretrained`` writes every mode."""
         return True
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel, *args) -> tuple[None, dict]:
+        """Called by ``save_pretrained`` first: what ``model`` has become since it was loaded goes into its
+        configuration; ValueError where its layers are of several modes or options."""
+        # With adapters in it, only these are saved.
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            if any(isinstance(module, QuantLinear) for module in model.modules()):
+                mark_quantized(model)
+            else:
+                _unmark(model)
+        return None, {}
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs) -> None:
         config = self.quantization_config
         if self.pre_quantized:
@@ -144,7 +155,8 @@ def choose_unread_layers(model: PreTrainedModel, mode: Mode, **options) -> dict[
 def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """Let ``save_pretrained`` of a model that ``mixft.quantize_`` changed write what ``from_pretrained`` reads.
 
-    ``from_pretrained`` with an :class:`Int8Config` does so itself.
+    ``from_pretrained`` with an :class:`Int8Config` does so itself. From then on ``save_pretrained`` writes what the
+    model has become by then: after ``mixft.calibrate``, another ``mixft.quantize_`` or ``mixft.dequantize_`` too.
 
     Returns:
         ``model``, with a quantization_config in its configuration.
@@ -170,6 +182,15 @@ def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     return model
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    """Take what :func:`mark_quantized` sets from a model without int8 layers."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.__dict__.pop("quantization_method", None)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _options(layer: QuantLinear) -> tuple[tuple[str, object], ...]:

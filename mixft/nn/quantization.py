@@ -48,6 +48,9 @@ def quantize_(
     where other code does so, name the layer in ``exclude``. ``include`` names layers that are to be quantized although
     they are heads or small.
 
+    Before ``save_pretrained`` of a model of transformers call :func:`mixft.huggingface.mark_quantized`, or what is
+    saved loads as floats.
+
     In mode "train" the parameters stay the model's own, and an optimizer that holds them goes on. In the other modes a
     quantized weight is no parameter any more: an optimizer built before still holds the old one, and its steps change
     nothing in the model; build it after.

@@ -130,6 +130,11 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
                 f"parameters {seen[param]} and {position} of group {number} are the same tensor; give it once"
             )
         seen[param] = position
+        if hasattr(param, "to_local"):
+            raise TypeError(
+                f"parameter {position} of group {number} is a {type(param).__name__}, a part of a tensor on several "
+                f"devices; {optimizer} takes plain tensors, use an optimizer of torch.optim"
+            )
         if param.dtype not in FLOATS or param.layout != torch.strided:
             raise TypeError(
                 f"parameter {position} of group {number} is a {param.layout} tensor of {param.dtype}; "
