@@ -258,6 +258,11 @@ class GradAccumulator:
         for position, param in enumerate(params, start=len(self._params)):
             if not isinstance(param, Tensor):
                 raise TypeError(f"parameter {position} is a {type(param).__name__}; give tensors: model.parameters()")
+            if hasattr(param, "to_local"):
+                raise TypeError(
+                    f"parameter {position} is a {type(param).__name__}, a part of a tensor on several devices; "
+                    "GradAccumulator takes plain tensors"
+                )
             if param.layout != torch.strided or param.dtype not in FLOATS:
                 raise TypeError(
                     f"parameter {position} is a {param.layout} tensor of {param.dtype}; GradAccumulator takes dense "

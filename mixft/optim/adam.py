@@ -93,7 +93,9 @@ class AdamW(Adam):
     - State is FP32 for every parameter, or what ``state_dtype`` says; in a state dictionary it is always FP32.
     - A step whose gradients hold a NaN or Inf changes nothing: parameters, masters, state and step counts keep every
       bit. The gradients are read for this at the beginning of every step, after the closure; under a
-      ``torch.amp.GradScaler`` the scaler's own finding is taken instead, and with ``max_grad_norm`` both count.
+      ``torch.amp.GradScaler`` the scaler's own finding is taken instead, and with ``max_grad_norm`` both count. They
+      are the gradients that this process steps with: where parameters are sharded over several, as by torch's
+      ZeroRedundancyOptimizer and FSDP, each process skips, and clips, by its own.
     - ``max_grad_norm`` clips inside the step, by the norm over all groups of the unscaled gradients. A norm that
       exceeds FP32 skips the step. ``float("inf")`` gives ``last_grad_norm`` without clipping.
     - ``torch.amp.GradScaler`` works unchanged, with FP16 parameters too as long as nobody calls ``scaler.unscale_``
@@ -126,7 +128,7 @@ class AdamW(Adam):
             and saves the read of the gradients: 4 of 32 bytes an FP32 parameter. Not with ``max_grad_norm``.
 
     Raises:
-        TypeError: a parameter is complex, integer, sparse or FP64.
+        TypeError: a parameter is complex, integer, sparse or FP64, or a DTensor.
         ValueError: a hyperparameter out of range, an unknown ``master_weights`` or ``state_dtype``, or options that
             exclude each other.
     """
