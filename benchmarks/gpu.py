@@ -222,7 +222,8 @@ def run_all(session: Session, quick: bool, patterns: Sequence[str] = ("*",)) -> 
     inventory = run_stage("inventory", what, session.limit("inventory"))
     found = {"environment": None, "cases": []}
     if inventory.status == "done":
-        found = json.loads(inventory.output.strip().splitlines()[-1])
+        # Beside it there may be what torch or Python prints at the end.
+        found = json.loads(next(line for line in reversed(inventory.output.splitlines()) if line.startswith("{")))
         inventory.output = f"{len(found['cases'])} cases"
     session.document["environment"] = found["environment"]
     session.add(inventory)

@@ -10,6 +10,7 @@ import torch
 import mixft
 from mixft.nn import QuantLinear
 from mixft.nn.int8_cache import shared_input
+from mixft.ops.int8_operands import quantized_rows
 
 
 @pytest.fixture
@@ -143,6 +144,46 @@ def test_another_forward_or_a_write_or_another_dtype_quantizes_again(native_devi
         found = first(x)
     assert torch.equal(found, mixft.ops.int8_linear(x.bfloat16(), first.weight, first.bias))
     assert quantizations.count((5, 64)) == 4
+
+
+@pytest.mark.parametrize("captured", ["forward", "step"])
+def test_after_a_capture_no_copy_of_a_weight_serves_again(monkeypatch, captured):
+    """A replay changes the weight and moves neither its version nor the count of steps, and a GPU has no sample."""
+    monkeypatch.setattr("mixft.nn.int8_cache._probe", lambda tensor: None)
+    layer, x = layer_of("cpu"), torch.randn(5, 64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(3):
+        layer(x).sum().backward()
+    with monkeypatch.context() as graph:
+        graph.setattr("mixft.nn.int8_cache._captured_steps", counted := [0])
+        if captured == "forward":
+            graph.setattr("mixft.nn.int8_cache.capturing", lambda device: True)
+            layer(x).sum().backward()
+            graph.setattr("mixft.nn.int8_cache.capturing", lambda device: False)
+        else:
+            graph.setattr(torch.cuda, "is_initialized", lambda: True)
+            graph.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            optimizer.step()
+            graph.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            assert counted == [1]
+        for _ in range(3):
+            layer.weight.data.mul_(-2)
+            out = layer(x)
+            assert torch.equal(out, mixft.ops.int8_linear(x, layer.weight, layer.bias))
+            out.sum().backward()
+
+
+def test_a_copy_serves_on_its_own_stream_only(monkeypatch, quantizations):
+    streams = iter([1, 1, 2, 2])
+    monkeypatch.setattr("mixft.nn.int8_cache._stream", lambda device: next(streams))
+    query, key, value = (layer_of("cpu") for _ in range(3))
+    monkeypatch.setattr(query.int8_training.weight_cache, "quantized", lambda weight, matrix: quantized_rows(matrix))
+    for layer in (key, value):
+        layer.int8_training.weight_cache = query.int8_training.weight_cache
+    x = torch.randn(2, 5, 64)
+    for layer in (query, key, value):
+        layer(x)
+    assert quantizations.count((10, 64)) == 2
 
 
 def test_an_input_is_let_go_of(native_device):

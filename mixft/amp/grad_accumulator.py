@@ -39,7 +39,8 @@ class GradAccumulator:
     A parameter that has a ``main_grad`` by then, an FP32 tensor of its shape, has it for its buffer, set to zero; so a
     ``mixft.nn.Linear(fuse_wgrad_accumulation=True)`` adds to the sum in the product of its backward, unrounded. Such a
     sum is unscaled and checked once, when the step or :meth:`gradients` asks for it, and an overflow is counted once
-    however many micro-batches had it.
+    however many micro-batches had it. A CUDA graph of backwards that add to a ``main_grad`` has to hold
+    :meth:`accumulate` too: that a replay has added is not seen.
 
     Clip by the ``max_grad_norm`` of mixft's optimizers, or the sums by :meth:`clip_grad_norm_`: for torch's function of
     this name there are no gradients.

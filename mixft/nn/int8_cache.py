@@ -18,10 +18,19 @@ Quantized = tuple[Tensor, Tensor]
 PROBED = 64
 
 _optimizer_steps = [0]
+# Steps that a CUDA graph replays are counted once only, when it is captured.
+_captured_steps = [0]
 
 
 def _count_step(*_) -> None:
     _optimizer_steps[0] += 1
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _captured_steps[0] += 1
+
+
+def _stream(device: torch.device) -> int | None:
+    """The stream on which a copy is made: on another one it may not be ready yet."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 @functools.cache
@@ -37,10 +46,13 @@ class WeightCache:
     and nothing shows that the weight has changed: its memory, its version (every in-place operation raises it, those of
     mixft's optimizers too), a step of any ``torch.optim.Optimizer``, and on a CPU a sample of its elements, which a
     write through ``weight.data`` to all of it changes. Not seen is such a write between two parts of one batch on a
-    GPU, or one to single elements.
+    GPU, or one to single elements. What a CUDA graph changes when it is replayed is not seen either, so no copy serves
+    again once a forward of the layer, or a step of any optimizer, was captured.
     """
 
     def __init__(self):
+        _watch_optimizers()
+        self.captured = False
         self.accumulates = False
         self.entry: tuple[tuple, Tensor | None, Quantized] | None = None
 
@@ -50,10 +62,12 @@ class WeightCache:
     def quantized(self, weight: Tensor, matrix: Tensor) -> Quantized:
         """Values and scale of the rows of ``matrix``, which is ``weight`` or its transpose."""
         # What a CUDA graph replays must quantize again, since its inputs and weights change in between.
-        if type(weight) is not torch.nn.Parameter or capturing(weight.device) or weight.is_inference():
+        self.captured = self.captured or capturing(weight.device)
+        if type(weight) is not torch.nn.Parameter or weight.is_inference() or self.captured or _captured_steps[0]:
+            self.entry = None
             return quantized_rows(matrix)
-        _watch_optimizers()
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.shape, _optimizer_steps[0])
+        changes = (weight._version, _optimizer_steps[0])
+        key = (weight.data_ptr(), weight.dtype, weight.shape, _stream(weight.device), *changes)
         probe = _probe(weight)
         accumulating, entry = weight.grad is not None, self.entry
         unchanged = entry is not None and entry[0] == key and (probe is None or torch.equal(probe, entry[1]))
@@ -105,6 +119,7 @@ class _Entry:
     def __init__(self, layer: object, source: Tensor, dtype: torch.dtype, quantized: Quantized):
         self.source = weakref.ref(source, self.forget)
         self.version = source._version
+        self.stream = _stream(source.device)
         self.probe = _probe(source)
         self.dtype = dtype
         self.layers = {id(layer)}
@@ -115,6 +130,8 @@ class _Entry:
 
     def serves(self, layer: object, source: Tensor, dtype: torch.dtype) -> bool:
         if self.source() is not source or self.version != source._version or self.dtype != dtype:
+            return False
+        if self.stream != _stream(source.device):
             return False
         if self.probe is not None and not torch.equal(self.probe, _probe(source)):
             return False

@@ -16,6 +16,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from mixft.ops.capture import capturing
 from mixft.ops.int8_operands import quantized_rows
 from mixft.ops.registration import is_observed
 
@@ -36,9 +37,11 @@ def feature_sqnr(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         NaN where no column has a finite ratio; columns of zeros do not count.
     """
     x = x.float()
-    noise = (x - values * scale).square().sum(0) / x.square().sum(0)
+    noise, _ = ((x - values * scale).square().sum(0) / x.square().sum(0)).sort()
+    # torch's nanmedian would wait for a GPU. NaN comes last in order.
+    middle = ((~noise.isnan()).sum().clamp(min=1) - 1) // 2
     # A column without noise, of zeros and a few exact values, is as good as FP32's own rounding.
-    return -10 * noise.nanmedian().clamp(min=2.0**-48).log10()
+    return -10 * noise.gather(0, middle.view(1))[0].clamp(min=2.0**-48).log10()
 
 
 def check_min_sqnr(decibels: float | None) -> None:
@@ -79,12 +82,17 @@ class NoiseGuard:
         """Act on figures that are due, before the layer computes anything."""
         if is_observed() or not self.measured or torch._C._current_graph_task_id() != -1:
             return
+        if capturing(next(iter(self.measured.values())).device):
+            return
         ran, self.backward_ran = self.backward_ran, False
         if ran and self.passes + 1 >= self.read_at:
             self._read()
 
     def ends_pass(self, output: Tensor) -> bool:
-        """Count one training pass, which gave ``output``, and tell whether it is to be measured."""
+        """Count one training pass, which gave ``output``, and tell whether it is to be measured; what a CUDA graph
+        replays is not."""
+        if capturing(output.device):
+            return False
         self.passes += 1
         measures = self.minimum is not None and self.fallback != "layer" and self.passes % MEASURE_EVERY == 1
         if measures or self.measured:
