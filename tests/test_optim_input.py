@@ -5,12 +5,7 @@ import copy
 import pytest
 import torch
 from optimizer_cases import CASES, every_optimizer
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
-import mixft.optim
-from mixft.amp import GradAccumulator
 from mixft.optim import SGD, AdamW
 
 
@@ -90,20 +85,6 @@ def test_parameters_of_other_dtypes_are_refused(case, dtype):
     with pytest.raises(TypeError, match=f"tensor of {dtype}"):
         optimizer.add_param_group({"params": [torch.ones(2, dtype=dtype)]})
     assert len(optimizer.param_groups) == 1
-
-
-@pytest.fixture
-def sharded():
-    """A parameter sharded over one process."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield torch.nn.Parameter(distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
-    distributed.destroy_process_group()
-
-
-def test_a_sharded_tensor_is_refused(sharded):
-    for take in (AdamW, GradAccumulator, lambda params: mixft.optim.swap(torch.optim.AdamW(params))):
-        with pytest.raises(TypeError, match="a DTensor, a part of a tensor on several devices"):
-            take([sharded])
 
 
 def test_16_bit_parameters_in_one_memory_are_refused():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixft.ops.accumulate import add_
-from mixft.ops.validation import FLOATS
+from mixft.ops.validation import FLOATS, is_dtensor
 
 from .clip_grad import clip_gradients_
 from .loss_scaler import LossScaler
@@ -45,6 +45,9 @@ class GradAccumulator:
     Clip by the ``max_grad_norm`` of mixft's optimizers, or the sums by :meth:`clip_grad_norm_`: for torch's function of
     this name there are no gradients.
 
+    Sums and findings are those of this process. Where parameters are shards, an optimizer of mixft's with
+    ``sharded_over`` adds the findings of all processes at its step; what a process is told of ``counts`` stays its own.
+
     Costs 4 bytes a parameter. Gradients are not divided by the number of micro-batches.
 
     Args:
@@ -56,8 +59,8 @@ class GradAccumulator:
         scaler: as given.
 
     Raises:
-        TypeError: ``scaler`` is no LossScaler, ``optimizer_or_params`` is a module, a parameter is not a dense FP16,
-            BF16 or FP32 tensor, or its ``main_grad`` not FP32.
+        TypeError: ``scaler`` is no LossScaler, ``optimizer_or_params`` is a module, a parameter is a DTensor or not a
+            dense FP16, BF16 or FP32 tensor, or its ``main_grad`` not FP32.
         ValueError: there are no parameters, the optimizer has an accumulator already or releases its gradients, or a
             ``main_grad`` has gaps or another shape or device than its parameter.
     """
@@ -259,10 +262,10 @@ class GradAccumulator:
         for position, param in enumerate(params, start=len(self._params)):
             if not isinstance(param, Tensor):
                 raise TypeError(f"parameter {position} is a {type(param).__name__}; give tensors: model.parameters()")
-            if hasattr(param, "to_local"):
+            if is_dtensor(param):
                 raise TypeError(
-                    f"parameter {position} is a {type(param).__name__}, a part of a tensor on several devices; "
-                    "GradAccumulator takes plain tensors"
+                    f"parameter {position} is a DTensor of shape {tuple(param.shape)}; GradAccumulator takes plain "
+                    f"tensors, as FullyShardedDataParallel(use_orig_params=True) leaves them"
                 )
             if param.layout != torch.strided or param.dtype not in FLOATS:
                 raise TypeError(

@@ -51,6 +51,9 @@ class LossScaler(torch.amp.GradScaler):
     - ``dynamic=False`` keeps the scale as it is; steps that overflow are still skipped.
     - With an optimizer of mixft's, ``scale``, ``step`` and ``update`` can be captured in a CUDA graph, once one step
       before has made what they keep on the device; RuntimeError where that has not been.
+    - With an optimizer of mixft's that has ``sharded_over``, an overflow in one process's shards skips the step and
+      backs off in all; reports name what overflowed in the shards of the process that is asked. Of any other optimizer
+      every process checks what gradients it has, alone, as GradScaler does: nothing here is a ``ShardedGradScaler``.
 
     Args:
         init_scale: the first scale. A loss in FP16 itself needs one below 65504, FP16's largest number, which the
@@ -216,15 +219,8 @@ class LossScaler(torch.amp.GradScaler):
             if not found:
                 raise AssertionError("No inf checks were recorded prior to update.")
             if self._dynamic:
-                self._rule.adapt(
-                    self._scale,
-                    self._growth_tracker,
-                    self._counters,
-                    _any(found),
-                    self._growth_factor,
-                    self._backoff_factor,
-                    self._growth_interval,
-                )
+                factors = self._growth_factor, self._backoff_factor, self._growth_interval
+                self._rule.adapt(self._scale, self._growth_tracker, self._counters, _any(found), *factors)
             self._per_optimizer_states.clear()
 
     @contextmanager
@@ -318,8 +314,10 @@ class LossScaler(torch.amp.GradScaler):
         """Count and attribute what the step of ``optimizer`` found."""
         state = self._per_optimizer_states[id(optimizer)]
         if state.get("found_by_step"):
-            state["found_inf_per_device"] = {optimizer.last_found_inf.device: optimizer.last_found_inf}
             state["nonfinite"] = optimizer.last_nonfinite
+        if state.get("found_by_step") or getattr(optimizer, "sharded_over", None) is not None:
+            # Before the step only what this process has found was known.
+            state["found_inf_per_device"] = {optimizer.last_found_inf.device: optimizer.last_found_inf}
         found = self._found_of(state)
         if not found:
             return

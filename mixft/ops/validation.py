@@ -1,10 +1,19 @@
 """Checks that several ops make of their arguments; each error names the argument, what it was and what would do."""
 
+import sys
+
 import torch
 from torch import Tensor
 
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 FLOATS = (*SIXTEEN_BITS, torch.float32)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a ``torch.distributed.tensor.DTensor``."""
+    # Whoever has made one has imported its module, which is slow and missing from some builds of torch.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:

@@ -46,6 +46,7 @@ class Adam(MixedPrecisionOptimizer):
         state_dtype: torch.dtype = torch.float32,
         stochastic_rounding: bool = False,
         skip_nonfinite: bool = True,
+        sharded_over: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -63,6 +64,7 @@ class Adam(MixedPrecisionOptimizer):
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
             skip_nonfinite=skip_nonfinite,
+            sharded_over=sharded_over,
         )
 
     @staticmethod
@@ -93,11 +95,11 @@ class AdamW(Adam):
     - State is FP32 for every parameter, or what ``state_dtype`` says; in a state dictionary it is always FP32.
     - A step whose gradients hold a NaN or Inf changes nothing: parameters, masters, state and step counts keep every
       bit. The gradients are read for this at the beginning of every step, after the closure; under a
-      ``torch.amp.GradScaler`` the scaler's own finding is taken instead, and with ``max_grad_norm`` both count. They
-      are the gradients that this process steps with: where parameters are sharded over several, as by torch's
-      ZeroRedundancyOptimizer and FSDP, each process skips, and clips, by its own.
+      ``torch.amp.GradScaler`` the scaler's own finding is taken instead, and with ``max_grad_norm`` both count.
     - ``max_grad_norm`` clips inside the step, by the norm over all groups of the unscaled gradients. A norm that
       exceeds FP32 skips the step. ``float("inf")`` gives ``last_grad_norm`` without clipping.
+    - Check and norm cover the gradients that this process has. Where these are shards of a model's, give
+      ``sharded_over``: all processes then clip by the model's norm, and skip together.
     - ``torch.amp.GradScaler`` works unchanged, with FP16 parameters too as long as nobody calls ``scaler.unscale_``
       (which refuses FP16 gradients): the scale is taken out inside the step, in FP32, and ``.grad`` keeps it.
 
@@ -126,9 +128,19 @@ class AdamW(Adam):
             mean is right, instead of to nearest.
         skip_nonfinite: True skips steps as said above. False takes every step that no scaler forbids, as torch does,
             and saves the read of the gradients: 4 of 32 bytes an FP32 parameter. Not with ``max_grad_norm``.
+        sharded_over: the process group over which one model's parameters are divided: sums of squares and findings are
+            added up over it, in one ``all_reduce`` of two numbers a step, before gradients are clipped or the step is
+            skipped. Every process of the group has to take every step, with gradients or without, and to have the same
+            options; a parameter that several of them hold counts as often. For ``FullyShardedDataParallel`` with
+            ``use_orig_params=True``, and for ``ZeroRedundancyOptimizer``, which has to get it in
+            ``functools.partial(AdamW, sharded_over=group)`` for its optimizer's class. A GradScaler's own scale still
+            follows what its process found; :class:`mixft.amp.LossScaler`'s follows all. It is in no state dictionary,
+            and None again in an optimizer that was pickled. None: this process's gradients are all there are, as they
+            are in ``DistributedDataParallel``.
 
     Raises:
-        TypeError: a parameter is complex, integer, sparse or FP64, or a DTensor.
+        TypeError: a parameter is complex, integer, sparse, FP64 or a ``DTensor``, as those of ``fully_shard`` are; or
+            ``sharded_over`` is no process group.
         ValueError: a hyperparameter out of range, an unknown ``master_weights`` or ``state_dtype``, or options that
             exclude each other.
     """
@@ -150,6 +162,7 @@ class AdamW(Adam):
         state_dtype: torch.dtype = torch.float32,
         stochastic_rounding: bool = False,
         skip_nonfinite: bool = True,
+        sharded_over: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -164,4 +177,5 @@ class AdamW(Adam):
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
             skip_nonfinite=skip_nonfinite,
+            sharded_over=sharded_over,
         )

@@ -17,12 +17,16 @@ from .learning_rate import LearningRates
 from .members import Arrangement, Gradients, Members, Stepped, arrange, check_gradients, check_parameters
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
+from .sharding import Shards
 from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
 from .storage import Storage
 
 # Options by which torch's optimizers choose between implementations of the same values; there is one here.
 TORCH_IMPLEMENTATION_OPTIONS = ("foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
-PRECISION_OPTIONS = ("max_grad_norm", "master_weights", "state_dtype", "stochastic_rounding", "skip_nonfinite")
+# Options of an optimizer as a whole.
+OPTIMIZER_OPTIONS = (
+    "max_grad_norm", "master_weights", "state_dtype", "stochastic_rounding", "skip_nonfinite", "sharded_over"
+)  # fmt: skip
 
 
 class MixedPrecisionOptimizer(Optimizer):
@@ -33,12 +37,13 @@ class MixedPrecisionOptimizer(Optimizer):
         storage: how state is kept.
         stochastic_rounding: whether 16-bit parameters without masters are rounded up or down at random.
         skip_nonfinite: whether a step reads the gradients for NaN and Inf first.
-        last_grad_norm: 0-d FP32 tensor, the norm of the unscaled gradients before clipping at the last step; None
-            before the first step and where ``max_grad_norm`` is None.
-        last_found_inf: 0-d FP32 tensor, 1 where the last step was skipped; None before the first step, and where
-            nothing looked.
+        last_grad_norm: 0-d FP32 tensor, the norm of the unscaled gradients before clipping at the last step, those of
+            the other processes of ``sharded_over`` included; None before the first step and where ``max_grad_norm`` is
+            None.
+        last_found_inf: 0-d FP32 tensor, 1 where the last step was skipped, on every process of ``sharded_over``; None
+            before the first step, and where nothing looked.
         last_nonfinite: what the last step found where it looked: pairs of parameters and int64 [parameters], the number
-            of NaN and Inf elements in the gradient of each.
+            of NaN and Inf elements in the gradient of each; of this process alone.
         releases_gradients: whether parameters are stepped inside backward, by :func:`mixft.optim.release_gradients`.
         main_grads: FP32 gradients by parameter, without a loss scale, to step with in place of ``.grad``; set around a
             step by ``mixft.amp.GradAccumulator``.
@@ -59,6 +64,7 @@ class MixedPrecisionOptimizer(Optimizer):
 
     releases_gradients: bool = False
     main_grads: dict[Tensor, Tensor] | None = None
+    _shards: Shards | None = None
 
     def __init__(
         self,
@@ -70,6 +76,7 @@ class MixedPrecisionOptimizer(Optimizer):
         state_dtype: torch.dtype,
         stochastic_rounding: bool,
         skip_nonfinite: bool,
+        sharded_over: "torch.distributed.ProcessGroup | None",
     ) -> None:
         if isinstance(params, torch.nn.Module):
             raise TypeError(f"params is a {type(params).__name__}; give its parameters() or named_parameters()")
@@ -78,6 +85,7 @@ class MixedPrecisionOptimizer(Optimizer):
         self.storage = Storage(master_weights, state_dtype, self.signed_state)
         self.stochastic_rounding = stochastic_rounding
         self.skip_nonfinite = skip_nonfinite
+        self.sharded_over = sharded_over
         self._forget_last_step()
         self.check_hyperparameters(defaults)
         super().__init__(params, defaults)
@@ -109,6 +117,15 @@ class MixedPrecisionOptimizer(Optimizer):
         """What state tensors are kept in; ``torch.int8`` stands for 8-bit codes with scales."""
         return self.storage.state_dtype
 
+    @property
+    def sharded_over(self) -> "torch.distributed.ProcessGroup | None":
+        """The group whose processes clip by one norm and skip together; to be set anew after unpickling."""
+        return None if self._shards is None else self._shards.group
+
+    @sharded_over.setter
+    def sharded_over(self, group: "torch.distributed.ProcessGroup | None") -> None:
+        self._shards = None if group is None else Shards(group)
+
     @staticmethod
     @abstractmethod
     def check_hyperparameters(group: dict[str, Any]) -> None:
@@ -128,19 +145,22 @@ class MixedPrecisionOptimizer(Optimizer):
         """Add a group, as ``torch.optim.Optimizer.add_param_group`` does.
 
         Raises:
-            TypeError: a parameter is not a real floating-point tensor of 16 or 32 bits.
+            TypeError: a parameter is not a real floating-point tensor of 16 or 32 bits, or is a DTensor.
             ValueError: a hyperparameter is out of range, a parameter is given twice or overlaps itself, or an option
                 is named that a group cannot have.
         """
-        for name in (*PRECISION_OPTIONS, *TORCH_IMPLEMENTATION_OPTIONS):
+        kind = type(self).__name__
+        for name in (*OPTIMIZER_OPTIONS, *TORCH_IMPLEMENTATION_OPTIONS):
             if name in param_group:
-                remedy = "give it to the optimizer" if name in PRECISION_OPTIONS else "leave it out"
-                raise ValueError(f"{name} is not an option of a parameter group of {type(self).__name__}; {remedy}")
+                # ZeroRedundancyOptimizer puts all that it is given into its groups.
+                own = f"give it to the optimizer, or to a ZeroRedundancyOptimizer in functools.partial({kind}, {name}=)"
+                remedy = own if name in OPTIMIZER_OPTIONS else "leave it out"
+                raise ValueError(f"{name} is not an option of a parameter group of {kind}; {remedy}")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self.check_hyperparameters(group)
-            check_parameters(group["params"], len(self.param_groups) - 1, type(self).__name__)
+            check_parameters(group["params"], len(self.param_groups) - 1, kind)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -182,7 +202,8 @@ class MixedPrecisionOptimizer(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         grads = list(map(self._gradient_of, params))
         members = self._arranged(params, grads)
-        if members:
+        # The other processes of a group wait for what this one has found, be it nothing.
+        if members or self._shards is not None:
             self._update(members, grads)
         found, self._found_in_backward = self._found_in_backward, None
         if found is not None:
@@ -230,10 +251,14 @@ class MixedPrecisionOptimizer(Optimizer):
             found_inf=getattr(self, "found_inf", None),
             max_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
+            shards=self._shards,
+            home=None if work else self._shards.device(self._first_device()),
         )
         self.last_grad_norm = scalars.norm
         self.last_found_inf = scalars.found_inf
         self.last_nonfinite = list(zip(params.values(), scalars.nonfinite, strict=True)) if scalars.nonfinite else []
+        if not work:
+            return
         home, *others = grads
         local = {home: scalars} | {device: scalars.on(device) for device in others}
         for members, own, lr in zip(work, listed, rates, strict=True):
@@ -241,6 +266,9 @@ class MixedPrecisionOptimizer(Optimizer):
             here = local[members.device]
             values = (lr, here.inv_scale, here.clip_coef, here.found_inf, *self.rule(members.group), rounding)
             advance_(self.op, members.tensors | {"grads": own}, values)
+
+    def _first_device(self) -> torch.device | None:
+        return next((param.device for group in self.param_groups for param in group["params"]), None)
 
     def memory_report(self) -> MemoryReport:
         """Bytes of the parameters, of each kind of state and of the gradients as they are now."""
@@ -301,7 +329,7 @@ class MixedPrecisionOptimizer(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "storage", "stochastic_rounding", "skip_nonfinite")
+        own = ("max_grad_norm", "storage", "stochastic_rounding", "skip_nonfinite", "_shards")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

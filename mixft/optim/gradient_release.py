@@ -76,7 +76,8 @@ def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
 
     Raises:
         TypeError: ``optimizer`` is not one of mixft's.
-        ValueError: it has ``max_grad_norm``: the norm of all gradients is not known before the last. Or it has a
+        ValueError: it has ``max_grad_norm``: the norm of all gradients is not known before the last. Or it has
+            ``sharded_over``: processes do not step the same parameters one after the other. Or it has a
             :class:`mixft.amp.GradAccumulator`.
         RuntimeError: its gradients are released already.
     """
@@ -86,6 +87,10 @@ def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
         raise ValueError(
             f"max_grad_norm is {optimizer.max_grad_norm}; the norm of all gradients is not known before the last, make "
             f"the optimizer without it"
+        )
+    if optimizer.sharded_over is not None:
+        raise ValueError(
+            "the optimizer has sharded_over, for whose sums all processes would have to step as often; make it without"
         )
     if getattr(optimizer, "grad_accumulator", None) is not None:
         raise ValueError(

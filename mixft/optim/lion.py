@@ -27,7 +27,7 @@ class Lion(MixedPrecisionOptimizer):
         maximize: ascend instead of descend.
 
     Raises:
-        TypeError: a parameter is complex, integer, sparse or FP64.
+        TypeError: as AdamW.
         ValueError: a hyperparameter out of range, or as AdamW.
     """
 
@@ -47,6 +47,7 @@ class Lion(MixedPrecisionOptimizer):
         state_dtype: torch.dtype = torch.float32,
         stochastic_rounding: bool = False,
         skip_nonfinite: bool = True,
+        sharded_over: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
         defaults = {"lr": lr, "betas": as_numbers(betas), "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
@@ -57,6 +58,7 @@ class Lion(MixedPrecisionOptimizer):
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
             skip_nonfinite=skip_nonfinite,
+            sharded_over=sharded_over,
         )
 
     @staticmethod

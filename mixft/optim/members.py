@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixft.ops.capture import capturing
 from mixft.ops.tensor_list import TensorList
-from mixft.ops.validation import FLOATS, SIXTEEN_BITS
+from mixft.ops.validation import FLOATS, SIXTEEN_BITS, is_dtensor
 
 from .metadata import Metadata
 from .state import lay_steps_side_by_side
@@ -130,10 +130,11 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
                 f"parameters {seen[param]} and {position} of group {number} are the same tensor; give it once"
             )
         seen[param] = position
-        if hasattr(param, "to_local"):
+        if is_dtensor(param):
             raise TypeError(
-                f"parameter {position} of group {number} is a {type(param).__name__}, a part of a tensor on several "
-                f"devices; {optimizer} takes plain tensors, use an optimizer of torch.optim"
+                f"parameter {position} of group {number} is a DTensor of shape {tuple(param.shape)}; {optimizer} takes "
+                f"plain tensors, as FullyShardedDataParallel(use_orig_params=True) and ZeroRedundancyOptimizer leave "
+                f"them: shard with one of these and give sharded_over"
             )
         if param.dtype not in FLOATS or param.layout != torch.strided:
             raise TypeError(

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixft.ops.grad_scalars import scalars_of
+from mixft.ops.grad_scalars import GradScalars, scalars_of
+
+from .sharding import Shards
 
 
 @dataclass
@@ -37,42 +39,65 @@ def step_scalars(
     grads: dict[torch.device, list[Tensor]],
     *,
     grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    found_inf: Tensor | int | None = None,
     max_norm: float | None = None,
     skip_nonfinite: bool = True,
+    shards: Shards | None = None,
+    home: torch.device | None = None,
 ) -> Scalars:
     """The scalars of a step, on the first device of ``grads``.
 
     Args:
         grads: all gradients of the step, by device.
         grad_scale: the scale still in them, from a GradScaler.
-        found_inf: what the scaler found itself.
+        found_inf: what the scaler found itself; the number 0 where it was shown no gradient.
         max_norm: what their norm is clipped to; with it, gradients are looked at whatever the scaler found.
         skip_nonfinite: whether to look at them where no scaler did.
+        shards: the processes whose gradients and findings count too; None for this one alone.
+        home: the device where there is no gradient, as may be with ``shards``.
     """
-    home = next(iter(grads))
+    home = next(iter(grads), home)
     inv_scale = None if grad_scale is None else at(grad_scale, home).reciprocal()
-    found_inf = None if found_inf is None else at(found_inf, home).reshape(())
-    if max_norm is None and (found_inf is not None or not skip_nonfinite):
+    if found_inf is not None:
+        found_inf = at(found_inf, home).reshape(()) if isinstance(found_inf, Tensor) else torch.zeros((), device=home)
+    looks = max_norm is not None or (found_inf is None and skip_nonfinite)
+    if not looks and (found_inf is None or shards is None):
         return Scalars(inv_scale, None, found_inf)
-    if len(grads) == 1:
-        found = scalars_of(grads[home], inv_scale, found_inf, max_norm)
-        norm, clip_coef, found_inf = found.norm, found.clip_coef, found.found_inf
-        nonfinite = (found.nonfinite,)
-    else:
-        parts = [scalars_of(listed, None, None, None) for listed in grads.values()]
-        norm = torch.stack([at(part.norm, home) for part in parts]).square().sum().sqrt()
-        if inv_scale is not None:
-            norm = norm * inv_scale.reshape(())
-        nonfinite = tuple(part.nonfinite for part in parts)
-        findings = [at(part.found_inf, home) for part in parts]
-        findings += [] if found_inf is None else [found_inf]
-        # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
-        findings += [] if max_norm is None else [(~norm.isfinite()).float()]
-        found_inf = torch.stack(findings).amax()
-        clip_coef = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if len(grads) == 1 and shards is None:
+        norm, clip_coef, found_inf, nonfinite = scalars_of(grads[home], inv_scale, found_inf, max_norm)
+        if max_norm is None:
+            return Scalars(inv_scale, None, found_inf, None, (nonfinite,))
+        return Scalars(inv_scale, clip_coef, found_inf, norm, (nonfinite,))
+    parts = [scalars_of(listed, None, None, None) for listed in grads.values()] if looks else []
+    totals = _totals(parts, found_inf, home)
+    if shards is not None:
+        totals = shards.total(totals)
+    return _from_totals(totals, inv_scale, max_norm, tuple(part.nonfinite for part in parts))
+
+
+def _totals(parts: list[GradScalars], found_inf: Tensor | None, home: torch.device) -> Tensor:
+    """FP64 [2]: the sum of squares over all ``parts``, and a number that is not 0 where anything was found."""
+    rows = [torch.stack((at(part.norm, home), at(part.found_inf, home))) for part in parts]
+    if found_inf is not None:
+        rows.append(torch.stack((torch.zeros_like(found_inf), found_inf)))
+    if not rows:
+        return torch.zeros(2, dtype=torch.float64, device=home)
+    # In FP64 the square of no FP32 number overflows.
+    return torch.stack(rows).double().square().sum(0)
+
+
+def _from_totals(
+    totals: Tensor, inv_scale: Tensor | None, max_norm: float | None, nonfinite: tuple[Tensor, ...]
+) -> Scalars:
+    found_inf = (totals[1] != 0).float()
     if max_norm is None:
         return Scalars(inv_scale, None, found_inf, None, nonfinite)
+    norm = totals[0].sqrt().float()
+    if inv_scale is not None:
+        norm = norm * inv_scale.reshape(())
+    clip_coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    # A finite gradient whose norm exceeds FP32 would be clipped to zero: no step worth taking.
+    found_inf = torch.maximum(found_inf, (~norm.isfinite()).float())
     return Scalars(inv_scale, clip_coef, found_inf, norm, nonfinite)
 
 

@@ -29,7 +29,7 @@ class SGD(MixedPrecisionOptimizer):
         maximize: ascend instead of descend.
 
     Raises:
-        TypeError: a parameter is complex, integer, sparse or FP64, or ``weight_decay`` a tensor.
+        TypeError: as AdamW, or ``weight_decay`` a tensor.
         ValueError: a hyperparameter out of range, ``nesterov`` without momentum or with dampening, or as AdamW.
     """
 
@@ -52,6 +52,7 @@ class SGD(MixedPrecisionOptimizer):
         state_dtype: torch.dtype = torch.float32,
         stochastic_rounding: bool = False,
         skip_nonfinite: bool = True,
+        sharded_over: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -69,6 +70,7 @@ class SGD(MixedPrecisionOptimizer):
             state_dtype=state_dtype,
             stochastic_rounding=stochastic_rounding,
             skip_nonfinite=skip_nonfinite,
+            sharded_over=sharded_over,
         )
 
     @staticmethod

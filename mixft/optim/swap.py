@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .adam import Adam, AdamW
-from .base import PRECISION_OPTIONS, TORCH_IMPLEMENTATION_OPTIONS, MixedPrecisionOptimizer
+from .base import OPTIMIZER_OPTIONS, TORCH_IMPLEMENTATION_OPTIONS, MixedPrecisionOptimizer
 from .hyperparameters import as_numbers
 from .lion import Lion
 from .sgd import SGD
@@ -38,8 +38,8 @@ def swap(optimizer: Optimizer, **overrides: Any) -> MixedPrecisionOptimizer:
 
     Args:
         optimizer: a ``torch.optim`` AdamW, Adam or SGD, or one of mixft's, whose state is then kept in another way.
-        overrides: ``max_grad_norm``, ``master_weights``, ``state_dtype``, ``stochastic_rounding`` and
-            ``skip_nonfinite`` of :class:`mixft.optim.AdamW`. Those not given are as there, or as in ``optimizer``
+        overrides: ``max_grad_norm``, ``master_weights``, ``state_dtype``, ``stochastic_rounding``, ``skip_nonfinite``
+            and ``sharded_over`` of :class:`mixft.optim.AdamW`. Those not given are as there, or as in ``optimizer``
             where that is mixft's.
 
     Returns:
@@ -47,18 +47,18 @@ def swap(optimizer: Optimizer, **overrides: Any) -> MixedPrecisionOptimizer:
 
     Raises:
         TypeError: ``optimizer`` is of another class, a subclass included, whose step may differ; an override is not
-            one of the above; or a parameter is not served. Nothing is changed then.
+            one of the above; or a parameter is not served, a DTensor for one. Nothing is changed then.
         ValueError: ``optimizer`` is differentiable, has its gradients released inside backward or accumulated, or an
             override has a value that will not do. Nothing is changed.
     """
     kind = _counterpart(optimizer)
-    unknown = sorted(overrides.keys() - set(PRECISION_OPTIONS))
+    unknown = sorted(overrides.keys() - set(OPTIMIZER_OPTIONS))
     if unknown:
-        raise TypeError(f"swap takes {', '.join(PRECISION_OPTIONS)}, not {', '.join(unknown)}")
+        raise TypeError(f"swap takes {', '.join(OPTIMIZER_OPTIONS)}, not {', '.join(unknown)}")
     _check_no_one_else_steps(optimizer)
     if isinstance(optimizer, MixedPrecisionOptimizer):
-        overrides = {name: getattr(optimizer, name) for name in PRECISION_OPTIONS} | overrides
-    hyperparameters = inspect.signature(kind).parameters.keys() - {"params", *PRECISION_OPTIONS}
+        overrides = {name: getattr(optimizer, name) for name in OPTIMIZER_OPTIONS} | overrides
+    hyperparameters = inspect.signature(kind).parameters.keys() - {"params", *OPTIMIZER_OPTIONS}
     defaults = {name: value for name, value in optimizer.defaults.items() if name in hyperparameters}
     swapped = kind([_group(group) for group in optimizer.param_groups], **defaults, **overrides)
     _take_state(swapped, optimizer)
