@@ -1,11 +1,21 @@
 """Optimizers that step shards of one model in two processes: one norm, one decision, and no process left waiting."""
 
+import copy
 import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-from optimizer_cases import BAD, bits, every_optimizer, give_gradients, members, snapshot
+from optimizer_cases import (
+    BAD,
+    bits,
+    every_optimizer,
+    every_storage,
+    give_gradients,
+    members,
+    snapshot,
+    through_a_file,
+)
 from process_pair import ProcessPair
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -88,6 +98,43 @@ def clipping_under_zero(rank, max_grad_norm):
 def test_clipping_under_zero_is_that_of_one_process(pair, max_grad_norm):
     norms = pair.call(clipping_under_zero, max_grad_norm)
     assert norms[0] == norms[1] > 30
+
+
+def resumed_under_zero(rank, kind, storage):
+    sharded = functools.partial(kind, sharded_over=dist.group.WORLD, max_grad_norm=0.5, **storage)
+
+    def steps(zero, seeds):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            give_gradients(members(zero))
+            zero.step()
+
+    first, second = model().bfloat16(), model().bfloat16()
+    zero, resumed = (ZeroRedundancyOptimizer(each.parameters(), sharded, lr=0.1) for each in (first, second))
+    steps(zero, range(2))
+    zero.consolidate_state_dict(0)
+    saved = [copy.deepcopy(zero.state_dict()) if rank == 0 else None]
+    dist.broadcast_object_list(saved)
+    steps(resumed, range(7, 9))
+    second.load_state_dict(first.state_dict())
+    # On a CPU both sides of ZeRO's take the very tensors.
+    resumed.load_state_dict(through_a_file(saved[0]))
+    for optimizer in (zero, resumed):
+        steps(optimizer, range(2, 4))
+    assert list(map(bits, second.parameters())) == list(map(bits, first.parameters()))
+    assert snapshot(resumed.optim) == snapshot(zero.optim)
+    assert dtypes_of(resumed.optim) == dtypes_of(zero.optim)
+
+
+def dtypes_of(optimizer):
+    state = [optimizer.state[param] for param in members(optimizer)]
+    return [{name: value.dtype for name, value in values.items()} for values in state]
+
+
+@every_storage
+@every_optimizer
+def test_zero_goes_on_from_a_state_dictionary(pair, case, storage):
+    pair.call(resumed_under_zero, case.ours, storage)
 
 
 def fsdp_beside_one_process(rank, max_grad_norm, bad):

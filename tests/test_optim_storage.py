@@ -107,6 +107,14 @@ def test_a_state_dictionary_is_fp32_and_goes_into_every_other_storage(device, ca
                 torch.testing.assert_close(loaded[name], saved["state"][position][name], **close)
 
 
+def test_a_step_count_put_elsewhere_from_outside_comes_to_the_parameter():
+    """As ``ZeroRedundancyOptimizer.load_state_dict`` leaves it, for a parameter on a GPU."""
+    param = torch.nn.Parameter(torch.empty(3, device="meta"))
+    state = {"step": torch.tensor(2.0), "exp_avg": torch.empty(3, device="meta")}
+    AdamW([param]).storage.complete(param, state, ("exp_avg",))
+    assert state["step"].device == param.device
+
+
 @every_storage
 @every_optimizer
 def test_every_storage_follows_fp32(device, case, storage):

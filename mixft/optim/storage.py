@@ -43,6 +43,9 @@ class Storage:
     def complete(self, param: Tensor, state: dict[str, Any], names: Iterable[str]) -> bool:
         """Make what ``state`` lacks of ``names`` and of the master; whether a state tensor was made.
 
+        What is there as a state dictionary has it is narrowed first: ``ZeroRedundancyOptimizer.load_state_dict`` puts
+        it into the optimizer's state itself, with step counts on the CPU.
+
         Raises:
             ValueError: state has another shape than ``param``, which was given a tensor of another shape.
         """
@@ -53,6 +56,7 @@ class Storage:
                     f"{name} has shape {tuple(state[name].shape)} and its parameter {tuple(param.shape)} by now; "
                     "delete the parameter's entry in the optimizer's state to start anew, or make a new optimizer"
                 )
+        self._narrow_loaded(param, state)
         is_new = False
         for name in names:
             if name not in state:
@@ -105,6 +109,19 @@ class Storage:
             upper, narrow["remainder"] = split_master(state["master"], param.dtype)
             param.copy_(upper)
         return narrow
+
+    def _narrow_loaded(self, param: Tensor, state: dict[str, Any]) -> None:
+        wide = {
+            name: state[name].float()
+            for name in self.signed
+            if name in state and state[name].is_floating_point() and state[name].dtype != self.state_dtype
+        }
+        if "master" in state and (wide or self.master_name(param) == "remainder"):
+            wide["master"] = state["master"]
+        if wide:
+            state |= self.narrow(param, wide)
+        if "step" in state:
+            state["step"] = state["step"].to(param.device)
 
     def _zeros(self, name: str, param: Tensor) -> dict[str, Tensor]:
         if self.state_dtype != torch.int8:
