@@ -243,6 +243,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(native_device, reentran
     assert all(map(torch.equal, gradients(), plain))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("initial", [True, False, "gaussian", "orthogonal"])
+def test_initial_adapters_are_those_of_a_floating_point_layer(native_device, mode, initial):
+    layer, floats = Layer(mode), nn.Sequential()
+    floats.add_module("dense", nn.Linear(66, 50))
+    found = []
+    for each in (layer, floats):
+        torch.manual_seed(0)
+        model = get_peft_model(each.to(native_device), lora(["dense"], rank=4, init_lora_weights=initial))
+        adapters = model.base_model.model.dense
+        found.append([part["default"].weight for part in (adapters.lora_A, adapters.lora_B)])
+        assert adapters.get_base_layer() is adapters.base_layer
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -97,6 +97,14 @@ class LoraQuantLinear(Linear):
             )
         super().update_layer(adapter_name, r, lora_alpha, config=config, **options)
 
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """PEFT's, in the dtype that the adapter has: PEFT takes that of the layer's weight, which may be int8."""
+        self.get_base_layer = lambda: self.lora_A[adapter_name]
+        try:
+            super().orthogonal_init(adapter_name)
+        finally:
+            del self.get_base_layer
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the weight; see the class for the error that this makes.
