@@ -21,7 +21,7 @@ from optimizer_cases import (
 )
 
 from mixft.ops.optimizer_state import quantize_state
-from mixft.optim import AdamW
+from mixft.optim import SGD, AdamW
 from mixft.optim.storage import Storage
 
 SIXTEEN_BITS = [torch.float16, torch.bfloat16]
@@ -113,6 +113,21 @@ def test_a_step_count_put_elsewhere_from_outside_comes_to_the_parameter():
     state = {"step": torch.tensor(2.0), "exp_avg": torch.empty(3, device="meta")}
     AdamW([param]).storage.complete(param, state, ("exp_avg",))
     assert state["step"].device == param.device
+
+
+def test_momentum_put_into_the_state_from_outside_goes_on(device):
+    """As ``ZeroRedundancyOptimizer.load_state_dict`` does, with what ``torch.optim.SGD`` saved: it counts no steps."""
+    theirs = parameters(device)
+    reference = torch.optim.SGD(theirs, lr=2.0**-5, momentum=0.9)
+    give_gradients(theirs)
+    reference.step()
+    ours = copies(theirs)
+    optimizer = SGD(ours, lr=2.0**-5, momentum=0.9)
+    for param, twin in zip(theirs, ours, strict=True):
+        optimizer.state[twin] = {"momentum_buffer": reference.state[param]["momentum_buffer"].clone()}
+    run_beside(reference, [optimizer], 2)
+    for param, twin in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(twin, param, rtol=1e-6, atol=1e-6)
 
 
 @every_storage

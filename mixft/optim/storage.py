@@ -120,8 +120,9 @@ class Storage:
             wide["master"] = state["master"]
         if wide:
             state |= self.narrow(param, wide)
-        if "step" in state:
-            state["step"] = state["step"].to(param.device)
+        if "step" in state or any(name in state for name in self.signed):
+            # Momentum of an optimizer that counts no steps: one has been taken.
+            state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32, device=param.device)
 
     def _zeros(self, name: str, param: Tensor) -> dict[str, Tensor]:
         if self.state_dtype != torch.int8:
