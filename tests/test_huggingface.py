@@ -21,6 +21,7 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
+from transformers.core_model_loading import Chunk, WeightConverter
 from transformers.utils import logging as transformers_logging
 
 import mixft
@@ -92,6 +93,21 @@ def test_a_saved_model_loads_plainly_to_the_same_bits(saved, tmp_path, name, mod
     assert loaded.config.quantization_config.mode == mode
     for key, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic"])
+def test_weights_that_the_checkpoint_had_joined_are_saved_apart_with_their_scales(tmp_path, mode):
+    parts = [f"attention.self.{part}.weight" for part in ("query", "key", "value")]
+    joined = [WeightConverter("attention.self.qkv.weight", parts, [Chunk(dim=0)])]
+    model = bert()
+    model._weight_conversions = joined
+    model.save_pretrained(tmp_path / "floats")
+    name = "bert.encoder.layer.0.attention.self.qkv.weight"
+    assert load_file(tmp_path / "floats" / "model.safetensors")[name].shape == (384, 128)
+    mixft.quantize_(model, mode)
+    mark_quantized(model).save_pretrained(tmp_path / "int8")
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "int8")
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_files_hold_one_byte_a_weight_and_no_floating_point_copy(saved, tmp_path):

@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -64,6 +65,7 @@ class Int8Quantizer(HfQuantizer):
         if not getattr(model, "_hf_peft_config_loaded", False):
             if any(isinstance(module, QuantLinear) for module in model.modules()):
                 mark_quantized(model)
+                _keep_apart(model)
             else:
                 _unmark(model)
         return None, {}
@@ -182,6 +184,20 @@ def mark_quantized(model: PreTrainedModel) -> PreTrainedModel:
     model.quantization_method = QUANT_METHOD
     model.is_quantized = True
     return model
+
+
+def _keep_apart(model: PreTrainedModel) -> None:
+    """Have ``model`` saved under its own names where int8 weights would else be joined or split as its checkpoint has
+    them, which leaves their scales behind; transformers reads either form."""
+    if model.hf_quantizer.quantization_config.mode == "train":
+        return
+    steps = getattr(model, "_weight_conversions", None)
+    if steps is None:
+        steps = get_model_conversion_mapping(model, add_legacy=False)
+    back = [step.reverse_transform() for step in steps if isinstance(step, WeightConverter)]
+    weights = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    if any(step.rename_source_key(weight)[1] is not None for step in back for weight in weights):
+        model._weight_conversions = []
 
 
 def _unmark(model: PreTrainedModel) -> None:
