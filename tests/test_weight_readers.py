@@ -33,10 +33,27 @@ class Reader(Inherited):
         return self.first(x)
 
 
+class Extended(Reader):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Block(nn.TransformerEncoderLayer):
+    def forward(self, *arguments, **options):
+        return super().forward(*arguments, **options)
+
+
+class Replaced(Extended):
+    def forward(self, x):
+        return self.helper(x)
+
+
 def test_what_a_forward_and_the_methods_that_it_calls_read_is_found():
     assert layers_read_by(Reader) == {"second", "third", "inner.deep", "fourth"}
     assert layers_read_by(Inherited) == set()
-    assert layers_read_by(nn.TransformerEncoderLayer) == set()
+    assert layers_read_by(Extended) == layers_read_by(Reader)
+    assert layers_read_by(Replaced) == {"third"}
+    assert layers_read_by(nn.TransformerEncoderLayer) == layers_read_by(Block) == set()
 
 
 def test_the_module_that_reads_may_be_further_out():

@@ -5,6 +5,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
+from itertools import chain
 
 from torch import nn
 
@@ -26,21 +27,31 @@ def reader_of(name: str, model: nn.Module) -> str:
 @functools.cache
 def layers_read_by(module: type[nn.Module]) -> frozenset[str]:
     """The paths, from a module of this class, whose ``weight`` its forward and the methods that this calls read."""
-    if module.__module__.partition(".")[0] == "torch":
-        return frozenset()
     found, seen, pending = set(), set(), ["forward"]
     while pending:
         method = pending.pop()
         if method in seen:
             continue
         seen.add(method)
-        for first, *rest in _paths(_source(getattr(module, method, None))):
+        for first, *rest in chain.from_iterable(map(_paths, _sources(module, method))):
             if not rest:
                 pending.append(first)
             for place, name in enumerate(rest):
                 if name == "weight" and rest[place + 1 : place + 2] not in HARMLESS:
                     found.add(".".join([first, *rest[:place]]))
     return frozenset(found)
+
+
+def _sources(module: type[nn.Module], method: str) -> Iterator[ast.AST]:
+    """The method's source, and as long as one names ``super`` that of the next class which has it; not torch's."""
+    for owner in module.__mro__:
+        if owner.__module__.partition(".")[0] == "torch":
+            return
+        if method in vars(owner):
+            tree = _source(vars(owner)[method])
+            yield tree
+            if not any(isinstance(node, ast.Name) and node.id == "super" for node in ast.walk(tree)):
+                return
 
 
 def _source(function: object) -> ast.AST:
