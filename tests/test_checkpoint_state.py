@@ -45,6 +45,24 @@ def test_extra_state_that_is_no_tensor_is_named_and_nothing_is_written(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sparse_buffer_is_named_and_nothing_is_written(tmp_path):
+    model = quantized(Stateful(torch.zeros(1)))
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match=r"model has 'graph', a torch\.sparse_coo tensor, .* holds dense ones only"):
+        mixft.save_quantized(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_come_back(tmp_path, dtype):
+    path = tmp_path / "model.safetensors"
+    counts = torch.tensor([0, 1, torch.iinfo(dtype).max], dtype=dtype)
+    mixft.save_quantized(quantized(Stateful(counts)), path)
+    loaded = mixft.load_quantized(Stateful(torch.zeros(3, dtype=dtype)), path).counter.value
+    assert loaded.dtype == dtype
+    assert loaded.tolist() == counts.tolist()
+
+
 @pytest.mark.parametrize("before", [torch.zeros(5, dtype=torch.uint8), torch.zeros(1), {"steps": 0}, None])
 def test_extra_state_that_is_a_tensor_comes_back_in_its_own_shape_and_dtype(tmp_path, before):
     path = tmp_path / "model.safetensors"

@@ -40,8 +40,9 @@ def save_quantized(model: nn.Module, path: str | os.PathLike, max_shard_size: in
             ``model-00001-of-00003.safetensors`` and their index ``model.safetensors.index.json``, as Hugging Face does.
 
     Raises:
-        ValueError: ``model`` has no QuantLinear or is one itself, or has extra state that is no tensor; ``path`` is a
-            folder or in one that does not exist; ``max_shard_size`` is no size. Nothing is written then.
+        ValueError: ``model`` has no QuantLinear or is one itself, or has extra state that is no tensor, or a sparse
+            tensor; ``path`` is a folder or in one that does not exist; ``max_shard_size`` is no size. Nothing is
+            written then.
     """
     path = Path(path)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
@@ -125,6 +126,11 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(
                 f"model has the extra state {name!r}, a {type(value).__name__}, and a safetensors file holds tensors "
                 "only; a get_extra_state that returns a tensor would do"
+            )
+        if value.layout != torch.strided:
+            raise ValueError(
+                f"model has {name!r}, a {value.layout} tensor, and a safetensors file holds dense ones only; keep its "
+                "indices and values in buffers of their own, or make it persistent=False"
             )
     return state
 
