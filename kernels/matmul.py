@@ -72,7 +72,6 @@ def matmul_forward(
         None if bias is None else bias.contiguous(),
         None if residual is None else residual.contiguous().view(a.shape[0], N),
         preactivation.view(a.shape[0], N) if keep_preactivation else None,
-        "write" if keep_preactivation else "none",
     )
     if product.is_plain and served_by_torch(product, arch):
         plain_product_(product.out, a, b, bias)
@@ -94,11 +93,9 @@ def matmul_activation_backward(
         grad = torch_matmul(a, b, None, "none", torch.float32, False)[0]
         return activation_backward(grad, kept, activation, a.dtype, want_sum)
     out = torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device=a.device)
-    product = Product(
-        a, b, out, activation, preactivation=kept.contiguous().view(out.shape), access="read", column_sum=want_sum
-    )
+    product = Product(a, b, out, activation, kept=kept.contiguous().view(out.shape), column_sum=want_sum)
     partials = compute(product, arch)
-    return out, partials.sum(0) if want_sum else partials.new_empty(0)
+    return out, out.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(0)
 
 
 def matmul_accumulate_(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -110,8 +107,8 @@ def matmul_accumulate_(out: Tensor, a: Tensor, b: Tensor) -> None:
         compute(Product(a, b, out, residual=out), arch)
 
 
-def compute(product: Product, arch: Architecture) -> Tensor:
-    """Compute ``product`` by the kernel of the module docstring; returns the partial sums of its columns."""
+def compute(product: Product, arch: Architecture) -> Tensor | None:
+    """Compute ``product`` by the kernel of the module docstring; returns what that kernel's launcher does."""
     if product.out.numel() == 0:
         return product.column_partials(1)
     config = configuration("matmul", MatmulConfig, arch, bucket(product))

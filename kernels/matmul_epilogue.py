@@ -1,11 +1,11 @@
 """What happens to the FP32 sum of a matrix product before its one cast: the epilogue, and who asks for what.
 
     forward      preactivation = sum + bias;  out = activation(preactivation) + residual
-    derivative   out = sum * activation'(preactivation)
+    derivative   out = sum * activation'(kept)
 
-``preactivation`` is written in the forward where the backward will want it, and read for the derivative. On request
-the columns of the result are summed in FP32, one partial sum a row of tiles, which a second, ordered pass adds up:
-atomics would make the sum differ from run to run.
+``preactivation`` is written where the backward will want it, as ``kept``. On request the columns of the result are
+summed in FP32, one partial sum a row of tiles, which a second, ordered pass adds up: atomics would make the sum differ
+from run to run. A kernel is given None for each operand that a product lacks.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class Product:
         activation: a name of ``activation.py``.
         bias: [N], contiguous, floating.
         residual: [M, N], contiguous, floating; may be ``out`` itself, which is then added to.
-        preactivation: [M, N], contiguous, 16 bits.
-        access: of the pre-activation: ``"none"``, ``"write"`` in a forward, ``"read"`` for the derivative.
+        preactivation: [M, N], contiguous, 16 bits: written.
+        kept: as ``preactivation``: read, for the derivative.
         column_sum: whether the columns of the result are summed.
     """
 
@@ -41,7 +41,7 @@ class Product:
     bias: Tensor | None = None
     residual: Tensor | None = None
     preactivation: Tensor | None = None
-    access: str = "none"
+    kept: Tensor | None = None
     column_sum: bool = False
 
     @property
@@ -52,7 +52,7 @@ class Product:
     @property
     def is_bare(self) -> bool:
         """Whether nothing is fused but the bias."""
-        return self.activation == "none" and self.residual is None and self.access == "none"
+        return self.activation == "none" and all(it is None for it in (self.residual, self.preactivation, self.kept))
 
     @property
     def is_plain(self) -> bool:
@@ -61,47 +61,36 @@ class Product:
             self.is_bare and self.out.dtype == self.a.dtype and (self.bias is None or self.bias.dtype == self.a.dtype)
         )
 
-    def flags(self) -> dict[str, bool | str]:
-        """The constants of :func:`apply_epilogue`."""
-        return {
-            "HAS_BIAS": self.bias is not None,
-            "HAS_RESIDUAL": self.residual is not None,
-            "PREACTIVATION": self.access,
-            "ACTIVATION": self.activation,
-            "COLUMN_SUM": self.column_sum,
-        }
-
-    def column_partials(self, rows: int) -> Tensor:
-        """Where tiles of so many rows store the sums of their columns; empty unless asked for."""
+    def column_partials(self, rows: int) -> Tensor | None:
+        """Where tiles of so many rows store the sums of their columns; None unless asked for."""
         M, N, _ = self.shape
-        tiles = triton.cdiv(M, rows) if self.column_sum else 0
-        return torch.empty((tiles, N), dtype=torch.float32, device=self.a.device)
+        if not self.column_sum:
+            return None
+        return torch.empty((triton.cdiv(M, rows), N), dtype=torch.float32, device=self.a.device)
 
 
 @triton.jit
 def apply_epilogue(
-    total, bias, residual, preactivation, out, column_partials,
-    tile_m, rows, columns, M, N,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PREACTIVATION: tl.constexpr,
-    ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+    total, bias, residual, preactivation, kept, out, column_partials,
+    tile_m, rows, columns, M, N, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of one tile: ``total`` at ``rows`` and ``columns``, row ``tile_m`` of the tiles."""
     row_mask = rows[:, None] < M
     mask = row_mask & (columns[None, :] < N)
     offsets = rows[:, None].to(tl.int64) * N + columns[None, :]
-    if HAS_BIAS:
+    if bias is not None:
         total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if PREACTIVATION == "read":
-        kept = tl.load(preactivation + offsets, mask=mask, other=0.0).to(tl.float32)
-        total = multiply_by_slope(total, kept, ACTIVATION)
+    if kept is not None:
+        x = tl.load(kept + offsets, mask=mask, other=0.0).to(tl.float32)
+        total = multiply_by_slope(total, x, ACTIVATION)
     else:
-        if PREACTIVATION == "write":
+        if preactivation is not None:
             tl.store(preactivation + offsets, total.to(preactivation.dtype.element_ty), mask=mask)
         total = activate(total, ACTIVATION)
-    if HAS_RESIDUAL:
+    if residual is not None:
         total += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
-    if COLUMN_SUM:
+    if column_partials is not None:
         column_sum = tl.sum(tl.where(row_mask, total, 0.0), axis=0)
         tl.store(column_partials + tile_m.to(tl.int64) * N + columns, column_sum, mask=columns < N)
 
@@ -125,24 +114,22 @@ SHAPES = {
     "unaligned": (4095, 4095, 4095),
 }
 
-
-def _epilogue(activation: str = "none", *, residual: bool = False, access: str = "none") -> dict[str, bool | str]:
-    return {
-        "HAS_RESIDUAL": residual,
-        "PREACTIVATION": access,
-        "ACTIVATION": activation,
-        "COLUMN_SUM": access == "read",
-    }
-
-
-# The flags of :func:`apply_epilogue` but for the bias, by a name.
+# The activation of an epilogue and the operands that it has beside ``out``, by a name.
 EPILOGUES = {
-    "none": _epilogue(),
-    "split": _epilogue(),
-    "silu": _epilogue("silu"),
-    "add": _epilogue(residual=True),
-    "gelu+keep": _epilogue("gelu", access="write"),
-    "gelu+keep+add": _epilogue("gelu", access="write", residual=True),
-    "gelu_tanh+keep": _epilogue("gelu_tanh", access="write"),
-    "slope": _epilogue("gelu", access="read"),
+    "none": ("none",),
+    "split": ("none",),
+    "silu": ("silu",),
+    "add": ("none", "residual"),
+    "gelu+keep": ("gelu", "preactivation"),
+    "gelu+keep+add": ("gelu", "preactivation", "residual"),
+    "gelu_tanh+keep": ("gelu_tanh", "preactivation"),
+    "slope": ("gelu", "kept", "column_partials"),
 }
+
+
+def epilogue_constants(name: str, *, bias: bool) -> dict[str, str | None]:
+    """What a variant with that epilogue is compiled for: its activation, and None for each operand that it lacks."""
+    activation, *operands = EPILOGUES[name]
+    operands += ["bias"] if bias else []
+    optional = ("bias", "residual", "preactivation", "kept", "column_partials")
+    return {"ACTIVATION": activation} | {operand: None for operand in optional if operand not in operands}

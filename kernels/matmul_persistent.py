@@ -21,19 +21,18 @@ from torch import Tensor
 from .activation import activate, multiply_by_slope
 from .architecture import Architecture
 from .configuration import configurations
-from .matmul_epilogue import EPILOGUES, LAYOUTS, SHAPES, Product
+from .matmul_epilogue import LAYOUTS, SHAPES, Product, epilogue_constants
 from .tile_order import tile_at
 from .variant import BYTES, MatrixProduct, Variant
 
 
 @triton.jit(do_not_specialize=["M"])
 def persistent_matmul_kernel(
-    a, b, bias, residual, preactivation, out, column_partials,
+    a, b, bias, residual, preactivation, kept, out, column_partials,
     M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EPILOGUE_PARTS: tl.constexpr, A_IS_TRANSPOSED: tl.constexpr, B_IS_TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PREACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = BLOCK_N // EPILOGUE_PARTS
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
@@ -57,18 +56,18 @@ def persistent_matmul_kernel(
             total = parts[part]
             column = tile_n * BLOCK_N + part * WIDTH
             columns = column + tl.arange(0, WIDTH)
-            if HAS_BIAS:
+            if bias is not None:
                 total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-            if PREACTIVATION == "read":
-                total = multiply_by_slope(total, preactivation.load([row, column]).to(tl.float32), ACTIVATION)
+            if kept is not None:
+                total = multiply_by_slope(total, kept.load([row, column]).to(tl.float32), ACTIVATION)
             else:
-                if PREACTIVATION == "write":
+                if preactivation is not None:
                     preactivation.store([row, column], total.to(preactivation.dtype))
                 total = activate(total, ACTIVATION)
-            if HAS_RESIDUAL:
+            if residual is not None:
                 total += residual.load([row, column]).to(tl.float32)
             out.store([row, column], total.to(out.dtype))
-            if COLUMN_SUM:
+            if column_partials is not None:
                 rows = row + tl.arange(0, BLOCK_M)
                 column_sum = tl.sum(tl.where(rows[:, None] < M, total, 0.0), axis=0)
                 tl.store(column_partials + tile_m.to(tl.int64) * N + columns, column_sum, mask=columns < N)
@@ -133,12 +132,12 @@ def is_describable(matrix: Tensor) -> bool:
 
 def serves(product: Product) -> bool:
     """Whether the kernel can compute ``product``."""
-    matrices = (product.a, product.b, product.out, product.residual, product.preactivation)
+    matrices = (product.a, product.b, product.residual, product.preactivation, product.kept, product.out)
     return has_descriptors() and all(is_describable(matrix) for matrix in matrices if matrix is not None)
 
 
-def launch(product: Product, config: PersistentMatmulConfig, multiprocessors: int) -> Tensor:
-    """Compute ``product``; returns the partial sums of its columns, empty unless asked for."""
+def launch(product: Product, config: PersistentMatmulConfig, multiprocessors: int) -> Tensor | None:
+    """Compute ``product``; returns the partial sums of its columns, None unless asked for."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def described(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -151,31 +150,22 @@ def launch(product: Product, config: PersistentMatmulConfig, multiprocessors: in
     constants = asdict(config)
     programs = constants.pop("PROGRAMS") * multiprocessors
     width = config.BLOCK_N // config.EPILOGUE_PARTS
-    out = described(product.out, config.BLOCK_M, width)
-    # A descriptor that the kernel does not read still has to be one.
-    residual, preactivation = (
-        out if matrix is None else described(matrix, config.BLOCK_M, width)
-        for matrix in (product.residual, product.preactivation)
+    residual, preactivation, kept, out = (
+        None if matrix is None else described(matrix, config.BLOCK_M, width)
+        for matrix in (product.residual, product.preactivation, product.kept, product.out)
     )
     partials = product.column_partials(config.BLOCK_M)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     with torch.cuda.device_of(product.a):
         persistent_matmul_kernel[(min(programs, tiles),)](
-            described(product.a, config.BLOCK_M, config.BLOCK_K),
-            described(product.b, config.BLOCK_K, config.BLOCK_N),
-            product.out if product.bias is None else product.bias,
-            residual,
-            preactivation,
-            out,
-            partials,
-            M,
-            N,
-            K,
+            described(product.a, config.BLOCK_M, config.BLOCK_K), described(product.b, config.BLOCK_K, config.BLOCK_N),
+            product.bias, residual, preactivation, kept, out, partials,
+            M, N, K,
             A_IS_TRANSPOSED=rows_of(product.a) is not product.a,
             B_IS_TRANSPOSED=rows_of(product.b) is not product.b,
-            **product.flags(),
+            ACTIVATION=product.activation,
             **constants,
-        )
+        )  # fmt: skip
     return partials
 
 
@@ -215,35 +205,37 @@ def variants(arch: Architecture) -> list[Variant]:
 def _variant(
     config: PersistentMatmulConfig, bucket: str, layout: str, dtype: str, out_dtype: str, epilogue: str
 ) -> Variant:
-    constants = asdict(config)
-    num_warps, num_stages, _ = (constants.pop(name) for name in ("num_warps", "num_stages", "PROGRAMS"))
+    tiles = asdict(config)
+    num_warps, num_stages, _ = (tiles.pop(name) for name in ("num_warps", "num_stages", "PROGRAMS"))
     M, N, K = tile = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
     part = [M, N // config.EPILOGUE_PARTS]
     unit_strides, _ = LAYOUTS[layout]
-    types = dtype if out_dtype == dtype else f"{dtype},{out_dtype}"
+    kinds = dtype if out_dtype == dtype else f"{dtype},{out_dtype}"
     a_is_transposed, b_is_transposed = "a_stride_m" in unit_strides, "b_stride_k" in unit_strides
-    matrices = {
-        "a": (dtype, [K, M] if a_is_transposed else [M, K]),
-        "b": (dtype, [N, K] if b_is_transposed else [K, N]),
-        "residual": (out_dtype, part),
-        "preactivation": (dtype, part),
-        "out": (out_dtype, part),
+    types = {
+        "a": f"tensordesc<{dtype}{[K, M] if a_is_transposed else [M, K]}>",
+        "b": f"tensordesc<{dtype}{[N, K] if b_is_transposed else [K, N]}>",
+        "bias": f"*{dtype}",
+        "residual": f"tensordesc<{out_dtype}{part}>",
+        "preactivation": f"tensordesc<{dtype}{part}>",
+        "kept": f"tensordesc<{dtype}{part}>",
+        "out": f"tensordesc<{out_dtype}{part}>",
+        "column_partials": "*fp32",
+        **dict.fromkeys(("M", "N", "K"), "i32"),
     }
+    constants = epilogue_constants(epilogue, bias=layout == "forward")
+    signature = {name: kind for name, kind in types.items() if name not in constants}
     return Variant(
-        name=f"persistent_matmul[{bucket},{layout},{types},{epilogue}]",
+        name=f"persistent_matmul[{bucket},{layout},{kinds},{epilogue}]",
         function=persistent_matmul_kernel,
-        signature={
-            **{name: f"tensordesc<{kind}{block}>" for name, (kind, block) in matrices.items()},
-            **{"bias": f"*{dtype}", "column_partials": "*fp32", "M": "i32", "N": "i32", "K": "i32"},
-        },
+        signature=signature,
         constexprs={
-            **constants,
+            **tiles,
             "A_IS_TRANSPOSED": a_is_transposed,
             "B_IS_TRANSPOSED": b_is_transposed,
-            "HAS_BIAS": layout == "forward",
-            **EPILOGUES[epilogue],
+            **constants,
         },
-        divisible_by_16=("bias", "column_partials", "N", "K"),
+        divisible_by_16=tuple(name for name in ("bias", "column_partials", "N", "K") if name in signature),
         num_warps=num_warps,
         num_stages=num_stages,
         work=MatrixProduct(tile, (BYTES[dtype], BYTES[dtype], BYTES[out_dtype]), SHAPES[bucket]),

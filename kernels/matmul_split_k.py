@@ -5,16 +5,17 @@
 The order is fixed, so a result is the same on every run.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import matmul_tiles
 from .architecture import Architecture
-from .matmul_epilogue import EPILOGUES, Product, apply_epilogue
-from .matmul_tiles import MatmulConfig, launch_parts
+from .matmul_epilogue import Product, apply_epilogue, epilogue_constants
+from .matmul_tiles import MatmulConfig
 from .variant import BYTES, Elementwise, Variant
 
 # Blocks of K that a program multiplies at the least: fewer do not pay for storing and reading its part.
@@ -23,10 +24,9 @@ LEAST_BLOCKS = 4
 
 @triton.jit(do_not_specialize=["M", "splits"])
 def add_parts_kernel(
-    parts, bias, residual, preactivation, out, column_partials,
+    parts, bias, residual, preactivation, kept, out, column_partials,
     M, N, splits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PREACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -38,9 +38,8 @@ def add_parts_kernel(
         total += tl.load(pointers, mask=mask, other=0.0)
         pointers += step
     apply_epilogue(
-        total, bias, residual, preactivation, out, column_partials,
-        tl.program_id(0), rows, columns, M, N,
-        HAS_BIAS, HAS_RESIDUAL, PREACTIVATION, ACTIVATION, COLUMN_SUM,
+        total, bias, residual, preactivation, kept, out, column_partials,
+        tl.program_id(0), rows, columns, M, N, ACTIVATION,
     )  # fmt: skip
 
 
@@ -62,32 +61,21 @@ def split_count(product: Product, config: MatmulConfig, multiprocessors: int) ->
     return max(1, min(multiprocessors // tiles, K // (LEAST_BLOCKS * config.BLOCK_K)))
 
 
-def launch(product: Product, config: MatmulConfig, splits: int) -> Tensor:
-    """Compute ``product``; returns the partial sums of its columns, empty unless asked for."""
-    M, N, _ = product.shape
-    parts = launch_parts(product, config, splits)
+def launch(product: Product, config: MatmulConfig, splits: int) -> Tensor | None:
+    """Compute ``product``; returns the partial sums of its columns, None unless asked for."""
+    M, N, K = product.shape
+    depth = triton.cdiv(triton.cdiv(K, config.BLOCK_K), splits) * config.BLOCK_K
+    parts = torch.empty((triton.cdiv(K, depth), M, N), dtype=torch.float32, device=product.a.device)
+    matmul_tiles.launch(Product(product.a, product.b, product.out), config, parts, depth)
     second = AddPartsConfig()
     partials = product.column_partials(second.BLOCK_M)
-    bias, residual, preactivation = (
-        parts if tensor is None else tensor for tensor in (product.bias, product.residual, product.preactivation)
-    )
     with torch.cuda.device_of(product.a):
         add_parts_kernel[(triton.cdiv(M, second.BLOCK_M), triton.cdiv(N, second.BLOCK_N))](
-            parts,
-            bias,
-            residual,
-            preactivation,
-            product.out,
-            partials,
-            M,
-            N,
-            parts.shape[0],
-            BLOCK_M=second.BLOCK_M,
-            BLOCK_N=second.BLOCK_N,
-            num_warps=second.num_warps,
-            num_stages=1,
-            **product.flags(),
-        )
+            parts, product.bias, product.residual, product.preactivation, product.kept, product.out, partials,
+            M, N, parts.shape[0],
+            ACTIVATION=product.activation,
+            **asdict(second), num_stages=1,
+        )  # fmt: skip
     return partials
 
 
@@ -103,14 +91,15 @@ def variants(arch: Architecture) -> list[Variant]:
 
 
 def _variant(dtype: str, epilogue: str, *, bias: bool) -> Variant:
-    config, flags = AddPartsConfig(), EPILOGUES[epilogue]
-    pointers = {"parts": "fp32", "bias": dtype, "residual": dtype, "preactivation": dtype, "out": dtype}
-    signature = {name: f"*{kind}" for name, kind in pointers.items()} | {"column_partials": "*fp32"}
+    config, constants = AddPartsConfig(), epilogue_constants(epilogue, bias=bias)
+    pointers = {"parts": "fp32", **dict.fromkeys(("bias", "residual", "preactivation", "kept", "out"), dtype)}
+    pointers |= {"column_partials": "fp32"}
+    signature = {name: f"*{kind}" for name, kind in pointers.items() if name not in constants}
     return Variant(
         name=f"add_parts[{dtype},{epilogue}]",
         function=add_parts_kernel,
         signature={**signature, "M": "i32", "N": "i32", "splits": "i32"},
-        constexprs={"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, "HAS_BIAS": bias, **flags},
+        constexprs={"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, **constants},
         divisible_by_16=(*signature, "N"),
         num_warps=config.num_warps,
         # One iteration of its loop reads one part.

@@ -2,8 +2,8 @@
 
     out[i, j] = epilogue(sum_k a[i, k] b[k, j])
 
-Where a product has too few tiles for the GPU, its sum over K is split among several programs a tile. Each stores its
-part in FP32, and :mod:`.matmul_split_k` adds the parts in order.
+Where a product has too few tiles for the GPU, its sum over K is split among several programs a tile, ``depth`` values
+each. Each stores its part in FP32, and :mod:`.matmul_split_k` adds the parts in order.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,33 +15,32 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .configuration import configuration
-from .matmul_epilogue import EPILOGUES, LAYOUTS, SHAPES, Product, apply_epilogue
+from .matmul_epilogue import LAYOUTS, SHAPES, Product, apply_epilogue, epilogue_constants
 from .tile_order import tile_of_program
 from .variant import BYTES, MatrixProduct, Variant
 
 
 @triton.jit(do_not_specialize=["M"])
 def matmul_kernel(
-    a, b, bias, residual, preactivation, out, column_partials,
-    M, N, K, depth_a_split,
+    a, b, parts, bias, residual, preactivation, kept, out, column_partials,
+    M, N, K, depth,
     a_stride_m, a_stride_k, b_stride_k, b_stride_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    PREACTIVATION: tl.constexpr, ACTIVATION: tl.constexpr, COLUMN_SUM: tl.constexpr,
+    EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
 
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
+    inner = tl.arange(0, BLOCK_K)
     row_mask = rows[:, None] < M
     column_mask = columns[None, :] < N
 
     first = 0
-    if SPLIT_K:
-        first = tl.program_id(1) * depth_a_split
-        K = tl.minimum(K - first, depth_a_split)
-    read = (first + depth).to(tl.int64)
+    if parts is not None:
+        first = tl.program_id(1) * depth
+        K = tl.minimum(K - first, depth)
+    read = (first + inner).to(tl.int64)
     a_tile = a + rows[:, None].to(tl.int64) * a_stride_m + read[None, :] * a_stride_k
     b_tile = b + read[:, None] * b_stride_k + columns[None, :].to(tl.int64) * b_stride_n
     a_step = tl.cast(BLOCK_K, tl.int64) * a_stride_k
@@ -53,20 +52,19 @@ def matmul_kernel(
             a_values = tl.load(a_tile, mask=row_mask, other=0.0)
             b_values = tl.load(b_tile, mask=column_mask, other=0.0)
         else:
-            a_values = tl.load(a_tile, mask=row_mask & (depth[None, :] < K - start), other=0.0)
-            b_values = tl.load(b_tile, mask=column_mask & (depth[:, None] < K - start), other=0.0)
+            a_values = tl.load(a_tile, mask=row_mask & (inner[None, :] < K - start), other=0.0)
+            b_values = tl.load(b_tile, mask=column_mask & (inner[:, None] < K - start), other=0.0)
         accumulator = tl.dot(a_values, b_values, accumulator)
         a_tile += a_step
         b_tile += b_step
 
-    if SPLIT_K:
-        part = out + tl.program_id(1).to(tl.int64) * M * N
+    if parts is not None:
+        part = parts + tl.program_id(1).to(tl.int64) * M * N
         tl.store(part + rows[:, None].to(tl.int64) * N + columns[None, :], accumulator, mask=row_mask & column_mask)
     else:
         apply_epilogue(
-            accumulator, bias, residual, preactivation, out, column_partials,
-            tile_m, rows, columns, M, N,
-            HAS_BIAS, HAS_RESIDUAL, PREACTIVATION, ACTIVATION, COLUMN_SUM,
+            accumulator, bias, residual, preactivation, kept, out, column_partials,
+            tile_m, rows, columns, M, N, ACTIVATION,
         )  # fmt: skip
 
 
@@ -82,58 +80,31 @@ class MatmulConfig:
     num_stages: int
 
 
-def launch(product: Product, config: MatmulConfig) -> Tensor:
-    """Compute ``product``; returns the partial sums of its columns, empty unless asked for."""
-    partials = product.column_partials(config.BLOCK_M)
-    _launch(product, config, product.out, partials, 1, product.shape[2], product.flags())
-    return partials
+def launch(
+    product: Product, config: MatmulConfig, parts: Tensor | None = None, depth: int | None = None
+) -> Tensor | None:
+    """Compute ``product``, or into ``parts`` its sums over ranges of ``depth`` of K, without an epilogue.
 
+    Args:
+        parts: FP32 [K / depth, M, N], rounded up.
+        depth: a multiple of ``BLOCK_K``.
 
-def launch_parts(product: Product, config: MatmulConfig, splits: int) -> Tensor:
-    """The sums over ``splits`` ranges of K, [splits, M, N] in FP32, without an epilogue."""
-    M, N, K = product.shape
-    depth = triton.cdiv(triton.cdiv(K, config.BLOCK_K), splits) * config.BLOCK_K
-    parts = torch.empty((triton.cdiv(K, depth), M, N), dtype=torch.float32, device=product.a.device)
-    _launch(product, config, parts, parts, parts.shape[0], depth, Product(product.a, product.b, parts).flags())
-    return parts
-
-
-def _launch(
-    product: Product,
-    config: MatmulConfig,
-    out: Tensor,
-    partials: Tensor,
-    splits: int,
-    depth: int,
-    flags: dict[str, bool | str],
-) -> None:
+    Returns:
+        The partial sums of the columns; None unless asked for.
+    """
     a, b = product.a, product.b
     M, N, K = product.shape
-    # A pointer that the kernel does not read still has to be one.
-    bias, residual, preactivation = (
-        out if tensor is None else tensor for tensor in (product.bias, product.residual, product.preactivation)
-    )
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), splits)
+    partials = product.column_partials(config.BLOCK_M)
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
     with torch.cuda.device_of(a):
-        matmul_kernel[grid](
-            a,
-            b,
-            bias,
-            residual,
-            preactivation,
-            out,
-            partials,
-            M,
-            N,
-            K,
-            depth,
-            *a.stride(),
-            *b.stride(),
-            EVEN_K=K % config.BLOCK_K == 0,
-            SPLIT_K=splits > 1,
-            **flags,
+        matmul_kernel[(tiles, 1 if parts is None else parts.shape[0])](
+            a, b, parts, product.bias, product.residual, product.preactivation, product.kept, product.out, partials,
+            M, N, K, depth,
+            *a.stride(), *b.stride(),
+            EVEN_K=K % config.BLOCK_K == 0, ACTIVATION=product.activation,
             **asdict(config),
-        )
+        )  # fmt: skip
+    return partials
 
 
 def loads_16_bytes(operand: Tensor) -> bool:
@@ -189,29 +160,30 @@ def _variant(arch: Architecture, bucket: str, layout: str, dtype: str, out_dtype
     tile = (config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"])
     unit_strides, token_count = LAYOUTS[layout]
     types = dtype if out_dtype == dtype else f"{dtype},{out_dtype}"
-    # The parts of a split sum are FP32 whatever comes of them.
-    result = "fp32" if epilogue == "split" else out_dtype
-    pointers = {"a": dtype, "b": dtype, "bias": dtype, "residual": out_dtype, "preactivation": dtype}
-    pointers |= {"out": result, "column_partials": "fp32"}
-    integers = ["M", "N", "K", "depth_a_split", "a_stride_m", "a_stride_k", "b_stride_k", "b_stride_n"]
-    signature = {name: f"*{kind}" for name, kind in pointers.items()}
-    signature |= {name: "i32" for name in integers if name not in unit_strides}
-    aligned = [name for name in signature if name != token_count]
+    is_split = epilogue == "split"
+    stored = "fp32" if is_split else out_dtype
+    constexprs = {
+        **config,
+        **dict.fromkeys(unit_strides, 1),
+        "EVEN_K": bucket != "unaligned" and token_count != "K",
+        # The second pass has the epilogue, and the bias in it.
+        **epilogue_constants(epilogue, bias=layout == "forward" and not is_split),
+        **({} if is_split else {"parts": None, "depth": None}),
+    }
+    pointers = {"a": dtype, "b": dtype, "parts": "fp32", "bias": dtype, "residual": out_dtype, "preactivation": dtype}
+    pointers |= {"kept": dtype, "out": out_dtype, "column_partials": "fp32"}
+    integers = ["M", "N", "K", "depth", "a_stride_m", "a_stride_k", "b_stride_k", "b_stride_n"]
+    signature = {name: f"*{kind}" for name, kind in pointers.items()} | dict.fromkeys(integers, "i32")
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    aligned = pointers if bucket == "unaligned" else [name for name in signature if name != token_count]
     return Variant(
         name=f"matmul[{bucket},{layout},{types},{epilogue}]",
         function=matmul_kernel,
         signature=signature,
-        constexprs={
-            **config,
-            **dict.fromkeys(unit_strides, 1),
-            "EVEN_K": bucket != "unaligned" and token_count != "K",
-            "SPLIT_K": epilogue == "split",
-            "HAS_BIAS": layout == "forward",
-            **EPILOGUES[epilogue],
-        },
-        divisible_by_16=tuple(pointers if bucket == "unaligned" else aligned),
+        constexprs=constexprs,
+        divisible_by_16=tuple(name for name in signature if name in aligned),
         num_warps=num_warps,
         num_stages=num_stages,
         wide_loads=bucket != "unaligned",
-        work=MatrixProduct(tile, (BYTES[dtype], BYTES[dtype], BYTES[result]), SHAPES[bucket]),
+        work=MatrixProduct(tile, (BYTES[dtype], BYTES[dtype], BYTES[stored]), SHAPES[bucket]),
     )

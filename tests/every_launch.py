@@ -9,7 +9,7 @@ from collections.abc import Callable
 import recorded_launches
 import torch
 from optimizer_cases import CASES, STORAGES, OptimizerCase, give_gradients, mixed_parameters
-from recorded_launches import fused_backward, half, product, quantized, w8a8_static, w8a16
+from recorded_launches import accumulated, fused_backward, half, product, quantized, w8a8_static, w8a16
 
 from mixft import ops
 from mixft.amp import GradAccumulator, LossScaler, clip_grad_norm_
@@ -74,9 +74,9 @@ def layer(M: int, N: int, K: int, activation: str | None = None) -> None:
     out.backward(torch.empty_like(out))
 
 
-def overlapping_rows() -> None:
-    """Which no descriptor describes."""
-    product(4096, 4096, 4096, "gelu", bias=True, keep=True, left=half(2**17).as_strided((4096, 4096), (16, 1)))
+def overlapping(rows: int) -> torch.Tensor:
+    """Rows of 4096 values that no descriptor describes."""
+    return half(2**17).as_strided((rows, 4096), (16, 1))
 
 
 def gradient_at_random() -> None:
@@ -89,8 +89,21 @@ LAUNCHES |= {
     "wide layer": lambda: layer(4096, 4096, 4096),
     "medium layer": lambda: layer(1024, 1024, 1024, "gelu"),
     "medium slopes in a product": lambda: fused_backward(1024, 1024, 1024, "gelu"),
-    "overlapping rows": overlapping_rows,
+    "wide with a bias": lambda: product(4096, 4096, 4096, bias=True),
+    "medium, added up": lambda: accumulated(1024, 1024, 1024),
+    "small": lambda: product(16, 16384, 1024, "silu", bias=True),
+    "split, with a bias": lambda: product(256, 256, 4096, bias=True),
     "split, activated": lambda: product(256, 256, 4096, "gelu", bias=True, keep=True, residual=True),
+    "overlapping rows": lambda: product(4096, 4096, 4096, bias=True, left=overlapping(4096)),
+    "overlapping rows, medium": lambda: product(
+        512, 4096, 4096, "gelu_tanh", bias=True, keep=True, left=overlapping(512)
+    ),
+    "overlapping rows, kept": lambda: product(4096, 4096, 4096, "gelu", bias=True, keep=True, left=overlapping(4096)),
+    "overlapping rows, all": lambda: product(
+        4096, 4096, 4096, "gelu", bias=True, keep=True, residual=True, left=overlapping(4096)
+    ),
+    "overlapping rows, residual": lambda: product(4096, 4096, 4096, residual=True, left=overlapping(4096)),
+    "overlapping rows, slopes": lambda: fused_backward(4096, 4096, 4096, "gelu", left=overlapping(4096)),
     "w8a8 static, few rows": lambda: w8a8_static(16, 16384, 1024),
     "w8a16 few rows": lambda: w8a16(16, 16384, 1024),
     "w8a16 many rows": lambda: w8a16(4096, 4096, 4096),

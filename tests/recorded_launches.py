@@ -129,8 +129,13 @@ def product(
     )
 
 
-def fused_backward(M: int, N: int, K: int, activation: str):
-    matmul.matmul_activation_backward(half(M, K), half(K, N), half(M, N), activation, True)
+def fused_backward(M: int, N: int, K: int, activation: str, *, left=None):
+    a = half(M, K) if left is None else left
+    matmul.matmul_activation_backward(a, half(K, N), half(M, N), activation, True)
+
+
+def weight_gradient(M: int, N: int, K: int):
+    matmul.matmul_forward(half(K, M).t(), half(K, N), None, "none", torch.float16, False, None)
 
 
 def accumulated(M: int, N: int, K: int):
@@ -205,6 +210,12 @@ PRODUCTS = {
     "deep but ragged": lambda: product(4096, 4096, 4096 + 16, "gelu", bias=True, keep=True),
     "few rows, ragged": lambda: product(17, 4096, 4096 + 16),
     "transposed, one row": lambda: product(1, 4096, 4096, left=half(4096, 1).t()),
+    "wide": lambda: product(4096, 4096, 4096),
+    "medium, kept": lambda: product(1024, 1024, 1024, "gelu", keep=True),
+    "medium, with all": lambda: product(1024, 1024, 1024, "gelu", bias=True, keep=True, residual=True),
+    "medium, a weight's gradient": lambda: weight_gradient(1024, 1024, 1024),
+    "split": lambda: product(16, 1024, 8192),
+    "unaligned, bias and residual": lambda: product(17, 35, 66, bias=True, residual=True),
     "unaligned": lambda: product(1000, 1001, 1002, "gelu_tanh", bias=True, keep=True),
     "expanded": lambda: product(4096, 4096, 4096, left=half(1, 4096).expand(4096, 4096)),
     "residual, odd rows": lambda: product(1003, 4096, 4096, "gelu", bias=True, keep=True, residual=True),

@@ -95,7 +95,7 @@ def test_forward_epilogue(device, compute, dtype, activation, out_dtype):
     bias, residual = half(N, device=device, dtype=dtype), half(M, N, device=device, dtype=out_dtype)
     out, sentinels = poisoned(M, N, device, out_dtype)
     kept, others = poisoned(M, N, device, dtype)
-    compute(Product(a, b, out, activation, bias, residual, kept, "write"))
+    compute(Product(a, b, out, activation, bias, residual, kept))
     total = a.double() @ b.double() + bias.double()
     truth = ACTIVATIONS[activation](total) + residual.double()
     spacing = torch.finfo(out_dtype).eps / 2 * truth.abs()
@@ -111,7 +111,7 @@ def test_derivative_epilogue_and_column_sums(device, compute, activation):
     a, b = half(M, K, device=device), half(K, N, device=device) / 8
     kept = half(M, N, device=device)
     out, sentinels = poisoned(M, N, device, torch.float32)
-    partials = compute(Product(a, b, out, activation, preactivation=kept, access="read", column_sum=True))
+    partials = compute(Product(a, b, out, activation, kept=kept, column_sum=True))
     truth = (a.double() @ b.double()) * SLOPES[activation](kept.double())
     assert error(out, truth) < 1e-5
     assert error(partials.sum(0), truth.sum(0)) < 1e-4
@@ -124,7 +124,7 @@ def test_rows_past_the_end_are_no_part_of_column_sums(device, compute):
     a[:, 3] = 1
     kept = torch.ones(17, 32, device=device).half()
     out = torch.empty(17, 32, device=device)
-    partials = compute(Product(a, b, out, "relu", preactivation=kept, access="read", column_sum=True))
+    partials = compute(Product(a, b, out, "relu", kept=kept, column_sum=True))
     assert partials.sum(0)[5].isposinf()
 
 
