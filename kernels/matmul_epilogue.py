@@ -70,28 +70,44 @@ class Product:
 
 
 @triton.jit
+def load_tile(matrix, at, mask):
+    if mask is None:
+        return matrix.load(at).to(tl.float32)
+    else:
+        return tl.load(matrix + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(matrix, at, mask, values):
+    if mask is None:
+        matrix.store(at, values.to(matrix.dtype))
+    else:
+        tl.store(matrix + at, values.to(matrix.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def apply_epilogue(
     total, bias, residual, preactivation, kept, out, column_partials,
-    tile_m, rows, columns, M, N, ACTIVATION: tl.constexpr,
+    at, mask, tile_m, rows, columns, M, N, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of one tile: ``total`` at ``rows`` and ``columns``, row ``tile_m`` of the tiles."""
-    row_mask = rows[:, None] < M
-    mask = row_mask & (columns[None, :] < N)
-    offsets = rows[:, None].to(tl.int64) * N + columns[None, :]
+    """The epilogue of one tile: ``total`` at ``rows`` and ``columns``, row ``tile_m`` of the tiles.
+
+    The matrices are pointers, ``at`` and ``mask`` the tile's offsets and which of them lie in the matrix; or tensor
+    descriptors, which know where a matrix ends: ``at`` is the tile's first row and column, and ``mask`` None.
+    """
     if bias is not None:
         total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if kept is not None:
-        x = tl.load(kept + offsets, mask=mask, other=0.0).to(tl.float32)
-        total = multiply_by_slope(total, x, ACTIVATION)
+        total = multiply_by_slope(total, load_tile(kept, at, mask), ACTIVATION)
     else:
         if preactivation is not None:
-            tl.store(preactivation + offsets, total.to(preactivation.dtype.element_ty), mask=mask)
+            store_tile(preactivation, at, mask, total)
         total = activate(total, ACTIVATION)
     if residual is not None:
-        total += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=mask)
+        total += load_tile(residual, at, mask)
+    store_tile(out, at, mask, total)
     if column_partials is not None:
-        column_sum = tl.sum(tl.where(row_mask, total, 0.0), axis=0)
+        column_sum = tl.sum(tl.where(rows[:, None] < M, total, 0.0), axis=0)
         tl.store(column_partials + tile_m.to(tl.int64) * N + columns, column_sum, mask=columns < N)
 
 

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activation import activate, multiply_by_slope
 from .architecture import Architecture
 from .configuration import configurations
-from .matmul_epilogue import LAYOUTS, SHAPES, Product, epilogue_constants
+from .matmul_epilogue import LAYOUTS, SHAPES, Product, apply_epilogue, epilogue_constants
 from .tile_order import tile_at
 from .variant import BYTES, MatrixProduct, Variant
 
@@ -51,26 +50,14 @@ def persistent_matmul_kernel(
                 b_values = b.load([start, tile_n * BLOCK_N])
             accumulator = tl.dot(a_values, b_values, accumulator)
 
+        rows = row + tl.arange(0, BLOCK_M)
         parts = column_groups(accumulator, EPILOGUE_PARTS)
         for part in tl.static_range(EPILOGUE_PARTS):
-            total = parts[part]
             column = tile_n * BLOCK_N + part * WIDTH
-            columns = column + tl.arange(0, WIDTH)
-            if bias is not None:
-                total += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-            if kept is not None:
-                total = multiply_by_slope(total, kept.load([row, column]).to(tl.float32), ACTIVATION)
-            else:
-                if preactivation is not None:
-                    preactivation.store([row, column], total.to(preactivation.dtype))
-                total = activate(total, ACTIVATION)
-            if residual is not None:
-                total += residual.load([row, column]).to(tl.float32)
-            out.store([row, column], total.to(out.dtype))
-            if column_partials is not None:
-                rows = row + tl.arange(0, BLOCK_M)
-                column_sum = tl.sum(tl.where(rows[:, None] < M, total, 0.0), axis=0)
-                tl.store(column_partials + tile_m.to(tl.int64) * N + columns, column_sum, mask=columns < N)
+            apply_epilogue(
+                parts[part], bias, residual, preactivation, kept, out, column_partials,
+                (row, column), None, tile_m, rows, column + tl.arange(0, WIDTH), M, N, ACTIVATION,
+            )  # fmt: skip
 
 
 @triton.jit

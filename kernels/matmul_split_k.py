@@ -31,7 +31,8 @@ def add_parts_kernel(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (columns[None, :] < N)
-    pointers = parts + rows[:, None].to(tl.int64) * N + columns[None, :]
+    at = rows[:, None].to(tl.int64) * N + columns[None, :]
+    pointers = parts + at
     step = tl.cast(M, tl.int64) * N
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(splits):
@@ -39,7 +40,7 @@ def add_parts_kernel(
         pointers += step
     apply_epilogue(
         total, bias, residual, preactivation, kept, out, column_partials,
-        tl.program_id(0), rows, columns, M, N, ACTIVATION,
+        at, mask, tl.program_id(0), rows, columns, M, N, ACTIVATION,
     )  # fmt: skip
 
 

@@ -58,13 +58,14 @@ def matmul_kernel(
         a_tile += a_step
         b_tile += b_step
 
+    mask = row_mask & column_mask
+    at = rows[:, None].to(tl.int64) * N + columns[None, :]
     if parts is not None:
-        part = parts + tl.program_id(1).to(tl.int64) * M * N
-        tl.store(part + rows[:, None].to(tl.int64) * N + columns[None, :], accumulator, mask=row_mask & column_mask)
+        tl.store(parts + tl.program_id(1).to(tl.int64) * M * N + at, accumulator, mask=mask)
     else:
         apply_epilogue(
             accumulator, bias, residual, preactivation, kept, out, column_partials,
-            tile_m, rows, columns, M, N, ACTIVATION,
+            at, mask, tile_m, rows, columns, M, N, ACTIVATION,
         )  # fmt: skip
 
 
