@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from mixft.kernels import matmul_persistent, matmul_tiles
-from mixft.kernels.architecture import architecture_of
+from mixft.kernels.architecture import architecture_of, multiprocessors_of
 from mixft.kernels.configuration import configuration
-from mixft.kernels.int8_matmul import Int8MatmulConfig
-from mixft.kernels.matmul import PlainMatmulConfig, multiprocessors_of
+from mixft.kernels.matmul import PlainMatmulConfig
 from mixft.kernels.matmul_epilogue import Product
 from mixft.kernels.matmul_persistent import PersistentMatmulConfig
 from mixft.kernels.matmul_tiles import MatmulConfig
@@ -167,28 +166,28 @@ SPACES = (
         "large",
         "int8_matmul",
         int8_matmul(4096, 4096, 4096, HALF),
-        tiles(Int8MatmulConfig, *INT8_LARGE),
+        tiles(MatmulConfig, *INT8_LARGE),
     ),
     Space(
         "int8_matmul",
         "small",
         "int8_matmul",
         int8_matmul(32, 4096, 4096, HALF),
-        tiles(Int8MatmulConfig, *SMALL, group=1),
+        tiles(MatmulConfig, *SMALL, group=1),
     ),
     Space(
         "weight_only_matmul",
         "small",
         "int8_matmul",
         int8_linear(16, 4096, 4096, HALF, "weight_only"),
-        tiles(Int8MatmulConfig, *SMALL, group=1),
+        tiles(MatmulConfig, *SMALL, group=1),
     ),
     Space(
         "weight_only_matmul",
         "large",
         "int8_matmul",
         int8_linear(1024, 4096, 4096, HALF, "weight_only"),
-        tiles(Int8MatmulConfig, *LARGE),
+        tiles(MatmulConfig, *LARGE),
     ),
     Space("optimizer_step", "fp32 state", "adamw", optimizer_step("adamw", HALF), multi_tensor()),
     Space(

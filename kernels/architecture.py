@@ -147,3 +147,11 @@ def architecture_of(device: torch.device) -> Architecture:
             f"mixft has no kernels for compute capability {major}.{minor}; it supports {', '.join(ARCHITECTURES)}"
         )
     return max(fitting, key=lambda arch: arch.capability)
+
+
+@functools.cache
+def multiprocessors_of(device: torch.device, arch: Architecture) -> int:
+    """Streaming multiprocessors or compute units of ``device``; for a CPU (the interpreter) those of ``arch``'s GPU."""
+    if device.type == "cpu":
+        return arch.gpu.multiprocessors
+    return torch.cuda.get_device_properties(device).multi_processor_count

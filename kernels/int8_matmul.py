@@ -20,35 +20,24 @@ few rows make too few tiles for the GPU, the sum over K is split among programs 
 order (``int8_split_k``): the same inputs give the same bits.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 import triton
 import triton.language as tl
 
-from .architecture import Architecture, architecture_of
+from .architecture import Architecture, architecture_of, multiprocessors_of
 from .configuration import configuration, configurations
 from .int8_epilogue import STRIDES, Epilogue, apply_epilogue, epilogue_signature
 from .int8_split_k import add_parts, split_count
-from .matmul import multiprocessors_of
+from .matmul_tiles import MatmulConfig
+from .split_k import empty_parts
 from .tile_order import tile_of_program
 from .torch_matmul import torch_matmul
 from .variant import MatrixProduct, Variant
 
 SMALL_M = 32
 WIDE = 2**22  # outputs from which on wide tiles give every multiprocessor one
-
-
-@dataclass(frozen=True)
-class Int8MatmulConfig:
-    """Launch configuration of one product; field names as in the kernels."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int
-    num_warps: int
-    num_stages: int
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -162,16 +151,15 @@ def _launch(
             "mixft.dequantize_(model) there, or move it to the CPU"
         )
     shape = bucket(op, M, N, activation, arch)
-    config = configuration(op, Int8MatmulConfig, arch, shape)
+    config = configuration(op, MatmulConfig, arch, shape)
     a, b = _readable(a), _readable(b)
     K = a.shape[1]
     tiles, blocks = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K)
     splits = split_count(tiles, blocks, multiprocessors_of(a.device, arch)) if shape == "small" else 1
-    depth, parts = K, None
+    parts, depth = None, None
     if splits > 1:
-        depth = triton.cdiv(blocks, splits) * config.BLOCK_K
         part_dtype = torch.int32 if a.dtype == torch.int8 else torch.float32
-        parts = torch.empty((triton.cdiv(K, depth), M, N), dtype=part_dtype, device=a.device)
+        parts, depth = empty_parts((M, N, K), config.BLOCK_K, splits, part_dtype, a.device)
     epilogue = Epilogue(out, a_scale, b_scale, a_zero_point, b_sum, bias, activation)
     with torch.cuda.device_of(a):
         scaled_matmul_kernel[(tiles, 1 if parts is None else parts.shape[0])](
@@ -197,7 +185,7 @@ def bucket(op: str, M: int, N: int, activation: str, arch: Architecture) -> str:
     """The shape bucket of a product [M, N]; wide tiles, where shipped, have no registers left for an activation."""
     if M <= SMALL_M:
         return "small"
-    fits = activation == "none" and M * N >= WIDE and (arch.name, "wide") in configurations(op, Int8MatmulConfig)
+    fits = activation == "none" and M * N >= WIDE and (arch.name, "wide") in configurations(op, MatmulConfig)
     return "wide" if fits else "large"
 
 
@@ -221,7 +209,7 @@ def variants(arch: Architecture) -> list[Variant]:
     operand = {"int8_matmul": ("i8", "fp16"), "weight_only_matmul": ("fp16", "fp16")}
     found = []
     for op, (a_type, out_type) in operand.items():
-        for (name, bucket), config in configurations(op, Int8MatmulConfig).items():
+        for (name, bucket), config in configurations(op, MatmulConfig).items():
             if name != arch.name:
                 continue
             for epilogue, even in (("none", True), ("none" if bucket == "wide" else "gelu", False)):
@@ -236,7 +224,7 @@ def variants(arch: Architecture) -> list[Variant]:
 def _variant(
     op: str,
     bucket: str,
-    config: Int8MatmulConfig,
+    config: MatmulConfig,
     a_type: str,
     out_type: str,
     epilogue: str,
@@ -247,13 +235,15 @@ def _variant(
     w8a8 = op == "int8_matmul"
     types, lacking = epilogue_signature(out_type, a_scale=w8a8, affine=kind == "affine", bias=not even)
     pointers = {"a_ptr": f"*{a_type}", "b_ptr": "*i8"}
+    integers = ["M", "N", "K", "stride_am", "stride_bn"]
     if kind == "parts":
         pointers["parts_ptr"] = "*i32" if w8a8 else "*fp32"
+        integers += ["depth"]
     else:
-        lacking = {"parts_ptr": None, **lacking}
+        lacking = {"parts_ptr": None, "depth": None, **lacking}
     tile = asdict(config)
     num_warps, num_stages = tile.pop("num_warps"), tile.pop("num_stages")
-    signature = pointers | types | dict.fromkeys(("M", "N", "K", "depth", "stride_am", "stride_bn"), "i32")
+    signature = pointers | types | dict.fromkeys(integers, "i32")
     return Variant(
         name=f"{op}[{','.join([a_type, epilogue, bucket, 'even' if even else 'ragged', *([kind] if kind else [])])}]",
         function=scaled_matmul_kernel,

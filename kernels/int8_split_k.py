@@ -2,7 +2,7 @@
 
     out[m, n] = epilogue(parts[0, m, n] + parts[1, m, n] + ...)
 
-``parts`` [splits, M, N] are int32 or FP32; the order is fixed, so a result is the same on every run.
+``parts`` [splits, M, N] are int32 or FP32.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .architecture import Architecture
 from .int8_epilogue import STRIDES, Epilogue, apply_epilogue, epilogue_signature
+from .split_k import sum_of_parts
 from .variant import Elementwise, Variant
 
 # Blocks of K that a program multiplies at the least: fewer do not pay for storing and reading its part.
@@ -32,23 +33,16 @@ def add_scaled_parts_kernel(
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask = (rows < M)[:, None] & (columns < N)[None, :]
-    pointers = parts_ptr + rows[:, None] * N + columns[None, :]
-    step = tl.cast(M, tl.int64) * N
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=parts_ptr.dtype.element_ty)
-    for _ in range(splits):
-        total += tl.load(pointers, mask=mask, other=0)
-        pointers += step
+    at = rows[:, None] * N + columns[None, :]
     apply_epilogue(
-        total, rows, columns, M, N,
+        sum_of_parts(parts_ptr, splits, at, mask, M, N), rows, columns, M, N,
         a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
         stride_a_scale, stride_b_scale, stride_a_zero_point, ACTIVATION,
     )  # fmt: skip
 
 
 def split_count(tiles: int, blocks: int, multiprocessors: int) -> int:
-    """Into how many parts a sum of ``blocks`` blocks is split: one where each multiprocessor has a tile as it is."""
-    if tiles >= multiprocessors:
-        return 1
+    """Into how many parts a sum of ``blocks`` blocks is split: as many as give each multiprocessor a program."""
     return max(1, min(triton.cdiv(multiprocessors, tiles), blocks // LEAST_BLOCKS))
 
 

@@ -22,7 +22,6 @@ any other                                          :mod:`.matmul_tiles`
 =================================================  =====================================================
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from . import matmul_persistent, matmul_split_k, matmul_tiles
 from .activation_backward import activation_backward
-from .architecture import Architecture, architecture_of
+from .architecture import Architecture, architecture_of, multiprocessors_of
 from .configuration import configuration, configurations
 from .matmul_epilogue import Product
 from .matmul_persistent import PersistentMatmulConfig
@@ -125,7 +124,7 @@ def compute(product: Product, arch: Architecture) -> Tensor | None:
 def persistent_configuration(product: Product, arch: Architecture) -> PersistentMatmulConfig | None:
     """The configuration of the persistent kernel for ``product``; None where another kernel serves it."""
     shipped = configurations("matmul_persistent", PersistentMatmulConfig)
-    config = shipped.get((arch.name, matmul_persistent.bucket(product)))
+    config = shipped.get((arch.name, product.size))
     return config if config is not None and matmul_persistent.serves(product) else None
 
 
@@ -140,11 +139,3 @@ def served_by_torch(product: Product, arch: Architecture) -> bool:
 def is_interpreted(product: Product) -> bool:
     """Whether Triton's interpreter is to compute ``product``, which is there for the kernels' sake."""
     return product.a.device.type == "cpu"
-
-
-@functools.cache
-def multiprocessors_of(device: torch.device, arch: Architecture) -> int:
-    """Streaming multiprocessors or compute units of ``device``; for a CPU (the interpreter) those of ``arch``'s GPU."""
-    if device.type == "cpu":
-        return arch.gpu.multiprocessors
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -50,6 +50,16 @@ class Product:
         return self.a.shape[0], self.b.shape[1], self.a.shape[1]
 
     @property
+    def size(self) -> str:
+        """The shape bucket of a product whose operands are aligned."""
+        M, N, _ = self.shape
+        if M <= 32:
+            return "small"
+        if M * N <= 2**21:
+            return "medium"
+        return "wide" if self.is_bare else "large"
+
+    @property
     def is_bare(self) -> bool:
         """Whether nothing is fused but the bias."""
         return self.activation == "none" and all(it is None for it in (self.residual, self.preactivation, self.kept))

@@ -156,16 +156,6 @@ def launch(product: Product, config: PersistentMatmulConfig, multiprocessors: in
     return partials
 
 
-def bucket(product: Product) -> str:
-    """The shape bucket of ``product``."""
-    M, N, _ = product.shape
-    if M <= 32:
-        return "small"
-    if M * N <= 2**21:
-        return "medium"
-    return "wide" if product.is_bare else "large"
-
-
 def variants(arch: Architecture) -> list[Variant]:
     """Every bucket that ships, operand layout, epilogue, operand dtype and output dtype at least once."""
     if not has_descriptors():

@@ -1,11 +1,9 @@
-"""The second pass of a product whose sum over K was split: the parts added in order, then the epilogue.
+"""A product whose sum over K is split: the parts by :mod:`.matmul_tiles`, then their sum and the epilogue.
 
     out[i, j] = epilogue(parts[0, i, j] + parts[1, i, j] + ...)
 
-The order is fixed, so a result is the same on every run.
+``parts`` [splits, M, N] are FP32.
 """
-
-from dataclasses import asdict, dataclass
 
 import torch
 import triton
@@ -16,10 +14,14 @@ from . import matmul_tiles
 from .architecture import Architecture
 from .matmul_epilogue import Product, apply_epilogue, epilogue_constants
 from .matmul_tiles import MatmulConfig
+from .split_k import empty_parts, sum_of_parts
 from .variant import BYTES, Elementwise, Variant
 
 # Blocks of K that a program multiplies at the least: fewer do not pay for storing and reading its part.
 LEAST_BLOCKS = 4
+BLOCK_M = 8
+BLOCK_N = 128
+WARPS = 4
 
 
 @triton.jit(do_not_specialize=["M", "splits"])
@@ -32,50 +34,31 @@ def add_parts_kernel(
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (rows[:, None] < M) & (columns[None, :] < N)
     at = rows[:, None].to(tl.int64) * N + columns[None, :]
-    pointers = parts + at
-    step = tl.cast(M, tl.int64) * N
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(splits):
-        total += tl.load(pointers, mask=mask, other=0.0)
-        pointers += step
     apply_epilogue(
-        total, bias, residual, preactivation, kept, out, column_partials,
+        sum_of_parts(parts, splits, at, mask, M, N), bias, residual, preactivation, kept, out, column_partials,
         at, mask, tl.program_id(0), rows, columns, M, N, ACTIVATION,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class AddPartsConfig:
-    """Tile sizes and warps of the second pass."""
-
-    BLOCK_M: int = 8
-    BLOCK_N: int = 128
-    num_warps: int = 4
-
-
 def split_count(product: Product, config: MatmulConfig, multiprocessors: int) -> int:
-    """Into how many parts the sum over K is split: one where at least half the multiprocessors have a tile as it is."""
+    """Into how many parts the sum over K is split: as many as give no multiprocessor a second program."""
     M, N, K = product.shape
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
-    if 2 * tiles > multiprocessors:
-        return 1
     return max(1, min(multiprocessors // tiles, K // (LEAST_BLOCKS * config.BLOCK_K)))
 
 
 def launch(product: Product, config: MatmulConfig, splits: int) -> Tensor | None:
     """Compute ``product``; returns the partial sums of its columns, None unless asked for."""
-    M, N, K = product.shape
-    depth = triton.cdiv(triton.cdiv(K, config.BLOCK_K), splits) * config.BLOCK_K
-    parts = torch.empty((triton.cdiv(K, depth), M, N), dtype=torch.float32, device=product.a.device)
+    M, N, _ = product.shape
+    parts, depth = empty_parts(product.shape, config.BLOCK_K, splits, torch.float32, product.a.device)
     matmul_tiles.launch(Product(product.a, product.b, product.out), config, parts, depth)
-    second = AddPartsConfig()
-    partials = product.column_partials(second.BLOCK_M)
+    partials = product.column_partials(BLOCK_M)
     with torch.cuda.device_of(product.a):
-        add_parts_kernel[(triton.cdiv(M, second.BLOCK_M), triton.cdiv(N, second.BLOCK_N))](
+        add_parts_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N))](
             parts, product.bias, product.residual, product.preactivation, product.kept, product.out, partials,
             M, N, parts.shape[0],
-            ACTIVATION=product.activation,
-            **asdict(second), num_stages=1,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, ACTIVATION=product.activation,
+            num_warps=WARPS, num_stages=1,
         )  # fmt: skip
     return partials
 
@@ -92,7 +75,7 @@ def variants(arch: Architecture) -> list[Variant]:
 
 
 def _variant(dtype: str, epilogue: str, *, bias: bool) -> Variant:
-    config, constants = AddPartsConfig(), epilogue_constants(epilogue, bias=bias)
+    constants = epilogue_constants(epilogue, bias=bias)
     pointers = {"parts": "fp32", **dict.fromkeys(("bias", "residual", "preactivation", "kept", "out"), dtype)}
     pointers |= {"column_partials": "fp32"}
     signature = {name: f"*{kind}" for name, kind in pointers.items() if name not in constants}
@@ -100,9 +83,9 @@ def _variant(dtype: str, epilogue: str, *, bias: bool) -> Variant:
         name=f"add_parts[{dtype},{epilogue}]",
         function=add_parts_kernel,
         signature={**signature, "M": "i32", "N": "i32", "splits": "i32"},
-        constexprs={"BLOCK_M": config.BLOCK_M, "BLOCK_N": config.BLOCK_N, **constants},
+        constexprs={"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, **constants},
         divisible_by_16=(*signature, "N"),
-        num_warps=config.num_warps,
+        num_warps=WARPS,
         # One iteration of its loop reads one part.
-        work=Elementwise(config.BLOCK_M * config.BLOCK_N, BYTES["fp32"]),
+        work=Elementwise(BLOCK_M * BLOCK_N, BYTES["fp32"]),
     )

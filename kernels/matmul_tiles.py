@@ -124,14 +124,8 @@ def loads_16_bytes(operand: Tensor) -> bool:
 
 def bucket(product: Product) -> str:
     """The shape bucket of ``product``: which tiles keep its pointers, masks and sums within the registers."""
-    M, N, _ = product.shape
-    if N % 16 or not (loads_16_bytes(product.a) and loads_16_bytes(product.b)):
-        return "unaligned"
-    if M <= 32:
-        return "small"
-    if M * N <= 2**21:
-        return "medium"
-    return "wide" if product.is_bare else "large"
+    aligned = product.shape[1] % 16 == 0 and loads_16_bytes(product.a) and loads_16_bytes(product.b)
+    return product.size if aligned else "unaligned"
 
 
 def variants(arch: Architecture) -> list[Variant]:
