@@ -24,13 +24,13 @@ from .multi_tensor import (
     chunk_of_program,
     dtypes_of,
     groups_of,
+    launches,
     load,
-    programs_for,
+    multi_tensor_variant,
     sizes_of,
-    table_of,
     tensor_pointer,
 )
-from .variant import Elementwise, Variant
+from .variant import Variant
 
 # Table columns; POSITION is the tensor's place in the caller's list.
 SIZE, GRAD, BUFFER, POSITION = (tl.constexpr(i) for i in range(4))
@@ -96,25 +96,12 @@ def accumulate_gradients_(
     groups = groups_of((dtypes_of(grads),), columns, (GRAD.value, POSITION.value))
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        for group in groups:
-            (dtype,) = group.dtypes
-            programs = programs_for(group.columns[SIZE.value], config.chunk, device)
+        for (dtype,), table, programs, constants in launches(groups, config, device):
             accumulate_kernel[(programs.count,)](
-                table_of(group, device),
-                programs.tensor,
-                programs.chunk,
-                inv_scale,
-                found_inf,
-                nonfinite,
-                GRAD_TYPE=TRITON_TYPES[dtype],
-                OVERWRITE=overwrite,
-                CLEAR=clear,
-                ALIGNED=group.is_aligned,
-                CHUNK=config.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
-                num_stages=1,
-            )
+                table, programs.tensor, programs.chunk, inv_scale, found_inf, nonfinite,
+                GRAD_TYPE=TRITON_TYPES[dtype], OVERWRITE=overwrite, CLEAR=clear,
+                **constants,
+            )  # fmt: skip
 
 
 def variants(arch: Architecture) -> list[Variant]:
@@ -138,33 +125,14 @@ def _variant(
     clear: bool = False,
     is_aligned: bool = True,
 ) -> Variant:
-    config = multi_tensor_config(arch)
-    flags = {"unscaled": not scaled, "overwrite": overwrite, "clear": clear, "unaligned": not is_aligned}
-    scale = {"inv_scale": "*fp32"} if scaled else {}
-    pointers = {
-        "table": "*i64",
-        "program_tensor": "*i32",
-        "program_chunk": "*i32",
-        **scale,
-        "found_inf": "*fp32",
-        "nonfinite": "*i64",
-    }
-    buffer_bytes = 4 if overwrite else 8
-    return Variant(
-        name=f"accumulate[{','.join([TRITON_NAMES[dtype], *(flag for flag, on in flags.items() if on)])}]",
-        function=accumulate_kernel,
-        signature=pointers,
-        constexprs={
-            **({} if scaled else {"inv_scale": None}),
-            "GRAD_TYPE": TRITON_TYPES[dtype],
-            "OVERWRITE": overwrite,
-            "CLEAR": clear,
-            "ALIGNED": is_aligned,
-            "CHUNK": config.chunk,
-            "BLOCK": config.block,
-        },
-        divisible_by_16=tuple(pointers),
-        num_warps=config.num_warps,
-        wide_loads=is_aligned,
-        work=Elementwise(config.block, buffer_bytes + dtype.itemsize * (2 if clear else 1)),
+    flags = {"unscaled": not scaled, "overwrite": overwrite, "clear": clear}
+    return multi_tensor_variant(
+        "accumulate",
+        [TRITON_NAMES[dtype], *(flag for flag, is_set in flags.items() if is_set)],
+        accumulate_kernel,
+        {"inv_scale": "*fp32" if scaled else None, "found_inf": "*fp32", "nonfinite": "*i64"},
+        {"GRAD_TYPE": TRITON_TYPES[dtype], "OVERWRITE": overwrite, "CLEAR": clear},
+        multi_tensor_config(arch),
+        is_aligned,
+        dtype.itemsize * (2 if clear else 1) + (4 if overwrite else 8),
     )

@@ -27,17 +27,20 @@ from .multi_tensor import (
     chunk_of_program,
     dtypes_of,
     groups_of,
+    launches,
     load,
-    programs_for,
+    multi_tensor_variant,
     sizes_of,
-    table_of,
     tensor_pointer,
 )
-from .variant import Elementwise, Variant
+from .variant import Variant
 
 # Table columns: number of elements, address of the gradient, position of the gradient in the caller's list.
 SIZE, GRAD, POSITION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 COLUMNS = tl.constexpr(3)
+
+# The (dtype, whether aligned) of gradients that variants are listed for.
+KINDS = ((torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float16, False))
 
 
 @triton.jit
@@ -137,23 +140,12 @@ def unscale_gradients_(grads: list[Tensor], inv_scale: Tensor, found_inf: Tensor
     device = grads[0].device
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        for group in groups_of_gradients(grads):
-            (dtype,) = group.dtypes
-            table, programs = table_of(group, device), programs_for(group.columns[SIZE.value], config.chunk, device)
+        for (dtype,), table, programs, constants in launches(groups_of_gradients(grads), config, device):
             unscale_kernel[(programs.count,)](
-                table,
-                programs.tensor,
-                programs.chunk,
-                inv_scale,
-                found_inf,
-                nonfinite,
+                table, programs.tensor, programs.chunk, inv_scale, found_inf, nonfinite,
                 GRAD_TYPE=TRITON_TYPES[dtype],
-                ALIGNED=group.is_aligned,
-                CHUNK=config.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
-                num_stages=1,
-            )
+                **constants,
+            )  # fmt: skip
 
 
 def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -163,80 +155,36 @@ def gradient_statistics(grads: list[Tensor]) -> tuple[Tensor, Tensor]:
     nonfinite = torch.empty(len(grads), dtype=torch.int64, device=device)
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        for group in groups_of_gradients(grads):
-            (dtype,) = group.dtypes
-            table, programs = table_of(group, device), programs_for(group.columns[SIZE.value], config.chunk, device)
+        for (dtype,), table, programs, constants in launches(groups_of_gradients(grads), config, device):
             partial_sum = torch.empty(programs.count, dtype=torch.float32, device=device)
             partial_count = torch.empty(programs.count, dtype=torch.int32, device=device)
             partial_stats_kernel[(programs.count,)](
-                table,
-                programs.tensor,
-                programs.chunk,
-                partial_sum,
-                partial_count,
+                table, programs.tensor, programs.chunk, partial_sum, partial_count,
                 GRAD_TYPE=TRITON_TYPES[dtype],
-                ALIGNED=group.is_aligned,
-                CHUNK=config.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
-                num_stages=1,
-            )
+                **constants,
+            )  # fmt: skip
             reduce_stats_kernel[(len(table),)](
-                table,
-                programs.first,
-                partial_sum,
-                partial_count,
-                sum_of_squares,
-                nonfinite,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
-                num_stages=1,
-            )
+                table, programs.first, partial_sum, partial_count, sum_of_squares, nonfinite,
+                BLOCK=config.block, num_warps=config.num_warps, num_stages=1,
+            )  # fmt: skip
     return sum_of_squares, nonfinite
 
 
 def variants(arch: Architecture) -> list[Variant]:
     config = multi_tensor_config(arch)
-    launches = []
-    for dtype, is_aligned in (
-        (torch.float16, True),
-        (torch.bfloat16, True),
-        (torch.float32, True),
-        (torch.float16, False),
-    ):
-        label = TRITON_NAMES[dtype] + ("" if is_aligned else ",unaligned")
-        constexprs = {
-            "GRAD_TYPE": TRITON_TYPES[dtype],
-            "ALIGNED": is_aligned,
-            "CHUNK": config.chunk,
-            "BLOCK": config.block,
-        }
-        table = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32"}
-        for name, function, outputs, passes in (
-            ("unscale", unscale_kernel, {"inv_scale": "*fp32", "found_inf": "*fp32", "nonfinite": "*i64"}, 2),
-            ("partial_stats", partial_stats_kernel, {"partial_sum": "*fp32", "partial_count": "*i32"}, 1),
+    unscaling = {"inv_scale": "*fp32", "found_inf": "*fp32", "nonfinite": "*i64"}
+    partials = {"partial_sum": "*fp32", "partial_count": "*i32"}
+    found = []
+    for dtype, is_aligned in KINDS:
+        labels, constants = [TRITON_NAMES[dtype]], {"GRAD_TYPE": TRITON_TYPES[dtype]}
+        for name, function, types, passes in (
+            ("unscale", unscale_kernel, unscaling, 2),
+            ("partial_stats", partial_stats_kernel, partials, 1),
         ):
-            launches.append(
-                Variant(
-                    name=f"{name}[{label}]",
-                    function=function,
-                    signature=table | outputs,
-                    constexprs=constexprs,
-                    divisible_by_16=tuple(table | outputs),
-                    num_warps=config.num_warps,
-                    wide_loads=is_aligned,
-                    work=Elementwise(config.block, passes * dtype.itemsize),
-                )
-            )
-    signature = {
-        "table": "*i64",
-        "first_program": "*i32",
-        "partial_sum": "*fp32",
-        "partial_count": "*i32",
-        "sum_of_squares": "*fp32",
-        "nonfinite": "*i64",
-    }
-    launches.append(
+            floor = passes * dtype.itemsize
+            found.append(multi_tensor_variant(name, labels, function, types, constants, config, is_aligned, floor))
+    signature = {"table": "*i64", "first_program": "*i32", **partials, "sum_of_squares": "*fp32", "nonfinite": "*i64"}
+    found.append(
         Variant(
             name="reduce_stats",
             function=reduce_stats_kernel,
@@ -247,7 +195,7 @@ def variants(arch: Architecture) -> list[Variant]:
             wide_loads=False,
         )
     )
-    return launches
+    return found
 
 
 def multi_tensor_config(arch: Architecture) -> MultiTensorConfig:

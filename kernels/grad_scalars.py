@@ -22,6 +22,7 @@ from .architecture import Architecture, architecture_of
 from .grad import (
     COLUMNS,
     GRAD,
+    KINDS,
     POSITION,
     SIZE,
     add_statistics,
@@ -33,12 +34,12 @@ from .multi_tensor import (
     TRITON_NAMES,
     TRITON_TYPES,
     counts_for,
-    programs_for,
-    table_of,
+    launches,
+    multi_tensor_variant,
     tensor_pointer,
     zero_counts,
 )
-from .variant import Elementwise, Variant
+from .variant import Variant
 
 # Programs of one launch: enough to fill every supported GPU, few enough for one program to add what they leave.
 PROGRAMS = 2048
@@ -118,78 +119,52 @@ def gradient_scalars(
     nonfinite = torch.empty(len(grads), dtype=torch.int64, device=device)
     with torch.cuda.device_of(grads[0]):
         config = multi_tensor_config(architecture_of(device))
-        groups = groups_of_gradients(grads)
-        launches = [programs_for(group.columns[SIZE.value], config.chunk, device) for group in groups]
+        listed = list(launches(groups_of_gradients(grads), config, device))
         # All launches share these counts: the last one reads what the others counted, and sets them back to zero. A
         # last launch that never comes, as after Ctrl-C while it compiles, would leave them dirty, so counts that
         # several launches share are made for this call alone.
-        counts = (counts_for if len(groups) == 1 else zero_counts)(len(grads), device)
-        grids = [min(programs.count, PROGRAMS) for programs in launches]
+        counts = (counts_for if len(listed) == 1 else zero_counts)(len(grads), device)
+        grids = [min(launch.programs.count, PROGRAMS) for launch in listed]
         partial_sum = torch.empty(sum(grids), dtype=torch.float32, device=device)
+        # A float always: Triton compiles the kernel once more for an integer.
+        max_norm = None if max_norm is None else float(max_norm)
         first_partial = 0
-        for group, programs, grid in zip(groups, launches, grids, strict=True):
-            (dtype,) = group.dtypes
+        for ((dtype,), table, programs, constants), grid in zip(listed, grids, strict=True):
             grad_scalars_kernel[(grid,)](
-                table_of(group, device),
-                programs.tensor,
-                programs.chunk,
-                programs.count,
-                partial_sum,
-                first_partial,
-                sum(grids),
-                counts,
-                len(grads),
-                inv_scale,
-                found_inf,
-                # A float always: Triton compiles the kernel once more for an integer.
-                None if max_norm is None else float(max_norm),
-                scalars,
-                nonfinite,
+                table, programs.tensor, programs.chunk, programs.count,
+                partial_sum, first_partial, sum(grids), counts, len(grads),
+                inv_scale, found_inf, max_norm, scalars, nonfinite,
                 GRAD_TYPE=TRITON_TYPES[dtype],
-                ALIGNED=group.is_aligned,
-                CHUNK=config.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
-                num_stages=1,
-            )
+                **constants,
+            )  # fmt: skip
             first_partial += grid
     return scalars, nonfinite
 
 
 def variants(arch: Architecture) -> list[Variant]:
-    config = multi_tensor_config(arch)
-    pointers = {
-        "table": "*i64",
+    types = {
         "chunk_tensor": "*i32",
         "chunk_index": "*i32",
         "partial_sum": "*fp32",
         "counts": "*i64",
         "inv_scale": "*fp32",
         "found_inf": "*fp32",
+        "max_norm": "fp32",
         "scalars": "*fp32",
         "nonfinite": "*i64",
+        **dict.fromkeys(("chunks", "first_partial", "partials", "tensors"), "i32"),
     }
-    integers = dict.fromkeys(("chunks", "first_partial", "partials", "tensors"), "i32")
     return [
-        Variant(
-            name=f"grad_scalars[{TRITON_NAMES[dtype]}{'' if is_aligned else ',unaligned'}]",
-            function=grad_scalars_kernel,
-            signature=pointers | integers | {"max_norm": "fp32"},
-            constexprs={
-                "GRAD_TYPE": TRITON_TYPES[dtype],
-                "ALIGNED": is_aligned,
-                "CHUNK": config.chunk,
-                "BLOCK": config.block,
-            },
-            divisible_by_16=tuple(name for name in pointers if name not in ("inv_scale", "found_inf")),
-            num_warps=config.num_warps,
-            wide_loads=is_aligned,
-            work=Elementwise(config.block, dtype.itemsize),
+        multi_tensor_variant(
+            "grad_scalars",
+            [TRITON_NAMES[dtype]],
+            grad_scalars_kernel,
+            types,
+            {"GRAD_TYPE": TRITON_TYPES[dtype]},
+            multi_tensor_config(arch),
+            is_aligned,
+            dtype.itemsize,
+            indivisible=("inv_scale", "found_inf"),
         )
-        for dtype, is_aligned in (
-            (torch.float16, True),
-            (torch.bfloat16, True),
-            (torch.float32, True),
-            (torch.float16, False),
-        )
+        for dtype, is_aligned in KINDS
     ]

@@ -14,9 +14,9 @@ that has the attributes ``sizes`` and ``dtypes``, one for each tensor, only the 
 import functools
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_cache import cached, capturing, to_device
+from .variant import Elementwise, Variant
 
 # A table's column of all tensors: a number each, or None for zeros.
 Column = Sequence[int] | None
@@ -72,6 +73,15 @@ class Programs(NamedTuple):
     first: Tensor
     tickets: Tensor
     count: int
+
+
+class Launch(NamedTuple):
+    """One launch, over a group of ``dtypes``; ``constants`` are those that each kernel over many tensors has."""
+
+    dtypes: tuple[torch.dtype, ...]
+    table: Tensor
+    programs: Programs
+    constants: dict[str, Any]
 
 
 @triton.jit
@@ -145,6 +155,56 @@ def groups_of(
         is_aligned = functools.reduce(operator.or_, row[slice(*vectors)]) % 16 == 0
         groups[kinds, is_aligned].append(row)
     return [Group(*kind, tuple(zip(*members, strict=True))) for kind, members in groups.items()]
+
+
+def launches(groups: Sequence[Group], config: MultiTensorConfig, device: torch.device) -> Iterator[Launch]:
+    """A launch over each of ``groups``."""
+    for group in groups:
+        constants = {
+            "ALIGNED": group.is_aligned,
+            "CHUNK": config.chunk,
+            "BLOCK": config.block,
+            "num_warps": config.num_warps,
+            "num_stages": 1,
+        }
+        programs = programs_for(group.columns[0], config.chunk, device)
+        yield Launch(group.dtypes, table_of(group, device), programs, constants)
+
+
+def multi_tensor_variant(
+    kernel: str,
+    labels: Sequence[str],
+    function: Any,
+    types: dict[str, str | None],
+    constants: dict[str, Any],
+    config: MultiTensorConfig,
+    is_aligned: bool,
+    floor_bytes: float,
+    indivisible: Sequence[str] = (),
+) -> Variant:
+    """``kernel[labels]``, the variant of a launch by ``config``.
+
+    Args:
+        types: of the arguments beside the table and the lists of programs, None for one that the launch lacks.
+        constants: beside those of every :class:`Launch`.
+        floor_bytes: of :class:`Elementwise`.
+        indivisible: pointers that 16 need not divide.
+    """
+    types = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32"} | types
+    signature = {name: kind for name, kind in types.items() if kind is not None and name in function.arg_names}
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    return Variant(
+        name=f"{kernel}[{','.join([*labels, *([] if is_aligned else ['unaligned'])])}]",
+        function=function,
+        signature=signature,
+        constexprs={name: None for name, kind in types.items() if kind is None}
+        | constants
+        | {"ALIGNED": is_aligned, "CHUNK": config.chunk, "BLOCK": config.block},
+        divisible_by_16=tuple(name for name in pointers if name not in indivisible),
+        num_warps=config.num_warps,
+        wide_loads=is_aligned,
+        work=Elementwise(config.block, floor_bytes),
+    )
 
 
 def table_of(group: Group, device: torch.device) -> Tensor:

@@ -14,13 +14,13 @@ from .multi_tensor import (
     addresses,
     dtypes_of,
     groups_of,
-    programs_for,
+    launches,
+    multi_tensor_variant,
     sizes_of,
-    table_of,
 )
 from .optimizer_state import GROUP_SIZE
-from .optimizer_step import COLUMNS, PARAM, SIZE, optimizer_step_kernel
-from .variant import Elementwise, Variant
+from .optimizer_step import COLUMNS, PARAM, optimizer_step_kernel
+from .variant import Variant
 
 STATE_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "code", torch.uint8: "code"}
 MASTER_FORMATS = {torch.float32: "fp32", torch.int16: "split"}
@@ -81,35 +81,18 @@ def launch_step(
     state = STATE_FORMATS[states[0][0].dtype] if states[0] else "none"
     with torch.cuda.device_of(params[0]):
         config = _config(architecture_of(device), state)
-        for group in groups:
-            param_dtype, grad_dtype = group.dtypes
-            programs = programs_for(group.columns[SIZE.value], config.chunk, device)
+        for (param_dtype, grad_dtype), table, programs, constants in launches(groups, config, device):
             optimizer_step_kernel[(programs.count,)](
-                table_of(group, device),
-                programs.tensor,
-                programs.chunk,
-                programs.tickets,
-                lr,
-                inv_scale,
-                clip_coef,
-                found_inf,
+                table, programs.tensor, programs.chunk, programs.tickets,
+                lr, inv_scale, clip_coef, found_inf,
                 *hyperparameters,
-                RULE=rule.rule,
-                PARAM_TYPE=TRITON_TYPES[param_dtype],
-                GRAD_TYPE=TRITON_TYPES[grad_dtype],
-                MASTER=MASTER_FORMATS[masters[0].dtype] if masters else "none",
-                STATE=state,
+                RULE=rule.rule, PARAM_TYPE=TRITON_TYPES[param_dtype], GRAD_TYPE=TRITON_TYPES[grad_dtype],
+                MASTER=MASTER_FORMATS[masters[0].dtype] if masters else "none", STATE=state,
                 AMSGRAD=len(states) == 3 and bool(states[2]),
-                DECOUPLED=rule.decoupled,
-                NESTEROV=rule.nesterov,
-                MAXIMIZE=rule.maximize,
+                DECOUPLED=rule.decoupled, NESTEROV=rule.nesterov, MAXIMIZE=rule.maximize,
                 STOCHASTIC=stochastic_rounding,
-                ALIGNED=group.is_aligned,
-                CHUNK=config.chunk,
-                BLOCK=config.block,
-                num_warps=config.num_warps,
-                num_stages=1,
-            )
+                **constants,
+            )  # fmt: skip
 
 
 def step_variant(
@@ -126,7 +109,6 @@ def step_variant(
     aligned: bool = True,
 ) -> Variant:
     """The variant of one launch; ``scaled`` is whether it has ``inv_scale``, ``clip_coef`` and ``found_inf``."""
-    config = _config(arch, state)
     moments = 2 + amsgrad if rule.rule == "adam" else 1
     flags = {
         "decoupled": rule.decoupled,
@@ -135,20 +117,20 @@ def step_variant(
         "maximize": rule.maximize,
         "stochastic": stochastic,
         "unscaled": not scaled,
-        "unaligned": not aligned,
     }
     types = [TRITON_NAMES[param], TRITON_NAMES[grad], f"{master} master", f"{state} state"]
     scalars = ("inv_scale", "clip_coef", "found_inf")
-    pointers = {"table": "*i64", "program_tensor": "*i32", "program_chunk": "*i32", "tickets": "*i64", "lr": "*fp32"}
-    pointers |= dict.fromkeys(scalars, "*fp32") if scaled else {}
-    hyperparameters = {name: getattr(rule, name) for name in HYPERPARAMETERS}
-    return Variant(
-        name=f"{rule.rule}[{','.join(types + [name for name, is_set in flags.items() if is_set])}]",
-        function=optimizer_step_kernel,
-        signature=pointers | {name: "fp32" for name, value in hyperparameters.items() if value is not None},
-        constexprs={name: None for name, value in hyperparameters.items() if value is None}
-        | ({} if scaled else dict.fromkeys(scalars))
-        | {
+    return multi_tensor_variant(
+        rule.rule,
+        types + [name for name, is_set in flags.items() if is_set],
+        optimizer_step_kernel,
+        {
+            "tickets": "*i64",
+            "lr": "*fp32",
+            **dict.fromkeys(scalars, "*fp32" if scaled else None),
+            **{name: None if getattr(rule, name) is None else "fp32" for name in HYPERPARAMETERS},
+        },
+        {
             "RULE": rule.rule,
             "PARAM_TYPE": TRITON_TYPES[param],
             "GRAD_TYPE": TRITON_TYPES[grad],
@@ -159,14 +141,11 @@ def step_variant(
             "NESTEROV": rule.nesterov,
             "MAXIMIZE": rule.maximize,
             "STOCHASTIC": stochastic,
-            "ALIGNED": aligned,
-            "CHUNK": config.chunk,
-            "BLOCK": config.block,
         },
-        divisible_by_16=tuple(name for name in pointers if name not in ("lr", *scalars)),
-        num_warps=config.num_warps,
-        wide_loads=aligned,
-        work=Elementwise(config.block, _floor_bytes(param, grad, master, state, moments)),
+        _config(arch, state),
+        aligned,
+        _floor_bytes(param, grad, master, state, moments),
+        indivisible=("lr", *scalars),
     )
 
 
