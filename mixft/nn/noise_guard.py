@@ -10,7 +10,7 @@ it has to compute what the first one did.
 """
 
 import warnings
-from math import isnan
+from math import isnan, nan
 from numbers import Real
 
 import torch
@@ -36,6 +36,8 @@ def feature_sqnr(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     Returns:
         NaN where no column has a finite ratio; columns of zeros do not count.
     """
+    if not x.shape[1]:
+        return x.new_full((), nan, dtype=torch.float32)
     x = x.float()
     noise, _ = ((x - values * scale).square().sum(0) / x.square().sum(0)).sort()
     # torch's nanmedian would wait for a GPU. NaN comes last in order.
