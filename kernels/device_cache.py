@@ -7,28 +7,31 @@ memory cannot be allocated during a capture, and it is kept for good, as is ever
 does not say when it is gone.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ENTRIES = 64
+from .recently_used import RecentlyUsed
+
+# Bytes of tables; one for every parameter apart, as where each is stepped alone, takes a kilobyte or two.
+LIMIT = 1 << 25
+# What torch's allocator on a GPU gives a tensor at least.
+SMALLEST = 512
 # Bytes of pinned memory set aside, at least; a table of a thousand parameters takes about a tenth of it.
 RESERVE = 1 << 20
 
-_entries: OrderedDict[tuple, Any] = OrderedDict()
+_entries = RecentlyUsed(LIMIT)
 _kept_for_graphs: list[Any] = []
 _reserved: dict[str, Tensor] = {}
 
 
 def cached(make: Callable[[Any, torch.device], Any], key: Hashable, device: torch.device) -> Any:
-    """``make(key, device)``, or what it gave the last time on this stream."""
+    """``make(key, device)``, a tensor or a tuple with some, or what it gave the last time on this stream."""
     full_key = (make, key, device, _stream(device))
     value = _entries.get(full_key)
     if value is not None:
-        _entries.move_to_end(full_key)
         if capturing(device):
             _kept_for_graphs.append(value)
         return value
@@ -38,9 +41,8 @@ def cached(make: Callable[[Any, torch.device], Any], key: Hashable, device: torc
         # Not put into the cache: what a graph copies is there only after a replay.
         _kept_for_graphs.append(value)
         return value
-    value = _entries[full_key] = make(key, device)
-    if len(_entries) > ENTRIES:
-        _entries.popitem(last=False)
+    value = make(key, device)
+    _entries.add(full_key, value, _size(value))
     return value
 
 
@@ -59,6 +61,11 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     source = _take(host.nbytes).view(host.dtype).view(host.shape).copy_(host)
     _kept_for_graphs.append(source)
     return source.to(device, non_blocking=True)
+
+
+def _size(value: Any) -> int:
+    parts = value if isinstance(value, tuple) else (value,)
+    return sum(max(SMALLEST, part.nbytes) for part in parts if isinstance(part, Tensor))
 
 
 def _set_aside(size: int) -> None:

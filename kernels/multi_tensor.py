@@ -24,13 +24,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .device_cache import cached, capturing, to_device
+from .recently_used import RecentlyUsed
 from .variant import Elementwise, Variant
 
 # A table's column of all tensors: a number each, or None for zeros.
 Column = Sequence[int] | None
 
+# Numbers in the tables whose groups are remembered, some 40 bytes each; a small table counts as so many.
+LIMIT = 1 << 20
+SMALLEST_TABLE = 64
+
 TRITON_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+_groups = RecentlyUsed(LIMIT)
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,6 @@ def addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
     return found
 
 
-@functools.lru_cache(maxsize=64)
 def groups_of(
     dtypes: tuple[tuple[torch.dtype, ...], ...], columns: tuple[Column, ...], vectors: tuple[int, int]
 ) -> list[Group]:
@@ -148,6 +154,17 @@ def groups_of(
         columns: of the table, of all tensors; None for zeros.
         vectors: the first of the columns of addresses that are accessed in vectors, and the first that is not again.
     """
+    key = dtypes, columns, vectors
+    found = _groups.get(key)
+    if found is None:
+        found = _group(*key)
+        _groups.add(key, found, max(SMALLEST_TABLE, len(columns) * len(dtypes[0])))
+    return found
+
+
+def _group(
+    dtypes: tuple[tuple[torch.dtype, ...], ...], columns: tuple[Column, ...], vectors: tuple[int, int]
+) -> list[Group]:
     absent = (0,) * len(dtypes[0])
     rows = list(zip(*(absent if column is None else column for column in columns), strict=True))
     groups = defaultdict(list)

@@ -7,6 +7,7 @@ from step_problems import RULES, Problem, scalar
 
 from mixft.kernels import device_cache
 from mixft.kernels.multi_tensor import counts_for, groups_of, programs_for, table_of
+from mixft.kernels.recently_used import RecentlyUsed
 from mixft.ops import grad_scalars
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -16,7 +17,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def streams(monkeypatch):
     """A cache of its own, with the stream and the state of capturing set by hand; nothing touches a GPU."""
     state = {"stream": 1, "capturing": False}
-    monkeypatch.setattr(device_cache, "_entries", type(device_cache._entries)())
+    monkeypatch.setattr(device_cache, "_entries", RecentlyUsed(device_cache.LIMIT))
     monkeypatch.setattr(device_cache, "_kept_for_graphs", [])
     monkeypatch.setattr(device_cache, "_reserved", {})
     monkeypatch.setattr(device_cache, "_stream", lambda device: state["stream"])
@@ -26,7 +27,7 @@ def streams(monkeypatch):
 
 
 def make(key, device):
-    return [key]
+    return torch.empty(0)
 
 
 def test_an_entry_is_kept_for_its_stream(streams):
@@ -37,14 +38,38 @@ def test_an_entry_is_kept_for_its_stream(streams):
     assert device_cache.cached(make, "a", GPU) is not first
 
 
-def test_the_oldest_entry_goes_first(streams):
-    first = device_cache.cached(make, 0, GPU)
-    for key in range(1, device_cache.ENTRIES):
+def test_what_was_not_used_lately_goes_first(streams):
+    """Tables that take half of the limit each, of which the third sends away the one that was not asked for again."""
+
+    def half(key, device):
+        return torch.empty(device_cache.LIMIT // 2, dtype=torch.uint8), "what is no tensor takes nothing"
+
+    first, second = (device_cache.cached(half, key, GPU) for key in range(2))
+    assert device_cache.cached(half, 0, GPU) is first
+    device_cache.cached(half, 2, GPU)
+    assert device_cache.cached(half, 0, GPU) is first
+    assert device_cache.cached(half, 1, GPU) is not second
+
+
+def test_small_tables_of_a_thousand_parameters_stay(streams):
+    """As where each is stepped by itself; every one takes a block of the device's allocator, however small it is."""
+    tables = [device_cache.cached(make, key, GPU) for key in range(1000)]
+    assert all(device_cache.cached(make, key, GPU) is table for key, table in enumerate(tables))
+    for key in range(1000, device_cache.LIMIT // device_cache.SMALLEST + 1):
         device_cache.cached(make, key, GPU)
-    assert device_cache.cached(make, 0, GPU) is first
-    device_cache.cached(make, "new", GPU)
-    assert device_cache.cached(make, 0, GPU) is first
-    assert len(device_cache._entries) == device_cache.ENTRIES
+    assert device_cache.cached(make, 1, GPU) is tables[1]
+    assert device_cache.cached(make, 0, GPU) is not tables[0]
+
+
+def test_one_that_is_larger_than_the_limit_is_kept_until_the_next():
+    cache = RecentlyUsed(10)
+    cache.add("large", 1, 11)
+    assert cache.get("large") == 1
+    cache.add("small", 2, 3)
+    assert cache.items() == [("small", 2)]
+    cache.add("small", 3, 8)
+    cache.add("other", 4, 2)
+    assert cache.items() == [("small", 3), ("other", 4)]
 
 
 def test_a_capture_takes_what_another_stream_has_and_keeps_it(streams):
@@ -124,6 +149,16 @@ def test_an_address_that_16_does_not_divide_is_launched_apart():
         (True, ((5, 7), (64, 96), (0, 2))),
         (False, ((6,), (72,), (1,))),
     ]
+
+
+def test_groups_of_a_thousand_tensors_each_alone_are_remembered():
+    """A group is the key of its table, which is made again where the group is."""
+
+    def group(number):
+        return groups_of(((torch.float32,),), ((5,), (16 * number,)), (1, 2))
+
+    groups = [group(number) for number in range(1, 1001)]
+    assert all(group(number) is known for number, known in enumerate(groups, start=1))
 
 
 if HAS_GPU:
