@@ -20,15 +20,11 @@ def scalar(value, device):
 
 def mixed_gradients(device):
     """Mixed dtypes, a misaligned view, a transpose, channels-last, a strided view and an empty tensor."""
-    return [
-        torch.randn(1001, device=device).half()[1:],
-        torch.randn(33, 17, device=device).t(),
-        torch.randn(2, 3, 5, 7, device=device).bfloat16().to(memory_format=torch.channels_last),
-        torch.randn(40, 6, device=device)[:, ::2],
-        torch.randn(0, 4, device=device),
-        torch.randn((), device=device),
-        torch.randn(66, device=device).half(),
-    ]
+    # The same numbers on every device.
+    sizes = [(1001,), (33, 17), (2, 3, 5, 7), (40, 6), (0, 4), (), (66,)]
+    shifted, turned, image, wide, empty, scalar, half = (torch.randn(size).to(device) for size in sizes)
+    channels_last = image.bfloat16().to(memory_format=torch.channels_last)
+    return [shifted.half()[1:], turned.t(), channels_last, wide[:, ::2], empty, scalar, half.half()]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

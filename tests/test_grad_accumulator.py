@@ -38,7 +38,7 @@ def backward(params, scaler, factors, spoilt=None):
 
 
 def micro_batches(params, count):
-    return [[torch.randn(param.shape, device=param.device) for param in params] for _ in range(count)]
+    return [[torch.randn(param.shape).to(param.device) for param in params] for _ in range(count)]
 
 
 def snapshot(optimizer):

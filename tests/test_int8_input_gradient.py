@@ -24,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 def operands(shape, dtype=torch.float32, device="cpu", rank=3):
     M, N, K = shape
-    grad = torch.randn(M, N, device=device).to(dtype)
+    grad = torch.randn(M, N).to(device, dtype)
     weight = torch.randint(-127, 128, (N, K), dtype=torch.int8).to(device)
-    left, right = (torch.randn(size, device=device).to(dtype) for size in ((M, rank), (rank, K)))
-    return grad, weight, torch.rand(N, 1, device=device) / 100 + 1e-3, left, right
+    left, right = (torch.randn(size).to(device, dtype) for size in ((M, rank), (rank, K)))
+    return grad, weight, (torch.rand(N, 1) / 100 + 1e-3).to(device), left, right
 
 
 def exact_gradient(grad, weight, scale, left=None, right=None):

@@ -338,8 +338,8 @@ def test_non_finite_values_reach_the_results(device, dtype, bad):
 
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only"])
 def test_small_fp16_gradients_survive_frozen_weights(device, mode):
-    layer = QuantLinear.from_linear(torch.nn.Linear(64, 32, device=device, dtype=torch.float16), mode)
-    x = torch.randn(5, 64, device=device).half().requires_grad_()
+    layer = QuantLinear.from_linear(torch.nn.Linear(64, 32, dtype=torch.float16).to(device), mode)
+    x = torch.randn(5, 64).half().to(device).requires_grad_()
     grad = torch.full((5, 32), 1e-5, device=device).half()
     layer(x).backward(grad)
     exact = grad.double().cpu() @ (layer.weight.double() * layer.weight_scale.double()).cpu()

@@ -19,9 +19,9 @@ SHAPES = [(1, 16, 8), (17, 66, 33), (40, 130, 70), (0, 8, 4), (3, 0, 2)]
 
 def operands(shape, dtype, device):
     M, K, N = shape
-    x = (torch.randn(2, M, K, device=device) + 0.7).to(dtype)
+    x = (torch.randn(2, M, K) + 0.7).to(device, dtype)
     weight = torch.randint(-127, 128, (N, K), dtype=torch.int8).to(device)
-    return x, weight, torch.rand(N, 1, device=device) / 100, torch.randn(N, device=device).to(dtype)
+    return x, weight, (torch.rand(N, 1) / 100).to(device), torch.randn(N).to(device, dtype)
 
 
 def static_range(scale, zero_point, device):
