@@ -63,6 +63,16 @@ def test_the_table_names_every_op(capsys):
     assert f"{len(CASES)} checks passed, 0 failed" in out
 
 
+def test_only_a_terminal_sees_how_far_it_is(monkeypatch, capsys):
+    main(["doctor", "--json"])
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    main(["doctor", "--json"])
+    captured = capsys.readouterr()
+    assert "testing" in captured.err
+    assert json.loads(captured.out)["passed"]
+
+
 def wrong_values(*arguments):
     values, scale, zero_point = sound_quantize(*arguments)
     return values + 1, scale, zero_point

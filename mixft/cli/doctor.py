@@ -2,11 +2,16 @@
 
 from dataclasses import dataclass
 from json import dumps
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixft.cli.environment import compiled_routines, cpu_features, devices, versions
+
+if TYPE_CHECKING:
+    import torch
+
+    from mixft.cli.self_test import Case
 
 VERDICTS = {True: "[green]ok[/]", False: "[bold red]WRONG[/]", None: "none"}
 
@@ -47,27 +52,29 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
 
 
 def diagnose() -> list[Row]:
-    """Run the self-test on the CPU and on every GPU."""
+    """Run the self-test on the CPU and on every GPU, with a bar on a terminal: a GPU compiles each kernel first."""
     import torch
+    from rich.console import Console
+    from rich.progress import track
 
-    from mixft.cli.self_test import run_case
     from mixft.cli.self_test_cases import CASES
+
+    console = Console(stderr=True)
+    checks = [(case, torch.device(entry["device"])) for entry in devices() for case in CASES]
+    hidden = not console.is_terminal
+    return [_check(*check) for check in track(checks, "testing", console=console, transient=True, disable=hidden)]
+
+
+def _check(case: "Case", device: "torch.device") -> Row:
+    from mixft.cli.self_test import run_case
     from mixft.cli.serving import served_by
 
-    rows = []
-    for entry in devices():
-        device = torch.device(entry["device"])
-        for case in CASES:
-            dtype = str(case.dtype).removeprefix("torch.")
-            code = served_by(case.op, case.dtype, device)
-            if code is None:
-                rows.append(Row(entry["device"], case.op, dtype, None, None, case.bound, None, None))
-                continue
-            found = run_case(case, device)
-            rows.append(
-                Row(entry["device"], case.op, dtype, code, found.error, case.bound, found.failure, found.passed)
-            )
-    return rows
+    dtype = str(case.dtype).removeprefix("torch.")
+    code = served_by(case.op, case.dtype, device)
+    if code is None:
+        return Row(str(device), case.op, dtype, None, None, case.bound, None, None)
+    found = run_case(case, device)
+    return Row(str(device), case.op, dtype, code, found.error, case.bound, found.failure, found.passed)
 
 
 def _print(rows: list[Row]) -> None:
