@@ -5,12 +5,13 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
-from itertools import chain
 
 from torch import nn
 
 # What an int8 weight answers as the floating-point one did.
-HARMLESS = (["dtype"], ["device"], ["shape"], ["size"], ["requires_grad"])
+HARMLESS = (["device"], ["shape"], ["size"], ["requires_grad"])
+# What a method names that asks whether a weight's dtype is one to cast an input to.
+ASKS_FOR_INTEGERS = ("int8", "is_floating_point")
 
 
 def reader_of(name: str, model: nn.Module) -> str:
@@ -33,13 +34,19 @@ def layers_read_by(module: type[nn.Module]) -> frozenset[str]:
         if method in seen:
             continue
         seen.add(method)
-        for first, *rest in chain.from_iterable(map(_paths, _sources(module, method))):
-            if not rest:
-                pending.append(first)
-            for place, name in enumerate(rest):
-                if name == "weight" and rest[place + 1 : place + 2] not in HARMLESS:
-                    found.add(".".join([first, *rest[:place]]))
+        for tree in _sources(module, method):
+            harmless = (*HARMLESS, ["dtype"]) if _asks_for_integers(tree) else HARMLESS
+            for first, *rest in _paths(tree):
+                if not rest:
+                    pending.append(first)
+                for place, name in enumerate(rest):
+                    if name == "weight" and rest[place + 1 : place + 2] not in harmless:
+                        found.add(".".join([first, *rest[:place]]))
     return frozenset(found)
+
+
+def _asks_for_integers(tree: ast.AST) -> bool:
+    return any(isinstance(node, ast.Attribute) and node.attr in ASKS_FOR_INTEGERS for node in ast.walk(tree))
 
 
 def _sources(module: type[nn.Module], method: str) -> Iterator[ast.AST]:
