@@ -13,6 +13,7 @@ from optimizer_cases import CASES, STORAGES, bits, copies, every_optimizer, memb
 import mixft.optim
 from mixft.amp import GradAccumulator, LossScaler, clip_grad_norm_
 from mixft.kernels import device_cache, multi_tensor
+from mixft.kernels.recently_used import RecentlyUsed
 
 if not HAS_GPU:
     from recorded_graph import Graph
@@ -73,7 +74,7 @@ def replays_as_eager_steps(make, params, micro_batches=1, between=lambda *_: Non
     with Graph().capture() as graph:
         graphed.step()
     # Full by now, in a longer run.
-    device_cache._entries.clear()
+    device_cache._entries = RecentlyUsed(device_cache.LIMIT)
     assert graphed.outcome()[:2] == before[:2]
     for number, bad in enumerate([None, None, float("inf"), float("nan"), None]):
         values = gradients(graphed, bad)
@@ -191,7 +192,7 @@ if not HAS_GPU:
     def test_gradients_that_stay_where_they_are_take_no_copy_to_the_device(case, monkeypatch):
         tables = []
         monkeypatch.setattr(multi_tensor, "to_device", lambda host, device: tables.append(host) or host)
-        monkeypatch.setattr(device_cache, "_entries", type(device_cache._entries)())
+        monkeypatch.setattr(device_cache, "_entries", RecentlyUsed(device_cache.LIMIT))
         params = parameters("cpu", F16, SHAPES)
         optimizer = case.ours(params, **case.options, max_grad_norm=1.0)
         scaler = LossScaler(device="cpu")
