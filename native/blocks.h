@@ -6,6 +6,8 @@
 #include <omp.h>
 #include <stdint.h>
 
+#include "inline.h"
+
 /* Elements of a block: 4 KB as FP32, so that a few buffers of it stay in the first-level cache. */
 #define BLOCK 1024
 
@@ -31,9 +33,6 @@ static inline int64_t blocks_of_all(const int64_t *sizes, int64_t count)
         blocks += blocks_of(sizes[tensor]);
     return blocks;
 }
-
-/* Inlined, with their body, into each caller. */
-#define INLINE static inline __attribute__((always_inline))
 
 /* Asks for elements ahead of their turn, into the second-level cache: the first one would soon overflow. */
 INLINE void fetch(const void *elements, int64_t bytes)

@@ -4,6 +4,7 @@
 #define MIXFT_INT8_FEW_ROWS_H
 
 #include "int8_tile.h"
+#include "inline.h"
 
 /* Up to so many rows a weight BY_COLUMN is read as it lies: packing it would take longer. Some of the rows are multiplied
  * at a time: their sums with COLUMNS fill the registers. */
@@ -60,10 +61,8 @@ static inline void store_totals(int32_t *to, const integers *sums)
 
 /* sums [rows, STRIP] with `columns`, 1 or COLUMNS. What is `fetched` comes to the second-level cache: the first has
  * room for little more than the rows. */
-static inline __attribute__((always_inline)) void multiply_columns(int32_t *sums, const row_value *values,
-                                                                   int64_t stride, const int8_t *weight,
-                                                                   int64_t inner, struct fetched fetched,
-                                                                   const int rows, const int columns)
+INLINE void multiply_columns(int32_t *sums, const row_value *values, int64_t stride, const int8_t *weight,
+                             int64_t inner, struct fetched fetched, const int rows, const int columns)
 {
     integers sum[ROWS_AT_ONCE][COLUMNS], value[ROWS_AT_ONCE];
     int64_t k = 0;
@@ -105,10 +104,8 @@ static inline __attribute__((always_inline)) void multiply_columns(int32_t *sums
 }
 
 /* multiply_columns for up to STRIP of them. */
-static inline __attribute__((always_inline)) void multiply_all_columns(int32_t *sums, const row_value *values,
-                                                                       int64_t stride, const int8_t *weight,
-                                                                       int64_t inner, int64_t columns, struct fetched fetched,
-                                                                       const int rows)
+INLINE void multiply_all_columns(int32_t *sums, const row_value *values, int64_t stride, const int8_t *weight,
+                                 int64_t inner, int64_t columns, struct fetched fetched, const int rows)
 {
     int64_t column = 0, fetched_by_column = inner / WIDTH * fetched.pace;
     for (; column + COLUMNS <= columns; column += COLUMNS, fetched.ahead += COLUMNS * fetched_by_column)

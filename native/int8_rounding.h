@@ -3,11 +3,12 @@
 #define MIXFT_INT8_ROUNDING_H
 
 #include "floats.h"
+#include "inline.h"
 
 #define SMALLEST_SCALE 0x1p-126f
 
 /* What of an element's bits counts for the range: the magnitude where symmetric, zero where not finite. */
-static inline __attribute__((always_inline)) uint32_t counted(float value, int symmetric, int propagate)
+INLINE uint32_t counted(float value, int symmetric, int propagate)
 {
     uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu;
     uint32_t kept = symmetric ? magnitude : bits;
@@ -15,8 +16,8 @@ static inline __attribute__((always_inline)) uint32_t counted(float value, int s
 }
 
 /* Of floats as signed integers the largest is the largest; as unsigned ones, it is the most negative, if any is. */
-static inline __attribute__((always_inline)) void widen_range(int32_t *high, uint32_t *low, const float *x,
-                                                              int64_t length, int row, int symmetric, int propagate)
+INLINE void widen_range(int32_t *high, uint32_t *low, const float *x, int64_t length, int row, int symmetric,
+                        int propagate)
 {
     if (row) {
         int32_t highest = *high;
@@ -40,7 +41,7 @@ static inline __attribute__((always_inline)) void widen_range(int32_t *high, uin
 }
 
 /* The scale, and its inverse, of a group whose largest magnitude has the bits `high`. */
-static inline __attribute__((always_inline)) void find_symmetric_scale(int32_t high, float *scale, float *inverse)
+INLINE void find_symmetric_scale(int32_t high, float *scale, float *inverse)
 {
     float highest = float_of(high < (int32_t)INFINITY_BITS ? (uint32_t)high : INFINITY_BITS);
     highest = highest < 127 * SMALLEST_SCALE ? 127 * SMALLEST_SCALE : highest;
@@ -49,10 +50,8 @@ static inline __attribute__((always_inline)) void find_symmetric_scale(int32_t h
 }
 
 /* x / scale + zero point (+ noise) as a byte. A `row` has one scale for all, and neighbours in a column one each. */
-static inline __attribute__((always_inline)) void round_each(uint8_t *restrict out, const float *restrict x,
-                                                             const float *inverse, const float *zero,
-                                                             const uint16_t *noise, int64_t length, int row,
-                                                             float lowest, float rounder)
+INLINE void round_each(uint8_t *restrict out, const float *restrict x, const float *inverse, const float *zero,
+                       const uint16_t *noise, int64_t length, int row, float lowest, float rounder)
 {
     float factor = *inverse, offset = *zero;
     for (int64_t i = 0; i < length; i++) {
@@ -68,9 +67,8 @@ static inline __attribute__((always_inline)) void round_each(uint8_t *restrict o
 }
 
 /* The symmetric, nearest case where a group that is not finite may have any values: no other leaves the range. */
-static inline __attribute__((always_inline)) void round_inside(uint8_t *restrict out, const float *restrict x,
-                                                               const float *inverse, int64_t length, int row,
-                                                               float rounder)
+INLINE void round_inside(uint8_t *restrict out, const float *restrict x, const float *inverse, int64_t length, int row,
+                         float rounder)
 {
     float factor = *inverse;
     for (int64_t i = 0; i < length; i++)

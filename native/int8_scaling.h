@@ -3,6 +3,7 @@
 #define MIXFT_INT8_SCALING_H
 
 #include "int8_vectors.h"
+#include "inline.h"
 
 enum { STRIP = 2 * LANES };
 
@@ -40,9 +41,8 @@ static inline struct column_vectors vectors_of(const struct strip_columns *colum
 }
 
 /* Row number `row`, whose sums are `left` and `right`. */
-static inline __attribute__((always_inline)) void scale_row(const struct scaling *to,
-                                                            const struct column_vectors *columns, int64_t row,
-                                                            integers left, integers right)
+INLINE void scale_row(const struct scaling *to, const struct column_vectors *columns, int64_t row, integers left,
+                      integers right)
 {
     float *y = to->y + row * to->stride, row_scale = to->row_scale[row];
     floats low = difference(left, columns->excess[0], to->row_excess[row]) * columns->scale[0];

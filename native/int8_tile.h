@@ -16,6 +16,7 @@
 #include <omp.h>
 
 #include "int8_scaling.h"
+#include "inline.h"
 
 /* Bytes of packed strips that stay in a second-level cache while the rows pass by. */
 #define GROUP_BYTES (1 << 18)
@@ -46,9 +47,8 @@ struct tile_result {
 };
 
 /* The result of `rows` rows, `stride` values apart, with a strip of the weight. */
-static inline __attribute__((always_inline)) void multiply_rows(struct tile_result result, const row_value *values,
-                                                                int64_t stride, const uint8_t *strip, int64_t steps,
-                                                                struct fetched fetched, const int rows)
+INLINE void multiply_rows(struct tile_result result, const row_value *values, int64_t stride, const uint8_t *strip,
+                          int64_t steps, struct fetched fetched, const int rows)
 {
     integers sum[TILE_ROWS][2];
 #pragma GCC unroll 12
@@ -112,9 +112,8 @@ typedef void group_function(const void *arguments, int64_t begin, int64_t end);
 
 /* Every tile of [rows, columns] once. A thread takes neighbouring strips, of which it passes all its rows by a `group`
  * before it goes on, and a band of the rows where there are more threads than strips. */
-static inline __attribute__((always_inline)) void for_each_tile(int64_t rows, int64_t inner, int64_t columns,
-                                                                int64_t group, group_function prepare,
-                                                                tile_function body, const void *arguments)
+INLINE void for_each_tile(int64_t rows, int64_t inner, int64_t columns, int64_t group, group_function prepare,
+                          tile_function body, const void *arguments)
 {
     int64_t strips = parts_of(columns, STRIP), tiles = parts_of(rows, TILE_ROWS);
 #pragma omp parallel if (rows * inner * columns > SMALL_PRODUCT)

@@ -6,11 +6,13 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "inline.h"
+
 /* Counters worked on at a time: their state stays in registers. */
 #define COUNTERS 16
 
 /* The random bits of COUNTERS counters: words[0..3] go in as the counters' words and come out as theirs. */
-static inline __attribute__((always_inline)) void philox(uint32_t words[4][COUNTERS], uint64_t seed)
+INLINE void philox(uint32_t words[4][COUNTERS], uint64_t seed)
 {
 #pragma omp simd
     for (int i = 0; i < COUNTERS; i++) {

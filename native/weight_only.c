@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "floats.h"
+#include "inline.h"
 
 /* A tile of the product is of 1 to TILE_ROWS rows; its sums stay in as many registers as there are for them. */
 #ifdef __AVX512F__
@@ -59,9 +60,8 @@ static inline float total(vector sums)
 }
 
 /* sums [rows, STRIP] of `rows` rows with `columns` rows of the weight; what lies `ahead` of those is fetched. */
-static inline __attribute__((always_inline)) void multiply(float *sums, const float *input, const int8_t *weight,
-                                                           int64_t inner, int64_t stride, int64_t ahead,
-                                                           const int rows, const int columns)
+INLINE void multiply(float *sums, const float *input, const int8_t *weight, int64_t inner, int64_t stride,
+                     int64_t ahead, const int rows, const int columns)
 {
     vector sum[TILE_ROWS][MOST_COLUMNS] = {0};
     int64_t whole = inner / LANES * LANES;
@@ -87,10 +87,8 @@ static inline __attribute__((always_inline)) void multiply(float *sums, const fl
 }
 
 /* `at_once` columns after the other. While the first rows pass, the next columns are fetched from memory. */
-static inline __attribute__((always_inline)) void multiply_strip(float *sums, const float *input,
-                                                                 const int8_t *weight, int64_t inner, int64_t stride,
-                                                                 int64_t columns, int first, const int rows,
-                                                                 const int at_once)
+INLINE void multiply_strip(float *sums, const float *input, const int8_t *weight, int64_t inner, int64_t stride,
+                           int64_t columns, int first, const int rows, const int at_once)
 {
     int64_t column = 0, ahead = first ? at_once * inner : 0;
     for (; column + at_once <= columns; column += at_once)
