@@ -62,6 +62,18 @@ def test_a_layer_by_itself_is_refused_too():
 
 
 @pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("mode", ["dynamic", "train"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.bool], ids=str)
+def test_integers_that_a_cast_would_wrap_are_refused(dtype, mode, assign):
+    target = QuantLinear(64, 64, mode=mode)
+    before = bits(target)
+    given = before | {"weight": torch.full((64, 64), 200).to(dtype)}
+    with pytest.raises(RuntimeError, match=f"this layer is {dtype} in state_dict.*writes int8 weights as torch.int8"):
+        target.load_state_dict(given, assign=assign)
+    assert same(bits(target), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize(("given", "mode"), [("dynamic", "weight_only"), ("train", "train"), (None, "train")])
 def test_a_weight_of_the_same_kind_is_loaded(given, mode, assign):
     source, target = model(given), model(mode)

@@ -81,7 +81,7 @@ def static_layer(device, activation=None):
 def test_a_static_layer_with_and_without_gradients(device, activation):
     layer, plain = static_layer(device, activation), static_layer(device)
     plain.load_state_dict(layer.state_dict())
-    layer.frozen_training = FrozenTraining(FrozenOptions("exact"))
+    layer.int8_training = FrozenTraining(FrozenOptions("exact"), floats=False)
     x = torch.randn(3, 5, 48, device=device, requires_grad=True)
     out = layer(x)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Training through a frozen int8 weight: what the gradient of the input is computed in, and when floats take over."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
@@ -36,16 +36,28 @@ class FrozenOptions:
 
 
 class FrozenTraining:
-    """What one layer was asked to do in its backward, and how well int8 does."""
+    """What one layer was asked to do in its backward, and how well int8 does.
 
-    def __init__(self, options: FrozenOptions):
+    Args:
+        options: as given for the layer.
+        floats: whether its forward takes floats.
+    """
+
+    def __init__(self, options: FrozenOptions, floats: bool):
         self.options = options
         self.guard = NoiseGuard(options.min_sqnr)
+        self._unasked: FrozenBackward = "exact" if floats else "int8"
 
-    def backward(self, floats: bool) -> FrozenBackward:
-        """What the gradient is computed in, the guard's fallback included; ``floats`` where the forward takes them."""
-        asked = self.options.backward or ("exact" if floats else "int8")
+    @property
+    def backward(self) -> FrozenBackward:
+        """What the gradient is computed in, the guard's fallback included."""
+        asked = self.options.backward or self._unasked
         return "16bit" if asked == "int8" and self.guard.fallback else asked
+
+    def saved_options(self) -> dict:
+        """The options that are not the defaults."""
+        default = asdict(FrozenOptions())
+        return {name: value for name, value in asdict(self.options).items() if value != default[name]}
 
     def watch(self, output: Tensor, weight_scale: Tensor) -> None:
         """Count a training pass that nothing traces, and measure the gradient of ``output`` [..., N] now and then."""

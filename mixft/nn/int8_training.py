@@ -1,6 +1,6 @@
 """The ``train`` mode of ``QuantLinear``: a floating-point weight whose products run in int8 where that gains."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,10 @@ class Int8Training:
     def backward(self) -> Backward:
         """What the backward runs in, the guard's fallback included."""
         return "16bit" if self.guard.fallback else self.options.backward
+
+    def saved_options(self) -> dict:
+        """All options."""
+        return asdict(self.options)
 
     def __call__(self, source: Tensor, input: Tensor, parameter: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output, differentiable in input, weight and bias.

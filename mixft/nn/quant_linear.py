@@ -1,6 +1,6 @@
 """A linear layer with int8 weights, or one that trains with int8 products."""
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Literal, get_args
 
 import torch
@@ -124,12 +124,12 @@ class QuantLinear(nn.Module):
         self.float_dtype = dtype or torch.get_default_dtype()
         options = training_options(mode, training)
         if mode == "train":
-            self.int8_training = Int8Training(options)
+            self.int8_training: Int8Training | FrozenTraining = Int8Training(options)
             shape = (in_features, out_features) if transposed else (out_features, in_features)
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.weight_scale = None
         else:
-            self.frozen_training = FrozenTraining(options)
+            self.int8_training = FrozenTraining(options, mode == "weight_only" or outlier_threshold is not None)
             self.weight_requires_grad = True  # of the floating-point weight that to_linear makes
             self.register_buffer("weight", torch.zeros(out_features, in_features, device=device, dtype=torch.int8))
             self.register_buffer("weight_scale", torch.ones(out_features, 1, device=device, dtype=torch.float32))
@@ -218,26 +218,21 @@ class QuantLinear(nn.Module):
     @property
     def backward(self) -> str:
         """What the gradients run in, the guard's fallback included: see the options for training."""
-        if self.mode == "train":
-            return self.int8_training.backward
-        return self.frozen_training.backward(self.mode == "weight_only" or self.outlier_threshold is not None)
+        return self.int8_training.backward
 
     @property
     def guard(self) -> NoiseGuard:
         """What measures how well int8 does in training."""
-        return (self.int8_training if self.mode == "train" else self.frozen_training).guard
+        return self.int8_training.guard
 
     def watch_gradient(self, output: Tensor) -> None:
         """Measure the gradient of a frozen layer's ``output`` now and then, where it runs in int8."""
         if output.requires_grad and self.backward == "int8":
-            self.frozen_training.watch(output, self.weight_scale)
+            self.int8_training.watch(output, self.weight_scale)
 
     def training_options(self) -> dict:
         """The options for training: in mode "train" all of them, in the others those that are not the defaults."""
-        if self.mode == "train":
-            return asdict(self.int8_training.options)
-        default = asdict(FrozenOptions())
-        return {name: value for name, value in asdict(self.frozen_training.options).items() if value != default[name]}
+        return self.int8_training.saved_options()
 
     def dequantized_weight(self) -> Tensor:
         """The weight [out_features, in_features] that an int8 one was made from, as nearly, in ``float_dtype``."""
@@ -300,19 +295,24 @@ class QuantLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        # torch would cast one kind to the other: a float weight to int8 is all zeros, int8 codes make no float weight.
+        # torch would cast: a float weight to int8 is all zeros, wider integers wrap, int8 codes make no float weight.
         given = state_dict.get(f"{prefix}weight")
-        if isinstance(given, Tensor) and given.is_floating_point() != self.weight.is_floating_point():
+        if isinstance(given, Tensor) and not self._fits(given):
             error_msgs.append(self._refusal(prefix.removesuffix("."), given.dtype))
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def _fits(self, weight: Tensor) -> bool:
+        return weight.is_floating_point() if self.mode == "train" else weight.dtype == torch.int8
+
     def _refusal(self, name: str, found: torch.dtype) -> str:
         """What ``load_state_dict`` says of a weight of the dtype ``found``."""
         if found.is_floating_point:
             hint = "load it before mixft.quantize_(model), or after mixft.dequantize_(model)"
+        elif found != torch.int8:
+            hint = "mixft writes int8 weights as torch.int8, in any mode but 'train'"
         else:
             hint = "call mixft.quantize_(model, mode) first, with the mode that it was saved in"
         layer = f"layer {name!r}" if name else "this layer"
