@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mixft.ops import unscale_
-from mixft.ops.grad import served_together
 from mixft.ops.grad_scalars import scalars_of
-from mixft.ops.validation import FLOATS
+
+from .gradients import is_taken, taken_at_once
 
 Parameters = Tensor | Iterable[Tensor]
 
@@ -114,11 +114,11 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 def _sorted(grads: list[Tensor]) -> tuple[dict[torch.device, list[Tensor]], list[Tensor]]:
     """Those that mixft's ops take, by device, and the others."""
-    if set(map(type, grads)) == {Tensor} and served_together(grads):
+    if taken_at_once(grads):
         return {grads[0].device: grads}, []
     ours, others = defaultdict(list), []
     for grad in grads:
-        if type(grad) is Tensor and grad.dtype in FLOATS:
+        if is_taken(grad):
             ours[grad.device].append(grad)
         else:
             others.append(grad)

@@ -143,8 +143,9 @@ class GradAccumulator:
                 "go on without it"
             )
         if self._optimizer is not None:
-            known = set(self._params)
-            self._extend([param for param in _parameters(self._optimizer) if param not in known])
+            # By address: a tensor's own hash is a call of Python code.
+            known = set(map(id, self._params))
+            self._extend([param for param in _parameters(self._optimizer) if id(param) not in known])
         inv_scale = None if self.scaler is None else self.scaler.inverse_scale()
         self._main_grads.check(self._params, inv_scale is not None)
         work = self._launches()

@@ -37,12 +37,22 @@ class Gradients:
         return [([param for param, _ in self.plain], torch.stack(counts))]
 
 
+def is_taken(grad: Tensor) -> bool:
+    """Whether mixft's ops take a strided gradient: not FP64, and no tensor subclass."""
+    return type(grad) is Tensor and grad.dtype in FLOATS
+
+
+def taken_at_once(grads: list[Tensor]) -> bool:
+    """Whether they take all of these in one call, which most lists of gradients are fit for."""
+    return set(map(type, grads)) == {Tensor} and served_together(grads)
+
+
 @torch.no_grad()
 def gradients_of(optimizer: torch.optim.Optimizer) -> dict[torch.device, Gradients]:
     """The gradients of ``optimizer`` by device; sparse ones by their values."""
     params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
     grads = [param.grad for param in params]
-    if set(map(type, grads)) == {Tensor} and served_together(grads):
+    if taken_at_once(grads):
         return {grads[0].device: Gradients(params, grads)}
     found: dict[torch.device, Gradients] = {}
     for param, grad in zip(params, grads, strict=True):
@@ -54,7 +64,7 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> dict[torch.device, Gradien
         here = found.get(grad.device)
         if here is None:
             here = found[grad.device] = Gradients()
-        if grad.dtype in FLOATS and type(grad) is Tensor:
+        if is_taken(grad):
             here.params.append(param)
             here.ours.append(grad)
         else:
