@@ -274,18 +274,43 @@ def test_only_what_a_gradient_needs_is_kept(device):
         assert not matmul(a, b, bias, "gelu").requires_grad
 
 
-def test_second_derivative(device):
-    a, b, _ = operands(4, 5, 6, torch.float32, device)
-    a.requires_grad_()
-    b.requires_grad_()
-    (grad,) = torch.autograd.grad(matmul(a, b).pow(2).sum(), a, create_graph=True)
-    (actual,) = torch.autograd.grad(grad.pow(2).sum(), b)
-    (grad,) = torch.autograd.grad((a @ b).pow(2).sum(), a, create_graph=True)
-    (expected,) = torch.autograd.grad(grad.pow(2).sum(), b)
-    assert error(actual, expected.double()) < 1e-3
-    (grad,) = torch.autograd.grad(matmul(a, b, None, "gelu").sum(), a, create_graph=True)
-    with pytest.raises(RuntimeError, match="activation_backward"):
-        grad.sum().backward()
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, True, False)])
+def test_second_derivative(device, activation, with_residual, trained):
+    """Of a gradient penalty, with respect to every operand, frozen ones aside."""
+    inputs = list(operands(4, 5, 6, torch.float32, device))
+    inputs[0] = inputs[0].view(2, 2, 5)
+    residual = torch.randn(2, 2, 6, device=device) if with_residual else None
+
+    def penalty_gradients(function, dtype):
+        tensors = [
+            x.detach().to(dtype).requires_grad_(is_trained) for x, is_trained in zip(inputs, trained, strict=True)
+        ]
+        leaves = [x for x in tensors if x.requires_grad]
+        out = function(*tensors, None if residual is None else residual.to(dtype))
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.pow(2).sum() for grad in first) + out.sum(), leaves)
+
+    def plain(a, b, bias, residual):
+        out = exact(a, b, bias, activation)
+        return out if residual is None else out + residual
+
+    actual = penalty_gradients(lambda *x: matmul(*x[:3], activation, residual=x[3]), torch.float32)
+    for got, expected in zip(actual, penalty_gradients(plain, torch.float64), strict=True):
+        assert got.shape == expected.shape
+        assert error(got, expected) < 1e-4 * expected.abs().max()
+
+
+def test_second_derivative_under_a_transform(device):
+    a, b, bias = operands(4, 5, 6, torch.float32, device)
+
+    def twice(function):
+        return torch.func.grad(lambda x: torch.func.grad(lambda x: function(x).sin().sum())(x).pow(2).sum())
+
+    actual = twice(lambda x: matmul(x, b, bias, "gelu"))(a)
+    expected = twice(lambda x: exact(x, b.double(), bias.double(), "gelu"))(a.double())
+    assert error(actual, expected) < 1e-4 * expected.abs().max()
 
 
 def test_gradient_of_the_preactivation_itself(device):

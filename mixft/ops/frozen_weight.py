@@ -1,6 +1,7 @@
 """Calls of ops with a frozen int8 weight, differentiable in the input and the bias as if the input were not rounded."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .activation import check_activation
 from .int8_input_gradient import check_frozen_backward, input_gradient
-from .registration import without_dispatch
+from .registration import map_over_rows, take_rows_together, without_dispatch
 
 
 def _keep(ctx, backward: str, inputs: tuple) -> None:
@@ -42,9 +43,14 @@ class FrozenWeight(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor):
         return None, None, *_gradients(ctx, grad_out, ctx.needs_input_grad[2], ctx.needs_input_grad[5])
 
+    @staticmethod
+    def vmap(info, in_dims, serve, backward, *inputs):
+        return map_over_rows(partial(FrozenWeight.apply, serve, backward), info, in_dims[2:], *inputs)
+
 
 def register_gradient(op, backward: str) -> None:
-    """Give ``op`` of (x, weight, weight_scale, bias, ...) a gradient of its own, for exported programs."""
+    """Give ``op`` of (x, weight, weight_scale, bias, ...) a gradient of its own, for exported programs, and vmap."""
+    take_rows_together(op)
 
     def differentiate(ctx, grad_out: Tensor):
         return _gradients(ctx, grad_out, ctx.needs_input_grad[0], ctx.needs_input_grad[3])

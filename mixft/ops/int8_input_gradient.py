@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .int8_linear import float_dtype
-from .registration import composition, define_op, needs_dispatch, server, without_dispatch
+from .registration import composition, define_op, needs_dispatch, server, take_rows_together, without_dispatch
 
 FrozenBackward = Literal["int8", "16bit", "exact"]
 # Not asked for in a function, which torch 2.6 could not compile.
 FROZEN_BACKWARDS = get_args(FrozenBackward)
 
 
+@take_rows_together
 @define_op("int8_input_gradient", name="int8_input_gradient")
 def _int8_input_gradient(
     grad: Tensor, weight: Tensor, weight_scale: Tensor, left: Tensor | None, right: Tensor | None
@@ -67,7 +68,7 @@ def _float_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, exact: b
     return product(scaled, weight.t(), largest.expand(weight.shape[1], 1), None, "none", grad.dtype)
 
 
-_float_op = torch.library.custom_op("mixft::float_input_gradient", _float_gradient, mutates_args=())
+_float_op = take_rows_together(torch.library.custom_op("mixft::float_input_gradient", _float_gradient, mutates_args=()))
 
 
 @_float_op.register_fake

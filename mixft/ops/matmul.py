@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .activation import check_activation
-from .activation_backward import activation_backward, column_sums
-from .registration import define_op, needs_dispatch, without_dispatch
+from .activation import ACTIVATIONS, check_activation
+from .activation_backward import activation_backward, column_sums, differentiable_activation_backward
+from .registration import define_op, is_transformed, needs_dispatch, without_dispatch
 from .validation import FLOATS, check_out_dtype
 
 
@@ -57,8 +57,7 @@ def save_for_backward(ctx, inputs, output) -> None:
 
 def set_up_context(ctx, inputs, output) -> None:
     save_for_backward(ctx, inputs, output)
-    # The pre-activation stays differentiable: a second derivative then meets activation_backward, which has none and
-    # says so, where a constant would give a wrong one.
+    # The pre-activation stays differentiable, as a second derivative goes through it.
     ctx.set_materialize_grads(False)
     keep_preactivation = inputs[5]
     if not keep_preactivation:
@@ -91,7 +90,8 @@ def backward(ctx, grad, grad_preactivation):
             "keep_preactivation=True"
         )
     else:
-        grad, grad_bias = in_backward(activation_backward, grad, kept)(grad, kept, activation, ctx.dtype, needs_bias)
+        slope = differentiable_activation_backward if derives_again() else in_backward(activation_backward, grad, kept)
+        grad, grad_bias = slope(grad, kept, activation, ctx.dtype, needs_bias)
     if grad_preactivation is not None:
         grad_preactivation = grad_preactivation.reshape(grad.shape)
         grad = grad + grad_preactivation
@@ -157,10 +157,15 @@ class AccumulatingMatmul(torch.autograd.Function):
         return *backward(ctx, grad, None), None
 
 
+def derives_again() -> bool:
+    """Whether a backward runs under ``create_graph``, so that what it does is to be differentiated in its turn."""
+    # A compiler traces it with gradients on, and has no second derivative of its own.
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def refuse_second_derivative(name: str) -> None:
     """Raise RuntimeError in the backward of an autograd function under ``create_graph``, which has no derivative."""
-    # A compiler traces it with gradients on, and has no second derivative of its own.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if derives_again():
         raise RuntimeError(f"{name} has no second derivative; take the first without create_graph")
 
 
@@ -179,8 +184,9 @@ def matmul(
     FP16 and BF16 run in mixft's kernels; on GPUs without matrix instructions in Triton (Turing), and for FP32
     operands, in torch's own matmul, which follows torch's ``float32_matmul_precision``. A product with nothing fused is
     torch's too where that is the faster one, with its partial sums in FP32. Differentiable in ``a``, ``b``, ``bias``
-    and ``residual``; a second derivative exists for ``activation=None`` only. The gradient of the pre-activation is
-    rounded to the dtype of ``a`` before the two products that use it, as torch rounds it.
+    and ``residual``, and twice but for ``accumulate_into``. The gradient of the pre-activation is rounded to the dtype
+    of ``a`` before the two products that use it, as torch rounds it. Under the transforms of ``torch.func`` and in
+    forward mode torch's operators compute all of it, which round in between.
 
     Args:
         a: [..., M, K] or [K], FP16, BF16 or FP32, any strides.
@@ -201,6 +207,7 @@ def matmul(
     Raises:
         ValueError: shapes that do not match, tensors on several devices, or an unknown activation.
         TypeError: a dtype that is not supported, or operands of different dtypes.
+        NotImplementedError: ``accumulate_into`` under a transform of ``torch.func`` or in forward mode.
     """
     name = check_activation(activation)
     check_operands(a, b)
@@ -208,6 +215,13 @@ def matmul(
     check_added("residual", residual, (*a.shape[:-1], b.shape[1]), a)
     if out_dtype is not None:
         check_out_dtype(out_dtype)
+    if is_transformed(a, b, bias, residual):
+        if accumulate_into is not None:
+            raise NotImplementedError(
+                "accumulate_into takes what a backward adds, and a transform of torch.func or forward-mode "
+                "differentiation has none; leave it out, for a linear layer by fuse_wgrad_accumulation=False"
+            )
+        return _by_torch(a, b, bias, name, out_dtype or a.dtype, residual)
     needs_slope = activation is not None and (activation != "relu" or residual is not None)
     keep = needs_slope and wants_gradient(a, b, bias)
     arguments = (a, b, bias, name, out_dtype or a.dtype, keep, residual)
@@ -226,6 +240,14 @@ def matmul(
             f"{accumulate_into.device}; it must be {tuple(b.shape)}, as b is, without gaps and on {a.device}"
         )
     return AccumulatingMatmul.apply(*arguments, accumulate_into)
+
+
+def _by_torch(
+    a: Tensor, b: Tensor, bias: Tensor | None, activation: str, out_dtype: torch.dtype, residual: Tensor | None
+) -> Tensor:
+    out = a @ b
+    out = ACTIVATIONS[activation](out if bias is None else out + bias)
+    return (out if residual is None else out + residual).to(out_dtype)
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:

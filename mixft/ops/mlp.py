@@ -21,13 +21,14 @@ from .activation_backward import column_sums
 from .matmul import (
     check_added,
     in_backward,
+    matmul,
     matmul_activation_backward,
     matmul_forward,
     product,
     refuse_second_derivative,
     wants_gradient,
 )
-from .registration import without_dispatch
+from .registration import is_transformed, without_dispatch
 from .validation import FLOATS, check_dtype, check_same_device
 
 
@@ -123,7 +124,7 @@ def mlp(
 
     The values are those of two calls of ``mixft.ops.matmul``. The backward multiplies the gradient of the activation by
     its slope inside the product that makes it, in FP32, and takes the gradient of ``bias1`` from the same pass, also in
-    FP32. Differentiable once in every tensor.
+    FP32. Differentiable once in every tensor, but as often as torch's layers under the transforms of ``torch.func``.
 
     Args:
         x: [..., M, K], FP16, BF16 or FP32.
@@ -149,6 +150,10 @@ def mlp(
     check_added("bias2", bias2, (weight2.shape[0],), x)
     check_added("residual", residual, (*x.shape[:-1], weight2.shape[0]), x)
     tensors = (x, weight1, bias1, weight2, bias2)
+    if is_transformed(*tensors, residual):
+        hidden = matmul(x, weight1.t(), bias1, name)
+        out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        return matmul(hidden, weight2.t(), bias2, None, out_dtype, residual=residual)
     if not wants_gradient(*tensors, residual):
         return layers(*tensors, name, residual, False)[2]
     return FusedMLP.apply(*tensors, name, residual)

@@ -152,6 +152,43 @@ def is_observed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation follows a call on ``tensors``.
+
+    An op whose gradient is an autograd function of torch's older kind, which no transform takes, is then better
+    composed of torch's operators.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or _has_tangent(tensors)
+
+
+def take_rows_together(op) -> Callable:
+    """Let ``torch.func.vmap`` call ``op`` once: of its arguments only the first may be mapped over, [M, K] by rows.
+
+    Returns:
+        ``op``.
+    """
+    op.register_vmap(functools.partial(map_over_rows, op))
+    return op
+
+
+def map_over_rows(op: Callable, info, in_dims: tuple[int | None, ...], *arguments) -> tuple[Tensor, int]:
+    """The rule of :func:`take_rows_together`, as torch has it.
+
+    Raises:
+        NotImplementedError: another argument is mapped over.
+    """
+    mapped, *fixed = in_dims
+    if mapped is None or any(place is not None for place in fixed):
+        raise NotImplementedError(
+            "torch.func.vmap over the weight or the bias of a layer with an int8 weight; map over its input only"
+        )
+    rows, *rest = arguments
+    rows = rows.movedim(mapped, 0)
+    return op(rows.flatten(0, 1), *rest).unflatten(0, rows.shape[:2]), 0
+
+
 def change_in_place(op, changed: list[Tensor], *arguments) -> None:
     """Call an op that changes the tensors ``changed``, as :func:`without_dispatch` would, and tell autograd."""
     change = without_dispatch(op, changed[0])
@@ -166,8 +203,11 @@ def needs_dispatch(*tensors: Tensor | None) -> bool:
     Raises:
         NotImplementedError: one of them has a tangent, of forward-mode differentiation.
     """
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
+    if _has_tangent(tensors):
+        raise NotImplementedError(
+            "this op of mixft's has no forward-mode derivative, as torch.func.jvp and forward_ad ask for; use reverse "
+            "mode, or torch's layers"
+        )
     if is_observed() or torch._C._get_tracing_state() is not None:
         return True
     if any(tensor is not None and tensor.is_neg() for tensor in tensors):  # numbers whose sign the dispatcher turns
@@ -176,9 +216,7 @@ def needs_dispatch(*tensors: Tensor | None) -> bool:
     return not (PLAIN.issuperset(map(type, tensors)) and (first.is_cuda or (first.is_cpu and not interpreting())))
 
 
-def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            "mixft's ops have no forward-mode derivative, as torch.func.jvp and forward_ad ask for; use reverse mode, "
-            "or torch's layers"
-        )
+def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
