@@ -2,11 +2,10 @@
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from .int8_linear import float_dtype
-from .registration import composition, define_op, needs_dispatch, server, take_rows_together, without_dispatch
+from .registration import define_composition, define_op, server, take_rows_together, without_dispatch
 
 FrozenBackward = Literal["int8", "16bit", "exact"]
 # Not asked for in a function, which torch 2.6 could not compile.
@@ -51,12 +50,17 @@ def input_gradient(
         return without_dispatch(_int8_input_gradient, grad, weight, weight_scale)(
             grad, weight, weight_scale, left, right
         )
-    serve = _float_op if needs_dispatch(grad, weight, weight_scale) else _float_gradient
+    serve = without_dispatch(_float_gradient, grad, weight, weight_scale)
     out = serve(grad, weight, weight_scale, backward == "exact")
     return out if left is None else out.addmm_(left, right)
 
 
-@composition
+def _empty(grad, weight, weight_scale, exact):
+    return grad.new_empty(grad.shape[0], weight.shape[1])
+
+
+@take_rows_together
+@define_composition("float_input_gradient", _empty)
 def _float_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, exact: bool) -> Tensor:
     """The rows of the transposed weight have no scale of their own, so the scale goes into ``grad``: as its ratio to
     the largest, since gradients times scales of 1e-3 would vanish in FP16, and the largest in FP32 after."""
@@ -66,11 +70,3 @@ def _float_gradient(grad: Tensor, weight: Tensor, weight_scale: Tensor, exact: b
     scaled = (grad * (weight_scale.view(-1) / largest)).to(grad.dtype if exact else float_dtype(grad))
     product = server(grad.device)("int8_matmul", "weight_only_matmul")
     return product(scaled, weight.t(), largest.expand(weight.shape[1], 1), None, "none", grad.dtype)
-
-
-_float_op = take_rows_together(torch.library.custom_op("mixft::float_input_gradient", _float_gradient, mutates_args=()))
-
-
-@_float_op.register_fake
-def _(grad, weight, weight_scale, exact):
-    return grad.new_empty(grad.shape[0], weight.shape[1])

@@ -30,7 +30,7 @@ from mixft.cpu.instruction_set import has_bf16_dot
 from .int8_matmul import MOST_TERMS
 from .int8_operands import check_layer, check_quantized, quantize_columns, quantize_rows, quantized_rows
 from .quantize import LARGEST_SEED
-from .registration import composition, needs_dispatch, server
+from .registration import define_composition, needs_dispatch, server
 from .validation import FLOATS, check_dtype
 
 Backward = Literal["int8", "weight_grad_16bit", "16bit"]
@@ -54,8 +54,12 @@ def float_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.float32 else x.dtype
 
 
-@composition
-def _product(
+def _empty_output(x, weight, bias, x_values, x_scale, weight_values, weight_scale, seed, backward):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@define_composition("int8_linear_forward", _empty_output)
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -70,16 +74,30 @@ def _product(
     return matmul(x_values, weight_values, x_scale, weight_scale, bias, "none", x.dtype)
 
 
-_forward = torch.library.custom_op("mixft::int8_linear_forward", _product, mutates_args=())
+def _empty_gradients(
+    grad_out,
+    weight,
+    x_values,
+    x_scale,
+    weight_values,
+    weight_scale,
+    seed,
+    backward,
+    weight_dtype,
+    needs_x,
+    needs_weight,
+    needs_bias,
+):
+    weight_shape = (grad_out.shape[1], x_values.shape[1])
+    return (
+        grad_out.new_empty(x_values.shape if needs_x else 0),
+        grad_out.new_empty(weight_shape if needs_weight else 0, dtype=weight_dtype),
+        grad_out.new_empty(grad_out.shape[1] if needs_bias else 0, dtype=torch.float32),
+    )
 
 
-@_forward.register_fake
-def _(x, weight, bias, x_values, x_scale, weight_values, weight_scale, seed, backward):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@composition
-def _gradients(
+@define_composition("int8_linear_backward", _empty_gradients)
+def _backward(
     grad_out: Tensor,
     weight: Tensor | None,
     x_values: Tensor,
@@ -127,32 +145,6 @@ def _gradients(
     return grad_x, grad_weight, grad_bias
 
 
-_backward = torch.library.custom_op("mixft::int8_linear_backward", _gradients, mutates_args=())
-
-
-@_backward.register_fake
-def _(
-    grad_out,
-    weight,
-    x_values,
-    x_scale,
-    weight_values,
-    weight_scale,
-    seed,
-    backward,
-    weight_dtype,
-    needs_x,
-    needs_weight,
-    needs_bias,
-):
-    weight_shape = (grad_out.shape[1], x_values.shape[1])
-    return (
-        grad_out.new_empty(x_values.shape if needs_x else 0),
-        grad_out.new_empty(weight_shape if needs_weight else 0, dtype=weight_dtype),
-        grad_out.new_empty(grad_out.shape[1] if needs_bias else 0, dtype=torch.float32),
-    )
-
-
 def _save_for_backward(ctx, inputs, output):
     _, weight, bias, x_values, x_scale, weight_values, weight_scale, seed, backward = inputs
     if backward == "16bit":
@@ -164,9 +156,9 @@ def _save_for_backward(ctx, inputs, output):
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _differentiate_with(gradients, ctx, grad_out):
+def _differentiate_with(backward, ctx, grad_out):
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_weight, grad_bias = gradients(
+    grad_x, grad_weight, grad_bias = backward(
         grad_out, *ctx.saved_tensors, ctx.backward, ctx.weight_dtype, needs_x, needs_weight, needs_bias
     )
     return (
@@ -189,14 +181,14 @@ class _EagerInt8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _product(*inputs)
+        output = _forward.without_dispatch[inputs[0].device.type](*inputs)
         _save_for_backward(ctx, inputs, output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        return _differentiate_with(_gradients, ctx, grad_out.resolve_neg())
+        return _differentiate_with(_backward.without_dispatch[grad_out.device.type], ctx, grad_out.resolve_neg())
 
 
 def int8_linear(

@@ -5,17 +5,19 @@ steps of all others, and multiplied by the dequantized columns of the weight (De
 multiplication for transformers at scale, 2022).
 """
 
-import torch
 from torch import Tensor
 
 from .frozen_weight import FrozenWeight, register_gradient
 from .int8_input_gradient import FrozenBackward, check_frozen_backward
 from .int8_operands import check_frozen_weight, check_layer
-from .registration import composition, server
+from .registration import define_composition, server
 
 
-@torch.library.custom_op("mixft::outlier_int8_linear", mutates_args=())
-@composition
+def _empty(x, weight, weight_scale, bias, threshold):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@define_composition("outlier_int8_linear", _empty)
 def _outlier_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, threshold: float) -> Tensor:
     linear = server(x.device)("dynamic_int8_linear", "dynamic_int8_linear")
     columns = (x.abs().amax(0) > threshold).nonzero().view(-1) if len(x) else x.new_empty(0)
@@ -24,11 +26,6 @@ def _outlier_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tenso
     # FP32 until both parts are added; 16-bit numbers and int8 are exact in it.
     rest = linear(x.float().index_fill(1, columns, 0.0), weight, weight_scale, bias, "none")
     return rest.addmm_(x[:, columns].float(), (weight[:, columns] * weight_scale).t()).to(x.dtype)
-
-
-@_outlier_linear.register_fake
-def _(x, weight, weight_scale, bias, threshold):
-    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 register_gradient(_outlier_linear, "exact")

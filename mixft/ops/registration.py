@@ -3,7 +3,8 @@
 An op's implementation stands twice under one name and one signature: the Triton launcher in
 ``mixft.kernels.<module>`` and the CPU routine in ``mixft.cpu.<module>``. A function decorated with ``define_op`` is the
 op's fake: it carries the schema in its annotations and allocates outputs of the right shape and dtype. An op that only
-changes its arguments has nothing to allocate: ``define_in_place_op`` takes the schema from its CPU routine.
+changes its arguments has nothing to allocate: ``define_in_place_op`` takes the schema from its CPU routine. An op that
+calls other ops' implementations is written once, for all devices: ``define_composition``.
 """
 
 import functools
@@ -67,16 +68,6 @@ def without_autocast(device_type: str, serve: Callable, args: tuple):
     return serve(*args)
 
 
-def composition(body: Callable) -> Callable:
-    """Decorate the body of an op that is composed of others' implementations, found with :func:`server`."""
-
-    @functools.wraps(body)
-    def serve(*args):
-        return without_autocast(args[0].device.type, body, args)
-
-    return serve
-
-
 def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, ...] = ()) -> Callable:
     """Register the decorated fake as the custom op ``mixft::<name>``, served as the module docstring says.
 
@@ -128,6 +119,30 @@ def define_in_place_op(routine: Callable, mutates_args: tuple[str, ...]) -> Call
         return None
 
     return define_op(routine.__module__.rpartition(".")[2], mutates_args=mutates_args)(fake)
+
+
+def define_composition(name: str, fake: Callable) -> Callable:
+    """Register the decorated body, composed of other ops' implementations, as ``mixft::<name>`` of every device.
+
+    Args:
+        name: the op's.
+        fake: a function of the same arguments that allocates its outputs.
+
+    Returns:
+        A decorator that returns the ``torch.library`` op. The body finds implementations with :func:`server`.
+    """
+
+    def decorate(body: Callable):
+        @functools.wraps(body)
+        def serve(*args):
+            return without_autocast(args[0].device.type, body, args)
+
+        op = torch.library.custom_op(f"mixft::{name}", serve, mutates_args=())
+        op.register_fake(fake)
+        op.without_dispatch = {"cpu": serve, "cuda": serve}
+        return op
+
+    return decorate
 
 
 def _readable(parameter: inspect.Parameter) -> inspect.Parameter:
