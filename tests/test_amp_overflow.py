@@ -97,7 +97,7 @@ def test_an_optimizer_that_clips_is_the_only_one_to_read_the_gradients(device, m
     optimizer = mixft.optim.AdamW(model.named_parameters(), lr=1e-3, max_grad_norm=1.0)
     before = [param.detach().clone() for param in model.parameters()]
     scaler = LossScaler(8.0, device=device.type)
-    monkeypatch.delattr("mixft.amp.gradients.scalars_of")
+    monkeypatch.delattr("mixft.amp.gradients.grad_scalars_unchecked")
     iterate(scaler, optimizer, [(0, 2, 3, NAN)])
     assert scaler.overflow_report() == [("second.weight", 3)]
     # Finite elements whose norm is beyond FP32: the step is skipped, and the scale has to come down.

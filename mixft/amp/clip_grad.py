@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixft.ops import unscale_
-from mixft.ops.grad_scalars import scalars_of
+from mixft.ops.grad_scalars import grad_scalars_unchecked
 
 from .gradients import is_taken, taken_at_once
 
@@ -132,7 +132,7 @@ def _total_norm(grads: list[Tensor], norm_type: float, error_if_nonfinite: bool)
     norms = [torch.linalg.vector_norm(grad, norm_type) for grad in others]
     for listed in ours.values():
         if norm_type == 2.0:
-            norms.append(scalars_of(listed, None, None, None).norm)
+            norms.append(grad_scalars_unchecked(listed, None, None, None).norm)
         else:
             norms += torch._foreach_norm(listed, norm_type, dtype=torch.float32)
     home = grads[0].device

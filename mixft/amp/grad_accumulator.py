@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixft.ops.accumulate import add_
+from mixft.ops.accumulate import accumulate_unchecked_
 from mixft.ops.validation import FLOATS, is_dtensor
 
 from .clip_grad import clip_gradients_
@@ -151,7 +151,7 @@ class GradAccumulator:
         work = self._launches()
         for (device, is_first), positions in work.items():
             found_inf, counts = self._findings(device, positions)
-            add_(
+            accumulate_unchecked_(
                 [self._params[position].grad for position in positions],
                 [self._buffers[position] for position in positions],
                 None if inv_scale is None else inv_scale.to(device, non_blocking=True),

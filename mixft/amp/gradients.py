@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixft.ops import unscale_
 from mixft.ops.grad import served_together
-from mixft.ops.grad_scalars import scalars_of
+from mixft.ops.grad_scalars import grad_scalars_unchecked
 from mixft.ops.validation import FLOATS
 
 from .overflow import Counts
@@ -100,7 +100,7 @@ def find_overflows(optimizer: torch.optim.Optimizer) -> tuple[dict[torch.device,
     for device, gradients in gradients_of(optimizer).items():
         found[device] = torch.zeros((), dtype=torch.float32, device=device)
         if gradients.ours:
-            _, _, found[device], counts = scalars_of(gradients.ours, None, None, None)
+            _, _, found[device], counts = grad_scalars_unchecked(gradients.ours, None, None, None)
             nonfinite.append((gradients.params, counts))
         nonfinite += gradients.count_others()
         for same in gradients.others.values():

@@ -66,10 +66,10 @@ def accumulate_(
         check_scalar("inv_scale", inv_scale, device)
     check_scalar("found_inf", found_inf, device)
     check_counts(nonfinite, len(grads), device)
-    add_(grads, buffers, inv_scale, found_inf, nonfinite, overwrite, clear)
+    accumulate_unchecked_(grads, buffers, inv_scale, found_inf, nonfinite, overwrite, clear)
 
 
-def add_(
+def accumulate_unchecked_(
     grads: list[Tensor],
     buffers: list[Tensor],
     inv_scale: Tensor | None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixft.cpu import adamw as routines
 
-from .optimizer_step import SIGNED_STATE, UNSIGNED_STATE, advance_, check_step
+from .optimizer_step import SIGNED_STATE, UNSIGNED_STATE, check_step, step_unchecked_
 from .registration import define_in_place_op
 
 adamw_step_ = define_in_place_op(
@@ -106,4 +106,4 @@ def adamw_(
     tensors = check_step(tensors, states, ("max_exp_avg_sqs",), scalars, stochastic_rounding)
     if tensors["params"]:
         rule = (beta1, beta2, eps, weight_decay, decoupled, maximize, stochastic_rounding)
-        advance_(adamw_step_, tensors, (*scalars.values(), *rule))
+        step_unchecked_(adamw_step_, tensors, (*scalars.values(), *rule))

@@ -68,10 +68,10 @@ def grad_scalars(
             check_scalar(name, scalar, grads[0].device)
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; it must be a positive number or None")
-    return scalars_of(grads, inv_scale, found_inf, max_norm)
+    return grad_scalars_unchecked(grads, inv_scale, found_inf, max_norm)
 
 
-def scalars_of(
+def grad_scalars_unchecked(
     grads: list[Tensor], inv_scale: Tensor | None, found_inf: Tensor | None, max_norm: float | None
 ) -> GradScalars:
     """:func:`grad_scalars` on arguments that are known to be right."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixft.cpu import lion as routines
 
-from .optimizer_step import SIGNED_STATE, advance_, check_step
+from .optimizer_step import SIGNED_STATE, check_step, step_unchecked_
 from .registration import define_in_place_op
 
 lion_step_ = define_in_place_op(
@@ -73,4 +73,4 @@ def lion_(
     tensors = check_step(tensors, {"exp_avgs": SIGNED_STATE}, (), scalars, stochastic_rounding)
     if tensors["params"]:
         rule = (beta1, beta2, weight_decay, maximize, stochastic_rounding)
-        advance_(lion_step_, tensors, (*scalars.values(), *rule))
+        step_unchecked_(lion_step_, tensors, (*scalars.values(), *rule))

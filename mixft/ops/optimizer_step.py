@@ -16,7 +16,7 @@ SIGNED_STATE = (torch.float32, torch.bfloat16, torch.int8)
 UNSIGNED_STATE = (torch.float32, torch.bfloat16, torch.uint8)
 
 
-def advance_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
+def step_unchecked_(op, tensors: dict[str, list[Tensor]], scalars: tuple) -> None:
     """Call ``op`` on arguments that are known to be right: its tensor lists by name and in order, then the rest.
 
     An optimizer makes them itself; checking a hundred parameters again would be a tenth of a millisecond a step.

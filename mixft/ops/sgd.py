@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixft.cpu import sgd as routines
 
-from .optimizer_step import SIGNED_STATE, advance_, check_step
+from .optimizer_step import SIGNED_STATE, check_step, step_unchecked_
 from .registration import define_in_place_op
 
 sgd_step_ = define_in_place_op(
@@ -86,4 +86,4 @@ def sgd_(
         tensors |= {"momentum_buffers": [], "momentum_buffer_scales": []}
     if tensors["params"]:
         rule = (momentum, dampening, weight_decay, nesterov, maximize, stochastic_rounding)
-        advance_(sgd_step_, tensors, (*scalars.values(), *rule))
+        step_unchecked_(sgd_step_, tensors, (*scalars.values(), *rule))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from mixft.ops.optimizer_step import advance_
+from mixft.ops.optimizer_step import step_unchecked_
 
 from .hyperparameters import check_precision, loaded_group
 from .learning_rate import LearningRates
@@ -265,7 +265,7 @@ class MixedPrecisionOptimizer(Optimizer):
             rounding = self.stochastic_rounding and not members.tensors["masters"]
             here = local[members.device]
             values = (lr, here.inv_scale, here.clip_coef, here.found_inf, *self.rule(members.group), rounding)
-            advance_(self.op, members.tensors | {"grads": own}, values)
+            step_unchecked_(self.op, members.tensors | {"grads": own}, values)
 
     def _first_device(self) -> torch.device | None:
         return next((param.device for group in self.param_groups for param in group["params"]), None)

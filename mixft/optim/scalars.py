@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixft.ops.grad_scalars import GradScalars, scalars_of
+from mixft.ops.grad_scalars import GradScalars, grad_scalars_unchecked
 
 from .sharding import Shards
 
@@ -64,11 +64,11 @@ def step_scalars(
     if not looks and (found_inf is None or shards is None):
         return Scalars(inv_scale, None, found_inf)
     if len(grads) == 1 and shards is None:
-        norm, clip_coef, found_inf, nonfinite = scalars_of(grads[home], inv_scale, found_inf, max_norm)
+        norm, clip_coef, found_inf, nonfinite = grad_scalars_unchecked(grads[home], inv_scale, found_inf, max_norm)
         if max_norm is None:
             return Scalars(inv_scale, None, found_inf, None, (nonfinite,))
         return Scalars(inv_scale, clip_coef, found_inf, norm, (nonfinite,))
-    parts = [scalars_of(listed, None, None, None) for listed in grads.values()] if looks else []
+    parts = [grad_scalars_unchecked(listed, None, None, None) for listed in grads.values()] if looks else []
     totals = _totals(parts, found_inf, home)
     if shards is not None:
         totals = shards.total(totals)
