@@ -203,6 +203,5 @@ class RefuseSync(TorchDispatchMode):
 def weight(optimizer, param):
     """The FP32 value of ``param`` that the optimizer keeps."""
     state = optimizer.state[param]
-    if "remainder" in state:
-        return join_master(param, state["remainder"])
-    return state.get("master", param)
+    master = state.get("master", param)
+    return master if master.is_floating_point() else join_master(param, master)

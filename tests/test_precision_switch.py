@@ -44,31 +44,31 @@ class TestSwitch:
     def test_raising_and_lowering_keep_every_bit(self, device, master_weights, state_dtype):
         model, optimizer, controller = self.trained(device, master_weights=master_weights, state_dtype=state_dtype)
         params = list(model.parameters())
-        kept = {"fp32": "master", "split": "remainder"}.get(master_weights)
+        has_masters = master_weights != "none"
 
         def moments():
             return [
-                {name: bits(value) for name, value in optimizer.state[param].items() if name != kept}
+                {name: bits(value) for name, value in optimizer.state[param].items() if name != "master"}
                 for param in params
             ]
 
         before, narrow = moments(), [bits(param) for param in params]
         saved = optimizer.state_dict()["state"]
         wide = [bits(saved[place].get("master", param.float())) for place, param in enumerate(params)]
-        masters = [bits(optimizer.state[param][kept]) for param in params] if kept else []
+        masters = [bits(optimizer.state[param]["master"]) for param in params] if has_masters else []
         self.overflow(model, controller)
         raised = [param.dtype == F32 for param in params]
         assert raised == [name.startswith("2.") for name, _ in model.named_parameters()]
         for place, param in enumerate(params):
             assert param.grad.dtype == param.dtype
             assert bits(param) == (wide if raised[place] else narrow)[place]
-            assert (kept in optimizer.state[param]) == (kept is not None and not raised[place])
+            assert ("master" in optimizer.state[param]) == (has_masters and not raised[place])
         controller._lower(Symptom("calm", "2", {}))
         assert [param.dtype for param in params] == [F16] * len(params)
         assert [bits(param) for param in params] == narrow
         assert moments() == before
         # An FP16 remainder is exact from 2^-16 up, and every weight here is.
-        assert not kept or [bits(optimizer.state[param][kept]) for param in params] == masters
+        assert not has_masters or [bits(optimizer.state[param]["master"]) for param in params] == masters
         assert all(ours is param for ours, param in zip(model.parameters(), params, strict=True))
         assert all(ours is param for ours, param in zip(optimizer.param_groups[0]["params"], params, strict=True))
         assert border_of(model[2]) is None

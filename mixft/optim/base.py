@@ -18,7 +18,7 @@ from .members import Arrangement, Gradients, Members, Stepped, arrange, check_gr
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
 from .sharding import Shards
-from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state
+from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state, without_placeholders
 from .storage import Storage
 
 # Options by which torch's optimizers choose between implementations of the same values; there is one here.
@@ -318,7 +318,7 @@ class MixedPrecisionOptimizer(Optimizer):
         def prepare(_, loaded: dict[str, Any]) -> dict[str, Any]:
             kind = type(self).__name__
             groups = [loaded_group(group, self.defaults, self.decoupled, kind) for group in loaded["param_groups"]]
-            loaded = {**loaded, "param_groups": groups}
+            loaded = without_placeholders({**loaded, "param_groups": groups})
             check_loaded_state(loaded, self.param_groups, self.state_names, self.storage, self.needs_step)
             return shield_loaded_state(loaded)
 

@@ -189,16 +189,16 @@ def arrange(
     restarts: bool,
 ) -> list[Members]:
     """Those of ``group``, which are at ``positions`` of ``params``, that have a gradient; else as ``Arrangement``."""
-    alike: dict[tuple[torch.device, str | None], list[int]] = {}
+    alike: dict[tuple[torch.device, torch.dtype | None], list[int]] = {}
     for position in positions:
         if grads[position] is not None:
             param = params[position]
-            alike.setdefault((param.device, storage.master_name(param)), []).append(position)
+            alike.setdefault((param.device, storage.master_dtype(param)), []).append(position)
     return [
         Members(
             group,
             together,
-            _lists([params[position] for position in together], kept, state, storage, names, restarts),
+            _lists([params[position] for position in together], kept is not None, state, storage, names, restarts),
             TensorList([], TensorList(grads[position] for position in together)),
         )
         for (_, kept), together in alike.items()
@@ -206,12 +206,13 @@ def arrange(
 
 
 def _lists(
-    params: list[Tensor], kept: str | None, state: State, storage: Storage, names: tuple[str, ...], restarts: bool
+    params: list[Tensor], has_master: bool, state: State, storage: Storage, names: tuple[str, ...], restarts: bool
 ) -> dict[str, list[Tensor]]:
     states = [state[param] for param in params]
     if capturing(params[0].device):
         for param, values in zip(params, states, strict=True):
-            missing = [name for name in (*names, storage.master_name(param), "step") if name and name not in values]
+            needed = [*names, *(["master"] if storage.master_dtype(param) else []), "step"]
+            missing = [name for name in needed if name not in values]
             if missing:
                 raise RuntimeError(
                     f"{', '.join(missing)} of a parameter of shape {tuple(param.shape)} would be made anew by every "
@@ -226,7 +227,7 @@ def _lists(
     lists = {
         "params": params,
         "grads": [],
-        "masters": [values[kept] for values in states] if kept else [],
+        "masters": [values["master"] for values in states] if has_master else [],
         **{f"{name}s": [values[name] for values in states] if name in names else [] for name in storage.signed},
         **{
             f"{name}{SCALE}s": [values[name + SCALE] for values in states] if name in coded else []

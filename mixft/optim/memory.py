@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .storage import SCALE, Storage
@@ -66,14 +67,17 @@ class MemoryReport:
 def measure(params: list[Tensor], state: dict[Tensor, dict[str, Any]], storage: Storage) -> MemoryReport:
     """The report on ``params`` and their ``state``."""
 
+    def of(name: str) -> list[Tensor]:
+        return [state[param][name] for param in params if name in state.get(param, ())]
+
     def held(name: str) -> int:
-        return sum(state[param][name].nbytes for param in params if name in state.get(param, ()))
+        return sum(tensor.nbytes for tensor in of(name))
 
     return MemoryReport(
         elements=sum(param.numel() for param in params),
         parameters=sum(param.nbytes for param in params),
-        masters=held("master"),
-        remainders=held("remainder"),
+        masters=sum(master.nbytes for master in of("master") if master.dtype == torch.float32),
+        remainders=sum(master.nbytes for master in of("master") if master.dtype == torch.int16),
         state={name: size for name in storage.signed if (size := held(name))},
         scales=sum(held(name + SCALE) for name in storage.signed),
         steps=held("step"),

@@ -21,6 +21,21 @@ class Loaded:
     tensor: Tensor
 
 
+def without_placeholders(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A shallow copy of ``state_dict`` without the empty dictionaries in the parameters' state.
+
+    ``torch.distributed.checkpoint`` puts one for whatever this optimizer keeps and a flattened dictionary has not: the
+    scales of 8-bit state, or masters.
+    """
+    state = {
+        key: {name: value for name, value in values.items() if not (isinstance(value, dict) and not value)}
+        if isinstance(values, dict)
+        else values
+        for key, values in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
 def check_loaded_state(
     state_dict: dict[str, Any],
     param_groups: list[dict[str, Any]],

@@ -1,9 +1,9 @@
 """How an optimizer keeps its state, and how that goes into a state dictionary and comes out of one.
 
 ``optimizer.state[param]`` holds ``step``; every state tensor of the rule by its name, FP32, BF16 or 8-bit codes with
-their scales beside them as ``<name>_scale``; and for a 16-bit parameter ``master``, its FP32 weights, or
-``remainder``, the 16 bits by which these exceed the parameter. A state dictionary holds FP32 only, under torch's names
-and ``master``, so that it fits every other storage, and torch.
+their scales beside them as ``<name>_scale``; and for a 16-bit parameter ``master``: its FP32 weights, or int16, the
+remainder by which these exceed the parameter. A state dictionary holds FP32 only, under the same names without the
+scales, so that it fits every other storage, and torch.
 """
 
 from collections.abc import Iterable
@@ -34,11 +34,11 @@ class Storage:
     state_dtype: torch.dtype
     signed: dict[str, bool]
 
-    def master_name(self, param: Tensor) -> str | None:
-        """What is kept beside ``param``: "master", "remainder" or nothing."""
+    def master_dtype(self, param: Tensor) -> torch.dtype | None:
+        """That of the master of ``param``, ``torch.int16`` for a remainder; None where it has none."""
         if param.dtype == torch.float32 or self.master_weights == "none":
             return None
-        return "remainder" if self.master_weights == "split" else "master"
+        return torch.int16 if self.master_weights == "split" else torch.float32
 
     def complete(self, param: Tensor, state: dict[str, Any], names: Iterable[str]) -> bool:
         """Make what ``state`` lacks of ``names`` and of the master; whether a state tensor was made.
@@ -49,8 +49,8 @@ class Storage:
         Raises:
             ValueError: state has another shape than ``param``, which was given a tensor of another shape.
         """
-        kept = self.master_name(param)
-        for name in (*names, kept):
+        kept = self.master_dtype(param)
+        for name in (*names, *(["master"] if kept else [])):
             if name in state and state[name].shape != param.shape:
                 raise ValueError(
                     f"{name} has shape {tuple(state[name].shape)} and its parameter {tuple(param.shape)} by now; "
@@ -66,21 +66,20 @@ class Storage:
                 # The parameter's layout has changed: a scale belongs to neighbours in storage.
                 values = dequantize_state(state[name], state[name + SCALE])
                 state |= self._narrow(name, torch.empty_like(param, dtype=torch.float32).copy_(values))
-        for name in {"master", "remainder"} - {kept}:
+        if "master" in state and state["master"].dtype != kept:
             # Left from when the parameter had another dtype: kept, it would come back out of date.
-            state.pop(name, None)
-        if kept == "master" and "master" not in state:
-            state["master"] = param.detach().float()
-        if kept == "remainder" and "remainder" not in state:
-            state["remainder"] = torch.zeros_like(param, dtype=torch.int16)
+            del state["master"]
+        if kept is not None and "master" not in state:
+            split = kept == torch.int16
+            state["master"] = torch.zeros_like(param, dtype=kept) if split else param.detach().float()
         return is_new
 
     def widen(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """``state`` as a state dictionary has it; tensors that are FP32 already are not copied."""
         wide = {}
         for name, value in state.items():
-            if name == "remainder":
-                wide["master"] = join_master(param.detach(), value)
+            if name == "master":
+                wide[name] = value if value.is_floating_point() else join_master(param.detach(), value)
             elif name + SCALE in state:
                 wide[name] = dequantize_state(value, state[name + SCALE])
             elif name in self.signed:
@@ -102,11 +101,11 @@ class Storage:
                 narrow |= self._narrow(name, value if fits else like_param.copy_(value))
             elif name != "master":
                 narrow[name] = value
-        kept = self.master_name(param)
-        if kept == "master":
+        kept = self.master_dtype(param)
+        if kept == torch.float32:
             narrow["master"] = state.get("master", param.detach().float())
-        elif kept == "remainder" and "master" in state:
-            upper, narrow["remainder"] = split_master(state["master"], param.dtype)
+        elif kept == torch.int16 and "master" in state:
+            upper, narrow["master"] = split_master(state["master"], param.dtype)
             param.copy_(upper)
         return narrow
 
@@ -116,7 +115,8 @@ class Storage:
             for name in self.signed
             if name in state and state[name].is_floating_point() and state[name].dtype != self.state_dtype
         }
-        if "master" in state and (wide or self.master_name(param) == "remainder"):
+        has_wide_master = "master" in state and state["master"].is_floating_point()
+        if has_wide_master and (wide or self.master_dtype(param) == torch.int16):
             wide["master"] = state["master"]
         if wide:
             state |= self.narrow(param, wide)

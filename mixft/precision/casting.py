@@ -19,11 +19,10 @@ def check_optimizer(optimizer: object) -> None:
 def widened(param: Tensor, optimizer: MixedPrecisionOptimizer | None) -> Tensor:
     """The value of ``param`` as far as it is known: its master where ``optimizer`` keeps one, shared and not copied."""
     state = optimizer.state.get(param, {}) if optimizer is not None else {}
-    if param.dtype != torch.float32 and "master" in state:
-        return state["master"]
-    if param.dtype != torch.float32 and "remainder" in state:
-        return join_master(param.detach(), state["remainder"])
-    return param.detach().float()
+    if param.dtype == torch.float32 or "master" not in state:
+        return param.detach().float()
+    master = state["master"]
+    return master if master.is_floating_point() else join_master(param.detach(), master)
 
 
 @torch.no_grad()
@@ -38,13 +37,12 @@ def cast_parameter(param: Tensor, dtype: torch.dtype, optimizer: MixedPrecisionO
         return
     value = widened(param, optimizer)
     owned = optimizer is not None and any(param is member for member in parameters_of(optimizer))
-    for name in ("master", "remainder"):
-        if owned and param in optimizer.state:
-            optimizer.state[param].pop(name, None)
+    if owned and param in optimizer.state:
+        optimizer.state[param].pop("master", None)
     narrow = value if dtype == torch.float32 else value.to(dtype)
     if owned and dtype != torch.float32:
         if optimizer.master_weights == "split":
-            narrow, optimizer.state[param]["remainder"] = split_master(value, dtype)
+            narrow, optimizer.state[param]["master"] = split_master(value, dtype)
         elif optimizer.master_weights != "none":
             optimizer.state[param]["master"] = value
     grad, param.grad = param.grad, None
