@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixft.optim
 from mixft.ops.optimizer_state import join_master
 from mixft.optim.base import MixedPrecisionOptimizer
+from mixft.optim.dtensor import piece_of
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SHAPES = [(17,), (5, 7), (), (1000,), (2, 3, 3, 3)]
@@ -143,8 +144,8 @@ def run_beside(optimizer, others, steps):
 
 
 def bits(tensor):
-    """The bytes of a tensor, so that NaN equals itself."""
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+    """The bytes of a tensor, of a DTensor this process's, so that NaN equals itself."""
+    return piece_of(tensor).detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def snapshot(optimizer):

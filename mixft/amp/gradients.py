@@ -8,7 +8,7 @@ from torch import Tensor
 from mixft.ops import unscale_
 from mixft.ops.grad import served_together
 from mixft.ops.grad_scalars import grad_scalars_unchecked
-from mixft.ops.validation import FLOATS
+from mixft.ops.validation import FLOATS, is_dtensor
 
 from .overflow import Counts
 
@@ -20,21 +20,22 @@ class Gradients:
     Attributes:
         params: parameters whose gradients mixft's ops take.
         ours: those gradients.
-        others: the rest, FP64 and tensor subclasses, by dtype.
-        plain: (parameter, gradient) of those of the rest that are plain tensors, whose elements can be counted.
+        others: the rest, FP64 and tensor subclasses, by dtype and for DTensors by their placement too.
+        counted: (parameter, gradient) of those of the rest whose elements can be counted: plain tensors, and what this
+            process holds of a DTensor.
     """
 
     params: list[Tensor] = field(default_factory=list)
     ours: list[Tensor] = field(default_factory=list)
-    others: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
-    plain: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    others: dict[tuple, list[Tensor]] = field(default_factory=dict)
+    counted: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def count_others(self) -> list[Counts]:
-        """NaN and Inf elements of the plain tensors among the others."""
-        if not self.plain:
+        """NaN and Inf elements of the others, where they can be counted."""
+        if not self.counted:
             return []
-        counts = [grad.numel() - grad.isfinite().sum() for _, grad in self.plain]
-        return [([param for param, _ in self.plain], torch.stack(counts))]
+        counts = [grad.numel() - grad.isfinite().sum() for _, grad in self.counted]
+        return [([param for param, _ in self.counted], torch.stack(counts))]
 
 
 def is_taken(grad: Tensor) -> bool:
@@ -67,10 +68,13 @@ def gradients_of(optimizer: torch.optim.Optimizer) -> dict[torch.device, Gradien
         if is_taken(grad):
             here.params.append(param)
             here.ours.append(grad)
-        else:
-            here.others.setdefault(grad.dtype, []).append(grad)
-            if type(grad) is Tensor:
-                here.plain.append((param, grad))
+            continue
+        # torch's check agrees on what it finds with the other processes of the first DTensor that it is given.
+        placed = (grad.device_mesh, grad.placements) if is_dtensor(grad) else ()
+        here.others.setdefault((grad.dtype, *placed), []).append(grad)
+        piece = grad.to_local() if is_dtensor(grad) else grad
+        if type(piece) is Tensor:
+            here.counted.append((param, piece))
     return found
 
 

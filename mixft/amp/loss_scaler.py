@@ -51,9 +51,10 @@ class LossScaler(torch.amp.GradScaler):
     - ``dynamic=False`` keeps the scale as it is; steps that overflow are still skipped.
     - With an optimizer of mixft's, ``scale``, ``step`` and ``update`` can be captured in a CUDA graph, once one step
       before has made what they keep on the device; RuntimeError where that has not been.
-    - With an optimizer of mixft's that has ``sharded_over``, an overflow in one process's shards skips the step and
-      backs off in all; reports name what overflowed in the shards of the process that is asked. Of any other optimizer
-      every process checks what gradients it has, alone, as GradScaler does: nothing here is a ``ShardedGradScaler``.
+    - With an optimizer of mixft's that has ``sharded_over``, and with any whose parameters are DTensors, an overflow in
+      one process's shards skips the step and backs off in all; reports name what overflowed in the shards of the
+      process that is asked. Of any other optimizer every process checks what gradients it has, alone, as GradScaler
+      does: nothing here is a ``ShardedGradScaler``.
 
     Args:
         init_scale: the first scale. A loss in FP16 itself needs one below 65504, FP16's largest number, which the

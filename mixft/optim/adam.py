@@ -98,8 +98,11 @@ class AdamW(Adam):
       ``torch.amp.GradScaler`` the scaler's own finding is taken instead, and with ``max_grad_norm`` both count.
     - ``max_grad_norm`` clips inside the step, by the norm over all groups of the unscaled gradients. A norm that
       exceeds FP32 skips the step. ``float("inf")`` gives ``last_grad_norm`` without clipping.
-    - Check and norm cover the gradients that this process has. Where these are shards of a model's, give
-      ``sharded_over``: all processes then clip by the model's norm, and skip together.
+    - Check and norm cover the gradients that this process has. Parameters that are DTensors, as those of
+      ``fully_shard`` and of tensor parallelism are, know who has the rest: all processes clip by the model's norm, and
+      skip together, for one ``all_reduce`` of two numbers a step and mesh dimension. State is kept for a process's own
+      piece, and is DTensors in a state dictionary, 8-bit state and split masters too. Where parameters are plain shards
+      of a model's, give ``sharded_over``.
     - ``torch.amp.GradScaler`` works unchanged, with FP16 parameters too as long as nobody calls ``scaler.unscale_``
       (which refuses FP16 gradients): the scale is taken out inside the step, in FP32, and ``.grad`` keeps it.
 
@@ -139,8 +142,8 @@ class AdamW(Adam):
             are in ``DistributedDataParallel``.
 
     Raises:
-        TypeError: a parameter is complex, integer, sparse, FP64 or a ``DTensor``, as those of ``fully_shard`` are; or
-            ``sharded_over`` is no process group.
+        TypeError: a parameter is complex, integer, sparse, FP64 or a DTensor placed as a sum; or ``sharded_over`` is
+            no process group.
         ValueError: a hyperparameter out of range, an unknown ``master_weights`` or ``state_dtype``, or options that
             exclude each other.
     """

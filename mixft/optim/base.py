@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from mixft.ops.optimizer_step import step_unchecked_
+from mixft.ops.validation import is_dtensor
 
+from .dtensor import gradient_pieces, piece_of, shards_of
 from .hyperparameters import check_precision, loaded_group
 from .learning_rate import LearningRates
 from .members import Arrangement, Gradients, Members, Stepped, arrange, check_gradients, check_parameters
 from .memory import MemoryReport, measure
 from .scalars import at, step_scalars
 from .sharding import Shards
-from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state, without_placeholders
+from .state import adopt_loaded_state, check_loaded_state, shield_loaded_state, wide_state, without_placeholders
 from .storage import Storage
 
 # Options by which torch's optimizers choose between implementations of the same values; there is one here.
@@ -65,6 +67,7 @@ class MixedPrecisionOptimizer(Optimizer):
     releases_gradients: bool = False
     main_grads: dict[Tensor, Tensor] | None = None
     _shards: Shards | None = None
+    _has_dtensors: bool = False
 
     def __init__(
         self,
@@ -120,11 +123,17 @@ class MixedPrecisionOptimizer(Optimizer):
     @property
     def sharded_over(self) -> "torch.distributed.ProcessGroup | None":
         """The group whose processes clip by one norm and skip together; to be set anew after unpickling."""
-        return None if self._shards is None else self._shards.group
+        return None if self._shards is None else self._shards.groups[0]
 
     @sharded_over.setter
     def sharded_over(self, group: "torch.distributed.ProcessGroup | None") -> None:
-        self._shards = None if group is None else Shards(group)
+        shards = None if group is None else Shards(group)
+        if shards is not None and self._has_dtensors:
+            raise ValueError(
+                "sharded_over is given and parameters are DTensors, which know who shares them; leave it out"
+            )
+        self._shards = shards
+        self._arrangement = None
 
     @staticmethod
     @abstractmethod
@@ -145,9 +154,9 @@ class MixedPrecisionOptimizer(Optimizer):
         """Add a group, as ``torch.optim.Optimizer.add_param_group`` does.
 
         Raises:
-            TypeError: a parameter is not a real floating-point tensor of 16 or 32 bits, or is a DTensor.
-            ValueError: a hyperparameter is out of range, a parameter is given twice or overlaps itself, or an option
-                is named that a group cannot have.
+            TypeError: a parameter is not a real floating-point tensor of 16 or 32 bits, or a DTensor that is a sum.
+            ValueError: a hyperparameter is out of range, a parameter is given twice or overlaps itself, an option
+                is named that a group cannot have, or there are DTensors beside ``sharded_over``.
         """
         kind = type(self).__name__
         for name in (*OPTIMIZER_OPTIONS, *TORCH_IMPLEMENTATION_OPTIONS):
@@ -161,9 +170,16 @@ class MixedPrecisionOptimizer(Optimizer):
         try:
             self.check_hyperparameters(group)
             check_parameters(group["params"], len(self.param_groups) - 1, kind)
+            has_dtensors = any(map(is_dtensor, group["params"]))
+            if has_dtensors and self._shards is not None:
+                raise ValueError(
+                    f"sharded_over is given and parameters of group {len(self.param_groups) - 1} are DTensors, which "
+                    f"know the processes that share them; leave it out"
+                )
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._has_dtensors = self._has_dtensors or has_dtensors
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -178,7 +194,7 @@ class MixedPrecisionOptimizer(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            TypeError: a gradient is sparse, or of a dtype that is not served.
+            TypeError: a gradient is sparse, of a dtype that is not served, or a DTensor where its parameter is plain.
             ValueError: a gradient has another shape than its parameter or is a view of negated numbers, or a group's
                 ``lr`` is a tensor of several elements.
             RuntimeError: gradients were released inside backward with a GradScaler's scale still in them; or a CUDA
@@ -201,10 +217,13 @@ class MixedPrecisionOptimizer(Optimizer):
     def _step(self) -> None:
         params = [param for group in self.param_groups for param in group["params"]]
         grads = list(map(self._gradient_of, params))
-        members = self._arranged(params, grads)
-        # The other processes of a group wait for what this one has found, be it nothing.
-        if members or self._shards is not None:
-            self._update(members, grads)
+        pieces = params
+        if self._has_dtensors:
+            pieces, grads = list(map(piece_of, params)), gradient_pieces(params, grads)
+        members, shards = self._arranged(params, pieces, grads)
+        # The other processes wait for what this one has found, be it nothing.
+        if members or shards:
+            self._update(members, params, grads, shards)
         found, self._found_in_backward = self._found_in_backward, None
         if found is not None:
             self.last_found_inf = torch.maximum(found, at(self.last_found_inf, found.device)) if members else found
@@ -218,32 +237,39 @@ class MixedPrecisionOptimizer(Optimizer):
         params, grads = [param], [self._gradient_of(param)]
         check_gradients(params, grads, type(self).__name__)
         names = self.state_names(group)
-        restarts = self.restarts_with_new_state
-        self._update(arrange(group, [0], params, grads, self.state, self.storage, names, restarts), grads)
+        step = Stepped([group], [names], params, params, grads, self.state)
+        work = arrange(group, [0], step, self.storage, names, self.restarts_with_new_state, [None])
+        self._update(work, params, grads, [])
         found = self.last_found_inf
         if found is not None and self._found_in_backward is not None:
             found = torch.maximum(found, at(self._found_in_backward, found.device))
         self._found_in_backward = found
 
-    def _arranged(self, params: list[Tensor], grads: Gradients) -> list[Members]:
-        """The parameters that have a gradient, arranged anew where anything has changed since the last step."""
+    def _arranged(
+        self, params: list[Tensor], pieces: list[Tensor], grads: Gradients
+    ) -> tuple[list[Members], list[Shards]]:
+        """The parameters that have a gradient, arranged anew where anything has changed since the last step, and the
+        processes that have other pieces of any."""
         names = list(map(self.state_names, self.param_groups))
-        step = Stepped(self.param_groups, names, params, grads, self.state)
+        step = Stepped(self.param_groups, names, params, pieces, grads, self.state)
         if self._arrangement is None or not self._arrangement.holds(step):
-            check_gradients(params, grads, type(self).__name__)
-            self._arrangement = Arrangement(step, self.storage, self.restarts_with_new_state)
-        return self._arrangement.members
+            check_gradients(pieces, grads, type(self).__name__)
+            shards = list(map(shards_of, params)) if self._has_dtensors else [self._shards] * len(params)
+            self._arrangement = Arrangement(step, self.storage, self.restarts_with_new_state, shards)
+        return self._arrangement.members, self._arrangement.shards if self._shards is None else [self._shards]
 
-    def _update(self, work: list[Members], of_all: Gradients) -> None:
-        """Change parameters and state of ``work``, or nothing where a gradient of any is not finite."""
-        grads: dict[torch.device, list[Tensor]] = {}
-        params: dict[torch.device, list[Tensor]] = defaultdict(list)
+    def _update(self, work: list[Members], params: list[Tensor], of_all: Gradients, shards: list[Shards]) -> None:
+        """Change those of ``params`` and their state that are in ``work``, or nothing where a gradient of any, also in
+        the other processes of ``shards``, is not finite."""
+        grads: dict[tuple[torch.device, Shards | None], list[Tensor]] = {}
+        checked: dict[tuple[torch.device, Shards | None], list[Tensor]] = defaultdict(list)
         rates = [self._rates.of(members.group, members.device) for members in work]
         listed = [members.gradients(of_all) for members in work]
         for members, own in zip(work, listed, strict=True):
-            before = grads.get(members.device)
-            grads[members.device] = own if before is None else before + own
-            params[members.device] += members.tensors["params"]
+            where = members.device, members.shards
+            before = grads.get(where)
+            grads[where] = own if before is None else before + own
+            checked[where] += map(params.__getitem__, members.positions)
         scalars = step_scalars(
             grads,
             # Set by torch.amp.GradScaler around the step.
@@ -251,15 +277,15 @@ class MixedPrecisionOptimizer(Optimizer):
             found_inf=getattr(self, "found_inf", None),
             max_norm=self.max_grad_norm,
             skip_nonfinite=self.skip_nonfinite,
-            shards=self._shards,
-            home=None if work else self._shards.device(self._first_device()),
+            shards=shards,
+            home=None if work else shards[0].device(self._first_device()),
         )
         self.last_grad_norm = scalars.norm
         self.last_found_inf = scalars.found_inf
-        self.last_nonfinite = list(zip(params.values(), scalars.nonfinite, strict=True)) if scalars.nonfinite else []
+        self.last_nonfinite = list(zip(checked.values(), scalars.nonfinite, strict=True)) if scalars.nonfinite else []
         if not work:
             return
-        home, *others = grads
+        home, *others = dict.fromkeys(device for device, _ in grads)
         local = {home: scalars} | {device: scalars.on(device) for device in others}
         for members, own, lr in zip(work, listed, rates, strict=True):
             rounding = self.stochastic_rounding and not members.tensors["masters"]
@@ -279,14 +305,14 @@ class MixedPrecisionOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State by torch's names and in FP32, whatever it is kept in; masters, split ones too, as ``master``.
 
-        ``torch.optim``'s optimizer of the same name loads it and ignores the masters.
+        ``torch.optim``'s optimizer of the same name loads it and ignores the masters. State of DTensors is DTensors.
         """
         params = [param for group in self.param_groups for param in group["params"]]
 
         # Registered first, so that the user's own hooks see the dictionary as it is saved.
         def widen(_, saved: dict[str, Any]) -> dict[str, Any]:
             state = {
-                key: self.storage.widen(params[key], values) if key in range(len(params)) else values
+                key: wide_state(params[key], values, self.storage) if key in range(len(params)) else values
                 for key, values in saved["state"].items()
             }
             # torch's name for it.
@@ -329,7 +355,7 @@ class MixedPrecisionOptimizer(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "storage", "stochastic_rounding", "skip_nonfinite", "_shards")
+        own = ("max_grad_norm", "storage", "stochastic_rounding", "skip_nonfinite", "_shards", "_has_dtensors")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

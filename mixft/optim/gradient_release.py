@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixft.ops.validation import is_dtensor
+
 from .base import MixedPrecisionOptimizer
 
 
@@ -77,8 +79,8 @@ def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
     Raises:
         TypeError: ``optimizer`` is not one of mixft's.
         ValueError: it has ``max_grad_norm``: the norm of all gradients is not known before the last. Or it has
-            ``sharded_over``: processes do not step the same parameters one after the other. Or it has a
-            :class:`mixft.amp.GradAccumulator`.
+            ``sharded_over``, or its parameters are DTensors: processes do not step the same parameters one after the
+            other. Or it has a :class:`mixft.amp.GradAccumulator`.
         RuntimeError: its gradients are released already.
     """
     if not isinstance(optimizer, MixedPrecisionOptimizer):
@@ -91,6 +93,11 @@ def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:
     if optimizer.sharded_over is not None:
         raise ValueError(
             "the optimizer has sharded_over, for whose sums all processes would have to step as often; make it without"
+        )
+    if any(is_dtensor(param) for group in optimizer.param_groups for param in group["params"]):
+        raise ValueError(
+            "parameters are DTensors, for whose sums all processes would have to step as often; leave the gradients to "
+            "optimizer.step()"
         )
     if getattr(optimizer, "grad_accumulator", None) is not None:
         raise ValueError(

@@ -13,7 +13,9 @@ from mixft.ops.capture import capturing
 from mixft.ops.tensor_list import TensorList
 from mixft.ops.validation import FLOATS, SIXTEEN_BITS, is_dtensor
 
+from .dtensor import piece_of
 from .metadata import Metadata
+from .sharding import Shards
 from .state import lay_steps_side_by_side
 from .storage import SCALE, Storage
 
@@ -24,17 +26,19 @@ Gradients = list[Tensor | None]
 
 @dataclass
 class Members:
-    """Parameters of one group, on one device and with one kind of master, that have a gradient.
+    """Parameters of one group, on one device, with one kind of master and divided alike, that have a gradient.
 
     Attributes:
         group: their parameter group.
         positions: their places in the list of parameters that they were arranged from.
+        shards: the processes that hold the other pieces of them; None for none.
         tensors: the op's lists by argument name and in its order, without the gradients, which would be kept alive.
         like_grads: no tensors, with what is known of the gradients'.
     """
 
     group: dict[str, Any]
     positions: list[int]
+    shards: Shards | None
     tensors: dict[str, list[Tensor]]
     like_grads: TensorList
 
@@ -54,13 +58,15 @@ class Stepped(NamedTuple):
         param_groups: the optimizer's.
         names: of each group, the state tensors that its rule keeps.
         params: all parameters, in order.
-        grads: theirs.
+        pieces: what this process holds of them; the parameters themselves, but of DTensors.
+        grads: the pieces' gradients.
         state: the optimizer's.
     """
 
     param_groups: list[dict[str, Any]]
     names: list[tuple[str, ...]]
     params: list[Tensor]
+    pieces: list[Tensor]
     grads: Gradients
     state: State
 
@@ -72,29 +78,34 @@ class Arrangement:
         step: what they are arranged from; what its state lacks is made.
         storage: how state is kept.
         restarts: whether a new state tensor makes the next step the first: SGD's momentum begins with a gradient.
+        shards: for each parameter, the processes that hold its other pieces; None for none.
 
     Attributes:
         members: the parameters that have a gradient, by what can go in one call.
+        shards: those of all parameters, each once and in order.
     """
 
-    def __init__(self, step: Stepped, storage: Storage, restarts: bool) -> None:
+    def __init__(self, step: Stepped, storage: Storage, restarts: bool, shards: list[Shards | None]) -> None:
         self.members: list[Members] = []
+        self.shards = [processes for processes in dict.fromkeys(shards) if processes is not None]
         first = 0
         for group, named in zip(step.param_groups, step.names, strict=True):
             positions = range(first, first := first + len(group["params"]))
-            self.members += arrange(group, positions, step.params, step.grads, step.state, storage, named, restarts)
+            self.members += arrange(group, positions, step, storage, named, restarts, shards)
         self._groups = _described(step.param_groups, step.names)
         self._params = step.params
+        self._pieces = step.pieces
         self._has_gradient = [grad is not None for grad in step.grads]
-        self._metadata = Metadata(_with_gradient(step.params, step.grads))
+        self._metadata = Metadata(_with_gradient(step.pieces, step.grads))
         self._state = _tensors(step.state)
 
     def holds(self, step: Stepped) -> bool:
         """Whether ``step`` has the groups, parameters and state arranged, and its gradients differ in address alone."""
         return (
             _same(step.params, self._params)
+            and (step.pieces is step.params or _same(step.pieces, self._pieces))
             and [grad is not None for grad in step.grads] == self._has_gradient
-            and self._metadata.describes(_with_gradient(step.params, step.grads))
+            and self._metadata.describes(_with_gradient(step.pieces, step.grads))
             and _same(_tensors(step.state), self._state)
             and _described(step.param_groups, step.names) == self._groups
         )
@@ -130,12 +141,12 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
                 f"parameters {seen[param]} and {position} of group {number} are the same tensor; give it once"
             )
         seen[param] = position
-        if is_dtensor(param):
+        if is_dtensor(param) and any(placement.is_partial() for placement in param.placements):
             raise TypeError(
-                f"parameter {position} of group {number} is a DTensor of shape {tuple(param.shape)}; {optimizer} takes "
-                f"plain tensors, as FullyShardedDataParallel(use_orig_params=True) and ZeroRedundancyOptimizer leave "
-                f"them: shard with one of these and give sharded_over"
+                f"parameter {position} of group {number} is a DTensor placed {param.placements}, a sum of pieces; "
+                f"{optimizer} takes those that are divided or replicated"
             )
+        param = piece_of(param)
         if param.dtype not in FLOATS or param.layout != torch.strided:
             raise TypeError(
                 f"parameter {position} of group {number} is a {param.layout} tensor of {param.dtype}; "
@@ -181,34 +192,37 @@ def check_gradients(params: list[Tensor], grads: Gradients, optimizer: str) -> N
 def arrange(
     group: dict[str, Any],
     positions: Iterable[int],
-    params: list[Tensor],
-    grads: Gradients,
-    state: State,
+    step: Stepped,
     storage: Storage,
     names: tuple[str, ...],
     restarts: bool,
+    shards: list[Shards | None],
 ) -> list[Members]:
-    """Those of ``group``, which are at ``positions`` of ``params``, that have a gradient; else as ``Arrangement``."""
-    alike: dict[tuple[torch.device, torch.dtype | None], list[int]] = {}
+    """Those of ``group``, which are at ``positions`` of the parameters of ``step``, that have a gradient; else as
+    ``Arrangement``."""
+    alike: dict[tuple[torch.device, torch.dtype | None, Shards | None], list[int]] = {}
     for position in positions:
-        if grads[position] is not None:
-            param = params[position]
-            alike.setdefault((param.device, storage.master_dtype(param)), []).append(position)
+        if step.grads[position] is not None:
+            piece = step.pieces[position]
+            kind = piece.device, storage.master_dtype(piece), shards[position]
+            alike.setdefault(kind, []).append(position)
     return [
         Members(
             group,
             together,
-            _lists([params[position] for position in together], kept is not None, state, storage, names, restarts),
-            TensorList([], TensorList(grads[position] for position in together)),
+            processes,
+            _lists(step, together, kept is not None, storage, names, restarts),
+            TensorList([], TensorList(step.grads[position] for position in together)),
         )
-        for (_, kept), together in alike.items()
+        for (_, kept, processes), together in alike.items()
     ]
 
 
 def _lists(
-    params: list[Tensor], has_master: bool, state: State, storage: Storage, names: tuple[str, ...], restarts: bool
+    step: Stepped, positions: list[int], has_master: bool, storage: Storage, names: tuple[str, ...], restarts: bool
 ) -> dict[str, list[Tensor]]:
-    states = [state[param] for param in params]
+    params = [step.pieces[position] for position in positions]
+    states = [step.state[step.params[position]] for position in positions]
     if capturing(params[0].device):
         for param, values in zip(params, states, strict=True):
             needed = [*names, *(["master"] if storage.master_dtype(param) else []), "step"]

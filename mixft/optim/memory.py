@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensor import piece_of
 from .storage import SCALE, Storage
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes, as the tensors are when the report is made; state is made at a parameter's first step.
+    """Bytes that this process holds when the report is made; state is made at a parameter's first step.
 
     Attributes:
         elements: number of elements of all parameters.
@@ -67,6 +68,8 @@ class MemoryReport:
 def measure(params: list[Tensor], state: dict[Tensor, dict[str, Any]], storage: Storage) -> MemoryReport:
     """The report on ``params`` and their ``state``."""
 
+    pieces = list(map(piece_of, params))
+
     def of(name: str) -> list[Tensor]:
         return [state[param][name] for param in params if name in state.get(param, ())]
 
@@ -74,12 +77,12 @@ def measure(params: list[Tensor], state: dict[Tensor, dict[str, Any]], storage: 
         return sum(tensor.nbytes for tensor in of(name))
 
     return MemoryReport(
-        elements=sum(param.numel() for param in params),
-        parameters=sum(param.nbytes for param in params),
+        elements=sum(piece.numel() for piece in pieces),
+        parameters=sum(piece.nbytes for piece in pieces),
         masters=sum(master.nbytes for master in of("master") if master.dtype == torch.float32),
         remainders=sum(master.nbytes for master in of("master") if master.dtype == torch.int16),
         state={name: size for name in storage.signed if (size := held(name))},
         scales=sum(held(name + SCALE) for name in storage.signed),
         steps=held("step"),
-        gradients=sum(param.grad.nbytes for param in params if param.grad is not None),
+        gradients=sum(piece_of(param.grad).nbytes for param in params if param.grad is not None),
     )

@@ -1,5 +1,6 @@
 """The scalars of one step, from the gradients and from a GradScaler, without waiting for the device."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,43 +37,47 @@ class Scalars:
 
 
 def step_scalars(
-    grads: dict[torch.device, list[Tensor]],
+    grads: dict[tuple[torch.device, Shards | None], list[Tensor]],
     *,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | int | None = None,
     max_norm: float | None = None,
     skip_nonfinite: bool = True,
-    shards: Shards | None = None,
+    shards: Sequence[Shards] = (),
     home: torch.device | None = None,
 ) -> Scalars:
     """The scalars of a step, on the first device of ``grads``.
 
     Args:
-        grads: all gradients of the step, by device.
+        grads: all gradients of the step, by device and by the processes that hold the other parts of them, None for
+            none.
         grad_scale: the scale still in them, from a GradScaler.
         found_inf: what the scaler found itself; the number 0 where it was shown no gradient.
         max_norm: what their norm is clipped to; with it, gradients are looked at whatever the scaler found.
         skip_nonfinite: whether to look at them where no scaler did.
-        shards: the processes whose gradients and findings count too; None for this one alone.
+        shards: all processes that hold other parts, in the same order everywhere, of gradients that may be missing here
+            too. Their findings count.
         home: the device where there is no gradient, as may be with ``shards``.
     """
-    home = next(iter(grads), home)
+    home = next((device for device, _ in grads), home)
     inv_scale = None if grad_scale is None else at(grad_scale, home).reciprocal()
     if found_inf is not None:
         found_inf = at(found_inf, home).reshape(()) if isinstance(found_inf, Tensor) else torch.zeros((), device=home)
     looks = max_norm is not None or (found_inf is None and skip_nonfinite)
-    if not looks and (found_inf is None or shards is None):
+    if not looks and (found_inf is None or not shards):
         return Scalars(inv_scale, None, found_inf)
-    if len(grads) == 1 and shards is None:
-        norm, clip_coef, found_inf, nonfinite = grad_scalars_unchecked(grads[home], inv_scale, found_inf, max_norm)
+    if len(grads) == 1 and not shards:
+        (only,) = grads.values()
+        norm, clip_coef, found_inf, nonfinite = grad_scalars_unchecked(only, inv_scale, found_inf, max_norm)
         if max_norm is None:
             return Scalars(inv_scale, None, found_inf, None, (nonfinite,))
         return Scalars(inv_scale, clip_coef, found_inf, norm, (nonfinite,))
-    parts = [grad_scalars_unchecked(listed, None, None, None) for listed in grads.values()] if looks else []
-    totals = _totals(parts, found_inf, home)
-    if shards is not None:
-        totals = shards.total(totals)
-    return _from_totals(totals, inv_scale, max_norm, tuple(part.nonfinite for part in parts))
+    parts = {where: grad_scalars_unchecked(listed, None, None, None) for where, listed in grads.items() if looks}
+    totals = _totals([part for (_, divided), part in parts.items() if divided is None], found_inf, home)
+    for processes in shards:
+        own = [part for (_, divided), part in parts.items() if divided == processes]
+        totals = totals + processes.total(_totals(own, found_inf, home))
+    return _from_totals(totals, inv_scale, max_norm, tuple(part.nonfinite for part in parts.values()))
 
 
 def _totals(parts: list[GradScalars], found_inf: Tensor | None, home: torch.device) -> Tensor:

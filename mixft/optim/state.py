@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensor import check_placed, piece_for, piece_of, whole_of
 from .storage import Storage
 
 
@@ -59,12 +60,15 @@ def check_loaded_state(
                 f"the loaded state of parameter {key} lacks {', '.join(missing)}; load that of an optimizer of the "
                 "same kind and options"
             )
-        for name in (*storage.signed, "master"):
-            if state.get(name) is not None and state[name].shape != param.shape:
+        for name in shaped(storage):
+            if state.get(name) is None:
+                continue
+            if state[name].shape != param.shape:
                 raise ValueError(
                     f"the loaded {name} of parameter {key} has shape {tuple(state[name].shape)}, the parameter "
                     f"{tuple(param.shape)}; give the parameters in the order in which they were saved"
                 )
+            check_placed(param, state[name], f"the loaded {name} of parameter {key}")
 
 
 def shield_loaded_state(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -91,16 +95,28 @@ def adopt_loaded_state(params: list[Tensor], state: dict[Tensor, dict[str, Any]]
         lay_steps_side_by_side([state[param] for param in stepped if param.device == device], device)
 
 
+def wide_state(param: Tensor, state: dict[str, Any], storage: Storage) -> dict[str, Any]:
+    """The state that an optimizer keeps of ``param`` as a state dictionary has it."""
+    wide = storage.widen(piece_of(param), state)
+    return {name: whole_of(param, value) if name in shaped(storage) else value for name, value in wide.items()}
+
+
+def shaped(storage: Storage) -> tuple[str, ...]:
+    """Names of what a state dictionary can have of a parameter's shape."""
+    return (*storage.signed, "master")
+
+
 def adopted(param: Tensor, state: dict[str, Any], storage: Storage) -> dict[str, Any]:
     """The state of ``param`` in a state dictionary, or in an optimizer of torch's, as ``storage`` keeps it."""
+    pieces = {name: piece_for(param, value) if name in shaped(storage) else value for name, value in state.items()}
     wide = {
         name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in state.items()
+        for name, value in pieces.items()
     }
     # Momentum of an optimizer that counts no steps: one has been taken, or there would be none.
     wide.setdefault("step", 1.0)
     wide["step"] = torch.as_tensor(wide["step"], dtype=torch.float32, device=param.device).reshape(())
-    return storage.narrow(param, wide)
+    return storage.narrow(piece_of(param), wide)
 
 
 def lay_steps_side_by_side(states: list[dict[str, Any]], device: torch.device) -> None:

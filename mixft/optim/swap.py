@@ -13,7 +13,7 @@ from .base import OPTIMIZER_OPTIONS, TORCH_IMPLEMENTATION_OPTIONS, MixedPrecisio
 from .hyperparameters import as_numbers
 from .lion import Lion
 from .sgd import SGD
-from .state import adopted, check_loaded_state
+from .state import adopted, check_loaded_state, wide_state
 
 COUNTERPARTS = {torch.optim.AdamW: AdamW, torch.optim.Adam: Adam, torch.optim.SGD: SGD}
 OURS = (AdamW, Adam, SGD, Lion)
@@ -47,7 +47,7 @@ def swap(optimizer: Optimizer, **overrides: Any) -> MixedPrecisionOptimizer:
 
     Raises:
         TypeError: ``optimizer`` is of another class, a subclass included, whose step may differ; an override is not
-            one of the above; or a parameter is not served, a DTensor for one. Nothing is changed then.
+            one of the above; or a parameter is not served. Nothing is changed then.
         ValueError: ``optimizer`` is differentiable, has its gradients released inside backward or accumulated, or an
             override has a value that will not do. Nothing is changed.
     """
@@ -131,7 +131,7 @@ def _take_state(swapped: MixedPrecisionOptimizer, optimizer: Optimizer) -> None:
 def _wide(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
     state = {name: value for name, value in optimizer.state[param].items() if value is not None}
     if isinstance(optimizer, MixedPrecisionOptimizer):
-        return optimizer.storage.widen(param, state)
+        return wide_state(param, state, optimizer.storage)
     return state
 
 
