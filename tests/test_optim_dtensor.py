@@ -193,6 +193,8 @@ def resumed_through_files(rank, kind, options, flat, folder):
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @every_storage
 def test_a_checkpoint_of_pieces_goes_on_bit_for_bit(pair, storage, flat, tmp_path):
+    if flat and TORCH < (2, 8) and storage.get("state_dtype") == torch.int8:
+        pytest.skip("this torch's flattened state dictionaries want to load all that an optimizer keeps, as scales are")
     pair.call(resumed_through_files, AdamW, {"lr": 0.01, **storage}, flat, str(tmp_path))
 
 
