@@ -243,3 +243,20 @@ def test_the_copy_for_the_host_is_waited_for_on_the_stream_that_makes_it(monkeyp
     monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(copy_=lambda values, non_blocking: values))
     floor_watch.FloorWatch(1, 1.0)._start(SimpleNamespace(is_cuda=True, shape=(1,), dtype=None, device="cuda:1"))
     assert streams == ["the stream of cuda:1"]
+
+
+def add_one(params):
+    params.append(torch.nn.Parameter(torch.ones(2)))
+
+
+@pytest.mark.parametrize(("edit", "name"), [(add_one, "group 0, parameter 1 (4,)"), (list.pop, "first.bias")])
+@pytest.mark.parametrize("make", UNSCALING)
+def test_a_list_of_named_parameters_that_was_edited(make, edit, name):
+    model = model_of()
+    optimizer = make(model.named_parameters(), lr=1e-3)
+    scaler = LossScaler(8.0, device="cpu")
+    iterate(scaler, optimizer, [(0, 1, 2, INF)])
+    assert scaler.overflow_report() == [("first.bias", 2)]
+    edit(optimizer.param_groups[0]["params"])
+    iterate(scaler, optimizer, [(0, 1, 3, INF)])
+    assert scaler.overflow_report() == [(name, 3)]

@@ -1,5 +1,8 @@
 """GradAccumulator: FP32 sums of micro-batch gradients, steps with them, and overflow in one of the micro-batches."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import error
@@ -268,6 +271,13 @@ def test_a_disabled_scaler():
     assert torch.equal(param, torch.full((3,), -1.0))
 
 
+class Wrapper(torch.optim.Optimizer):
+    """As Accelerate's, which is an optimizer by name only."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
 def test_refusals():
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = mixft.optim.SGD([param], lr=1.0)
@@ -278,6 +288,10 @@ def test_refusals():
         GradAccumulator(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"parameter 0 is a tuple; give tensors"):
         GradAccumulator(torch.nn.Linear(2, 2).named_parameters())
+    with pytest.raises(ValueError, match="parameters 0 and 2 are the same tensor; give it once"):
+        GradAccumulator([param, torch.nn.Parameter(torch.ones(2)), param])
+    with pytest.raises(TypeError, match="is a Wrapper, which wraps an optimizer; give that one"):
+        GradAccumulator(Wrapper(optimizer))
     with pytest.raises(ValueError, match="holds no parameters"):
         GradAccumulator([])
     with pytest.raises(TypeError, match=r"parameter 1 is a torch\.strided tensor of torch\.float64"):
@@ -408,3 +422,59 @@ def test_a_parameter_that_joins_a_group_in_the_middle_is_summed(device):
     assert params[3].grad is None
     optimizer.step()
     assert torch.equal(params[3], before - 1)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_group_that_is_taken_away_is_left_alone(device, set_to_none):
+    params = parameters(device)
+    optimizer = mixft.optim.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=1.0)
+    accumulator = GradAccumulator(optimizer)
+    for is_second in (False, True):
+        if is_second:
+            accumulator.accumulate(set_to_none)
+            del optimizer.param_groups[1]
+        backward(params, None, [torch.ones_like(param) for param in params])
+    accumulator.accumulate(set_to_none)
+    assert [param.grad is None for param in params] == [set_to_none, set_to_none, False, False]
+    assert list(map(id, accumulator.gradients())) == list(map(id, params[:2]))
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    for position, (param, kept) in enumerate(zip(params, before, strict=True)):
+        assert torch.equal(param, kept - 2 if position < 2 else kept)
+
+
+def through_a_pickle(given):
+    return pickle.loads(pickle.dumps(given))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_pickle])
+def test_a_copy_goes_on_with_the_copied_optimizer(copied):
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = mixft.optim.SGD([param], lr=1.0)
+    accumulator = GradAccumulator(optimizer)
+    param.grad = torch.ones(3)
+    accumulator.accumulate()
+    other, its_optimizer, its_accumulator = copied((param, optimizer, accumulator))
+    for each, steps in ((other, 3), (param, 1)):
+        its = (its_optimizer, its_accumulator) if each is other else (optimizer, accumulator)
+        for _ in range(steps):
+            each.grad = torch.ones(3)
+            its[1].accumulate()
+        its[0].step()
+        assert torch.equal(each, torch.full((3,), -1.0 - steps))
+    with pytest.raises(ValueError, match="has a GradAccumulator already"):
+        GradAccumulator(its_optimizer)
+
+
+def test_sums_outlive_zero_grad_and_not_reset():
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = mixft.optim.SGD([param], lr=1.0)
+    accumulator = GradAccumulator(optimizer)
+    for give_up, expected in ((optimizer.zero_grad, -101.0), (accumulator.reset, -102.0)):
+        for value in (100.0, 1.0):
+            param.grad = torch.full((3,), value)
+            accumulator.accumulate()
+            if value == 100.0:
+                give_up()
+        optimizer.step()
+        assert torch.equal(param, torch.full((3,), expected))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from optimizer_cases import CASES, every_optimizer
+from optimizer_cases import CASES, every_optimizer, members
 
 from mixft.optim import SGD, AdamW
 
@@ -90,7 +90,9 @@ def test_parameters_of_other_dtypes_are_refused(case, dtype):
 def test_16_bit_parameters_in_one_memory_are_refused():
     first, second = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
     second.data = first.data
-    with pytest.raises(ValueError, match="0 and 1 of group 0 are two tensors in the same memory"):
+    with pytest.raises(
+        ValueError, match="parameter 0 of group 0 and parameter 1 of group 0 are two tensors in the same memory"
+    ):
         AdamW([first, second])
     halves = torch.ones(8, dtype=torch.bfloat16).split(4)
     AdamW([*map(torch.nn.Parameter, halves), *(torch.nn.Parameter(torch.ones(0).half()) for _ in range(2))])
@@ -203,3 +205,22 @@ def test_a_parameter_without_memory_is_refused(case):
     with pytest.raises((ValueError, RuntimeError), match=r"has no memory of its own|data is not allocated"):
         optimizer.step()
     torch.testing.assert_close(optimizer.state[param], before, rtol=0, atol=0)
+
+
+def test_16_bit_parameters_of_two_groups_in_one_memory_are_refused():
+    first, second = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    second.data = first.data
+    with pytest.raises(ValueError, match="parameter 0 of group 0 and parameter 1 of group 1 are two tensors"):
+        AdamW([{"params": [first]}, {"params": [torch.nn.Parameter(torch.ones(4).half()), second]}])
+
+
+@every_optimizer
+def test_entries_of_the_user_s_own_in_the_state(case):
+    optimizer = case.ours([one_parameter()], **case.options)
+    optimizer.state["global_step"] = 5
+    param = members(optimizer)[0]
+    for _ in range(2):
+        before = param.detach().clone()
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert not torch.equal(param, before)

@@ -1,7 +1,9 @@
 """``mixft.optim.release_gradients``: parameters stepped inside backward."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -175,3 +177,45 @@ def test_what_cannot_hold_is_refused():
     scaler.scale(loss_of(params, [0.0] * 5)).backward()
     with pytest.raises(RuntimeError, match="a GradScaler hands over their scale only now"):
         scaler.step(optimizer)
+
+
+def test_a_parameter_that_left_the_optimizer_keeps_its_gradient(device):
+    params = parameters(device)
+    optimizer = AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    with release_gradients(optimizer):
+        del optimizer.param_groups[1]
+        before = [param.detach().clone() for param in params]
+        loss_of(params, [0.5] * len(params)).backward()
+        optimizer.step()
+    assert [param.grad is None for param in params] == [True, True, False, False, False]
+    changed = [not torch.equal(param, kept) for param, kept in zip(params, before, strict=True)]
+    assert changed == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("stepped", [False, True])
+def test_nothing_is_kept_alive(device, stepped):
+    params = parameters(device)
+    optimizer = AdamW(params, lr=0.1)
+    release_gradients(optimizer)
+    loss_of(params, [0.0] * len(params)).backward()
+    if stepped:
+        optimizer.step()
+    gone = weakref.ref(params[0]), weakref.ref(optimizer)
+    kept = params.pop()
+    del params, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    # Of an optimizer that is gone.
+    kept.square().sum().backward()
+    assert kept.grad is not None
+
+
+def test_a_norm_that_is_to_be_clipped_afterwards_is_refused(device):
+    params = parameters(device)
+    optimizer = AdamW(params, lr=0.1)
+    release_gradients(optimizer)
+    optimizer.max_grad_norm = 1.0
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"max_grad_norm is 1\.0 by now, and gradients are released"):
+        loss_of(params, [0.0] * len(params)).backward()
+    assert snapshot(optimizer) == before

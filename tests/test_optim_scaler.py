@@ -4,6 +4,8 @@ import pytest
 import torch
 from optimizer_cases import copies, every_optimizer, members, parameters, snapshot, weight
 
+from mixft.amp import LossScaler
+
 
 @pytest.fixture(autouse=True)
 def device(native_device):
@@ -97,3 +99,33 @@ def test_skip_nonfinite_off_still_obeys_a_scaler(case):
     scaler.step(optimizer)
     assert optimizer.last_found_inf.item() == 1
     assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("where", ["hook", "step"])
+@pytest.mark.parametrize("overflows", [False, True])
+@every_optimizer
+def test_a_step_that_failed_leaves_no_scale_behind(device, case, overflows, where):
+    param = torch.nn.Parameter(torch.ones(3, device=device))
+    optimizer, twin = case.ours([param], lr=0.5), case.ours(copies([param]), lr=0.5)
+    scaler = LossScaler(1024.0, device=device.type)
+    scaler.scale(param.sum() * (torch.inf if overflows else 1)).backward()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    if where == "hook":
+        handle = optimizer.register_step_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            scaler.step(optimizer)
+        handle.remove()
+    else:
+        optimizer.param_groups[0]["lr"] = torch.ones(2, device=device)
+        with pytest.raises(ValueError, match="lr"):
+            scaler.step(optimizer)
+        optimizer.param_groups[0]["lr"] = 0.5
+    for each in (optimizer, twin):
+        for member in members(each):
+            member.grad = torch.ones_like(member)
+        each.step()
+    assert torch.equal(param, members(twin)[0])
+    assert snapshot(optimizer) == snapshot(twin)

@@ -122,9 +122,9 @@ def test_the_scalars_of_two_devices_are_those_of_one(max_norm, bad):
     if bad:
         grads[2][1] = torch.inf
     scale = torch.tensor([4.0])
-    one = step_scalars({torch.device("cpu"): grads}, grad_scale=scale, max_norm=max_norm)
+    one = step_scalars({(torch.device("cpu"), None): grads}, grad_scale=scale, max_norm=max_norm)
     # The same device under two names.
-    parts = {torch.device("cpu"): grads[:1], torch.device("cpu", 0): grads[1:]}
+    parts = {(torch.device("cpu"), None): grads[:1], (torch.device("cpu", 0), None): grads[1:]}
     two = step_scalars(parts, grad_scale=scale, max_norm=max_norm)
     for name in ("inv_scale", "clip_coef", "found_inf", "norm"):
         torch.testing.assert_close(getattr(two, name), getattr(one, name), equal_nan=True)
@@ -136,5 +136,6 @@ def test_the_scalars_of_two_devices_are_those_of_one(max_norm, bad):
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_a_norm_of_two_devices_beyond_fp32_skips_where_it_is_clipped(max_norm, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    grads = {torch.device("cpu"): [torch.full((17,), 1e30)], torch.device("cpu", 0): [torch.full((5,), 1e30)]}
+    halves = [torch.full((17,), 1e30)], [torch.full((5,), 1e30)]
+    grads = {(torch.device("cpu"), None): halves[0], (torch.device("cpu", 0), None): halves[1]}
     assert step_scalars(grads, max_norm=max_norm).found_inf.item() == (max_norm is not None)

@@ -214,3 +214,15 @@ def test_an_option_that_a_saved_group_lacks_is_as_this_optimizer_was_made(case):
     second.load_state_dict(saved)
     assert second.param_groups[0]["maximize"] is True
     run_beside(second, [], 1)
+
+
+def test_a_state_dictionary_from_before_momentum_was_switched_on():
+    params = parameters("cpu")
+    ours, theirs = SGD(params, lr=0.1), torch.optim.SGD(copies(params), lr=0.1)
+    run_beside(ours, [theirs], 1)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["momentum"] = 0.9
+        optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    run_beside(ours, [theirs], 3)
+    for param, twin in zip(params, members(theirs), strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-6, atol=1e-6)

@@ -233,3 +233,20 @@ def test_new_8_bit_state_is_quantized_zeros(signed):
     assert made["exp_avg"].stride() == codes.stride()
     assert torch.equal(made["exp_avg_scale"], scales)
     assert made["exp_avg_scale"].dtype == scales.dtype
+
+
+@pytest.mark.parametrize("storage", [{}, {"master_weights": "split"}], ids=["fp32", "split"])
+def test_state_put_back_in_16_bits_is_widened_and_masters_made_anew(device, storage):
+    param = torch.nn.Parameter(torch.randn(300, device=device).bfloat16())
+    optimizer = AdamW([param], lr=0.1, **storage)
+    give_gradients([param])
+    optimizer.step()
+    state, kept = optimizer.state[param], param.detach().clone()
+    for name in state:
+        state[name] = state[name].to(torch.bfloat16)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert torch.equal(param, kept)
+    assert state["exp_avg"].dtype == torch.float32
+    assert state["master"].dtype == (torch.int16 if storage else torch.float32)
+    assert torch.equal(weight(optimizer, param), kept.float())

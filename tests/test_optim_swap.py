@@ -213,3 +213,24 @@ def test_a_swapped_optimizer_s_state_goes_to_torch_and_back():
         torch.testing.assert_close(listed[0], listed[1], rtol=1e-6, atol=1e-6)
         assert torch.equal(listed[0], listed[2])
     assert snapshot(ours)[0] == snapshot(twin)[0]
+
+
+@pytest.mark.parametrize("storage", [{}, {"master_weights": "split"}], ids=["fp32", "split"])
+@pytest.mark.parametrize("way", ["load", "swap"])
+def test_a_master_that_torch_s_optimizer_carried_along_is_out_of_date(way, storage):
+    params = parameters("cpu", torch.bfloat16)
+    first = AdamW(params, lr=0.1)
+    run_beside(first, [], 1)
+    theirs = torch.optim.AdamW(params, lr=0.1)
+    theirs.load_state_dict(first.state_dict())
+    run_beside(theirs, [], 3)
+    if way == "load":
+        ours = AdamW(params, lr=0.1, **storage)
+        ours.load_state_dict(theirs.state_dict())
+    else:
+        ours = swap(theirs, **storage)
+    before = list(map(bits, params))
+    for group in ours.param_groups:
+        group["lr"] = 0.0
+    run_beside(ours, [], 1)
+    assert list(map(bits, params)) == before

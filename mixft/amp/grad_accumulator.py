@@ -45,6 +45,9 @@ class GradAccumulator:
     Clip by the ``max_grad_norm`` of mixft's optimizers, or the sums by :meth:`clip_grad_norm_`: for torch's function of
     this name there are no gradients.
 
+    To give up a batch call :meth:`reset`; ``zero_grad`` leaves the sums as they are. Under DistributedDataParallel
+    every backward has to reduce its gradients: those of one inside ``no_sync()`` would be added on this process alone.
+
     Sums and findings are those of this process. Where parameters are shards, an optimizer of mixft's with
     ``sharded_over`` adds the findings of all processes at its step; what a process is told of ``counts`` stays its own.
 
@@ -59,10 +62,10 @@ class GradAccumulator:
         scaler: as given.
 
     Raises:
-        TypeError: ``scaler`` is no LossScaler, ``optimizer_or_params`` is a module, a parameter is a DTensor or not a
-            dense FP16, BF16 or FP32 tensor, or its ``main_grad`` not FP32.
-        ValueError: there are no parameters, the optimizer has an accumulator already or releases its gradients, or a
-            ``main_grad`` has gaps or another shape or device than its parameter.
+        TypeError: ``scaler`` is no LossScaler, ``optimizer_or_params`` is a module or wraps an optimizer, a parameter
+            is a DTensor or not a dense FP16, BF16 or FP32 tensor, or its ``main_grad`` not FP32.
+        ValueError: there are no parameters, one is given twice, the optimizer has an accumulator already or releases
+            its gradients, or a ``main_grad`` has gaps or another shape or device than its parameter.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class GradAccumulator:
         self._buffers: list[Tensor] = []
         self._main_grads = MainGrads()
         self._params: list[Tensor] = []
+        self._gone: set[int] = set()
         self._optimizer = optimizer_or_params if isinstance(optimizer_or_params, torch.optim.Optimizer) else None
         if isinstance(optimizer_or_params, torch.nn.Module):
             raise TypeError(
@@ -84,6 +88,10 @@ class GradAccumulator:
             )
         if self._optimizer is None:
             self._extend(list(optimizer_or_params))
+        elif not hasattr(self._optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"optimizer_or_params is a {type(self._optimizer).__name__}, which wraps an optimizer; give that one"
+            )
         elif getattr(self._optimizer, "releases_gradients", False):
             raise ValueError(
                 "the optimizer's gradients are released inside backward, which steps with each of them and leaves none "
@@ -101,6 +109,9 @@ class GradAccumulator:
         self.reset()
         if scaler is not None:
             scaler.scaled_sums.add(self._main_grads)
+        self._take_part_in_steps()
+
+    def _take_part_in_steps(self) -> None:
         self._hooks = []
         if self._optimizer is not None:
             self._hooks = [
@@ -108,6 +119,14 @@ class GradAccumulator:
                 self._optimizer.register_step_post_hook(self._after_step),
             ]
             self._optimizer.grad_accumulator = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hooks": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # An optimizer is copied and pickled without its hooks.
+        self._take_part_in_steps()
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -143,9 +162,7 @@ class GradAccumulator:
                 "go on without it"
             )
         if self._optimizer is not None:
-            # By address: a tensor's own hash is a call of Python code.
-            known = set(map(id, self._params))
-            self._extend([param for param in _parameters(self._optimizer) if id(param) not in known])
+            self._follow_optimizer()
         inv_scale = None if self.scaler is None else self.scaler.inverse_scale()
         self._main_grads.check(self._params, inv_scale is not None)
         work = self._launches()
@@ -165,15 +182,30 @@ class GradAccumulator:
         for positions in work.values():
             self._summed.update(positions)
         if set_to_none:
-            for param in self._params:
+            for param in self._followed():
                 param.grad = None
+
+    def _follow_optimizer(self) -> None:
+        """Take in parameters that were added to the optimizer, and leave alone those that were taken from it."""
+        # By address: a tensor's own hash is a call of Python code.
+        known, params = set(map(id, self._params)), _parameters(self._optimizer)
+        self._extend([param for param in params if id(param) not in known])
+        self._gone = set()
+        if len(params) != len(self._params):
+            followed = set(map(id, params))
+            self._gone = {position for position, param in enumerate(self._params) if id(param) not in followed}
+
+    def _followed(self) -> list[Tensor]:
+        if not self._gone:
+            return self._params
+        return [param for position, param in enumerate(self._params) if position not in self._gone]
 
     def _launches(self) -> dict[tuple[torch.device, bool], list[int]]:
         """Positions of the gradients to add, by device and whether theirs is the first of the sum; all are checked."""
         work: dict[tuple[torch.device, bool], list[int]] = defaultdict(list)
         for position, (param, buffer) in enumerate(zip(self._params, self._buffers, strict=True)):
             grad = param.grad
-            if grad is None:
+            if grad is None or position in self._gone:
                 continue
             if grad.layout != torch.strided or grad.dtype not in FLOATS:
                 raise TypeError(
@@ -206,7 +238,7 @@ class GradAccumulator:
     def gradients(self) -> dict[Tensor, Tensor]:
         """The buffer of every parameter that has had a gradient since the last step; see :attr:`buffers`."""
         self._settle()
-        summed = sorted(self._summed | self._main_grads.summed)
+        summed = sorted((self._summed | self._main_grads.summed) - self._gone)
         return {self._params[position]: self._buffers[position] for position in summed}
 
     @torch.no_grad()
@@ -260,9 +292,12 @@ class GradAccumulator:
             self._optimizer.grad_accumulator = None
 
     def _extend(self, params: list[Tensor]) -> None:
+        seen: dict[int, int] = {}
         for position, param in enumerate(params, start=len(self._params)):
             if not isinstance(param, Tensor):
                 raise TypeError(f"parameter {position} is a {type(param).__name__}; give tensors: model.parameters()")
+            if seen.setdefault(id(param), position) != position:
+                raise ValueError(f"parameters {seen[id(param)]} and {position} are the same tensor; give it once")
             if is_dtensor(param):
                 raise TypeError(
                     f"parameter {position} is a DTensor of shape {tuple(param.shape)}; GradAccumulator takes plain "
@@ -288,7 +323,7 @@ class GradAccumulator:
             )
         self._take_back()
         # After a launch that cleared in place, gradients that are there may be the zeros that it left.
-        missed = 0 if self._keeps_gradients else sum(param.grad is not None for param in self._params)
+        missed = 0 if self._keeps_gradients else sum(param.grad is not None for param in self._followed())
         missed += len(self._main_grads.unseen())
         if missed:
             raise RuntimeError(
@@ -305,8 +340,8 @@ class GradAccumulator:
                 optimizer.found_inf = torch.stack(found).amax()
                 self._lends_finding = True
             return
-        self._aside = [(param, param.grad) for param in self._params]
-        for param in self._params:
+        self._aside = [(param, param.grad) for param in self._followed()]
+        for param, _ in self._aside:
             param.grad = gradients[param].to(param.dtype) if param in gradients else None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -320,7 +355,7 @@ class GradAccumulator:
         if hasattr(self._optimizer, "main_grads"):
             self._optimizer.main_grads = None
         if self._lends_finding:
-            del self._optimizer.found_inf
+            vars(self._optimizer).pop("found_inf", None)
             self._lends_finding = False
         for param, grad in self._aside:
             param.grad = grad

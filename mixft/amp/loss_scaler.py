@@ -182,7 +182,13 @@ class LossScaler(torch.amp.GradScaler):
             if self._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
                 # Its buffers hold no scale any more.
                 super().unscale_(optimizer)
-        result = super().step(optimizer, *args, **kwargs)
+        try:
+            result = super().step(optimizer, *args, **kwargs)
+        except BaseException:
+            # Left there, they would scale and skip the steps after.
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
+            raise
         self._note_step(optimizer)
         if accumulator is not None:
             accumulator.reset()

@@ -122,7 +122,9 @@ def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
             f"group {number}, parameter {position} {tuple(param.shape)}"
             for position, param in enumerate(group["params"])
         ]
-        names += group.get("param_names", listed)
+        given = group.get("param_names", listed)
+        # A list of parameters that was changed by hand has not changed the names.
+        names += given if len(given) == len(listed) else listed
     return names
 
 

@@ -11,7 +11,7 @@ from . import native
 from .optimizer_step import Step
 
 # The codes of native/optimizer_step.h.
-MASTERS = {torch.float32: 1, torch.int16: 2}
+MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
 STATES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 2}
 
 # Descriptions that are kept; one of a thousand tensors takes half a megabyte.
@@ -95,7 +95,7 @@ def _described(
         steps,
         (c_void_p * 3)(*beside[:number]),
         (c_void_p * 3)(*beside[number:]),
-        MASTERS.get(masters_dtype, 0),
+        MASTERS[masters_dtype],
         STATES[state_dtype],
     )
     # The structure holds addresses only.

@@ -169,7 +169,7 @@ class MixedPrecisionOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self.check_hyperparameters(group)
-            check_parameters(group["params"], len(self.param_groups) - 1, kind)
+            check_parameters([each["params"] for each in self.param_groups], kind)
             has_dtensors = any(map(is_dtensor, group["params"]))
             if has_dtensors and self._shards is not None:
                 raise ValueError(
@@ -206,11 +206,20 @@ class MixedPrecisionOptimizer(Optimizer):
                 "parameters were stepped with scaled gradients, use one or the other"
             )
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step()
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._step()
+        except BaseException:
+            # A GradScaler takes back what it has handed over after a step that succeeds only.
+            self._forget_scaler()
+            raise
         return loss
+
+    def _forget_scaler(self) -> None:
+        for name in ("grad_scale", "found_inf"):
+            vars(self).pop(name, None)
 
     # One op does all the work, so that there is nothing for a compiler to fuse.
     @torch._disable_dynamo
@@ -233,7 +242,13 @@ class MixedPrecisionOptimizer(Optimizer):
 
         Raises:
             TypeError: as ``step``.
+            ValueError: ``max_grad_norm`` was set since.
         """
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm is {self.max_grad_norm} by now, and gradients are released inside backward, before the "
+                f"norm of all is known; set it to None, or remove() the release"
+            )
         params, grads = [param], [self._gradient_of(param)]
         check_gradients(params, grads, type(self).__name__)
         names = self.state_names(group)
@@ -345,7 +360,8 @@ class MixedPrecisionOptimizer(Optimizer):
             kind = type(self).__name__
             groups = [loaded_group(group, self.defaults, self.decoupled, kind) for group in loaded["param_groups"]]
             loaded = without_placeholders({**loaded, "param_groups": groups})
-            check_loaded_state(loaded, self.param_groups, self.state_names, self.storage, self.needs_step)
+            restarts = self.restarts_with_new_state
+            check_loaded_state(loaded, self.param_groups, self.state_names, self.storage, self.needs_step, restarts)
             return shield_loaded_state(loaded)
 
         handle = self.register_load_state_dict_pre_hook(prepare)

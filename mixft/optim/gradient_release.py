@@ -1,7 +1,6 @@
 """Gradient release: every parameter stepped inside backward, its gradient freed at once."""
 
-from collections.abc import Callable
-from typing import Any
+import weakref
 
 import torch
 from torch import Tensor
@@ -16,29 +15,14 @@ class GradientRelease:
 
     def __init__(self, optimizer: MixedPrecisionOptimizer) -> None:
         self._optimizer = optimizer
+        stepper = _Stepper(optimizer)
         self._handles = [
-            param.register_post_accumulate_grad_hook(self._stepper(group))
+            param.register_post_accumulate_grad_hook(stepper)
             for group in optimizer.param_groups
             for param in group["params"]
             if param.requires_grad
         ]
-        self._stepped: set[Tensor] = set()
-        self._handles.append(optimizer.register_step_post_hook(lambda *_: self._stepped.clear()))
-
-    def _stepper(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
-        @torch.no_grad()
-        def step_and_free(param: Tensor) -> None:
-            if param in self._stepped:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(param.shape)} has a second gradient since optimizer.step(); call "
-                    "step() after each backward, and checkpoint a layer that is called several times with "
-                    "use_reentrant=False"
-                )
-            self._stepped.add(param)
-            self._optimizer.step_in_backward(group, param)
-            param.grad = None
-
-        return step_and_free
+        self._handles.append(optimizer.register_step_post_hook(stepper.ends_step))
 
     def remove(self) -> None:
         """Leave the gradients to ``optimizer.step`` again."""
@@ -52,6 +36,42 @@ class GradientRelease:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class _Stepper:
+    """Steps a parameter of ``optimizer`` when its gradient comes, and frees the gradient.
+
+    Parameters hold it by their hooks, where no garbage collector looks: it must hold neither them nor the optimizer.
+    """
+
+    def __init__(self, optimizer: MixedPrecisionOptimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._stepped: set[int] = set()
+        self._group_of: dict[int, int] = {}
+
+    @torch.no_grad()
+    def __call__(self, param: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        if not self._stepped:
+            self._group_of = {
+                id(member): number for number, group in enumerate(optimizer.param_groups) for member in group["params"]
+            }
+        if id(param) not in self._group_of:
+            return
+        if id(param) in self._stepped:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(param.shape)} has a second gradient since optimizer.step(); call "
+                "step() after each backward, and checkpoint a layer that is called several times with "
+                "use_reentrant=False"
+            )
+        self._stepped.add(id(param))
+        optimizer.step_in_backward(optimizer.param_groups[self._group_of[id(param)]], param)
+        param.grad = None
+
+    def ends_step(self, *_: object) -> None:
+        self._stepped.clear()
 
 
 def release_gradients(optimizer: MixedPrecisionOptimizer) -> GradientRelease:

@@ -124,17 +124,29 @@ def _with_gradient(params: list[Tensor], grads: Gradients) -> list[Tensor]:
 
 
 def _tensors(state: State) -> list[Any]:
-    return [*state, *chain.from_iterable(map(dict.values, state.values()))]
+    try:
+        return [*state, *chain.from_iterable(map(dict.values, state.values()))]
+    except TypeError:  # beside the parameters' there are entries of the user's own
+        return [*state, *chain.from_iterable(each.values() for each in state.values() if isinstance(each, dict))]
 
 
 def _same(found: list[Any], expected: list[Any]) -> bool:
     return len(found) == len(expected) and all(map(is_, found, expected))
 
 
-def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
-    """Raise TypeError or ValueError for parameters of group ``number`` that no op takes, or that are one tensor."""
+def check_parameters(groups: list[list[Tensor]], optimizer: str) -> None:
+    """Raise TypeError or ValueError for parameters of the last of ``groups`` that no op takes, or that are one tensor.
+
+    ``optimizer`` is what the messages call it.
+    """
+    *earlier, params = groups
+    number = len(earlier)
     seen: dict[Tensor, int] = {}
-    starts: dict[int, int] = {}
+    starts: dict[int, tuple[int, int]] = {}
+    for before, listed in enumerate(earlier):
+        for position, param in enumerate(map(piece_of, listed)):
+            if param.dtype in SIXTEEN_BITS and param.data_ptr():
+                starts[param.data_ptr()] = before, position
     for position, param in enumerate(params):
         if param in seen:
             raise ValueError(
@@ -153,11 +165,12 @@ def check_parameters(params: list[Tensor], number: int, optimizer: str) -> None:
                 f"{optimizer} takes dense float32, float16 and bfloat16 parameters"
             )
         if param.dtype in SIXTEEN_BITS and param.data_ptr():
-            other = starts.setdefault(param.data_ptr(), position)
-            if other != position:
+            group, other = starts.setdefault(param.data_ptr(), (number, position))
+            if (group, other) != (number, position):
                 raise ValueError(
-                    f"parameters {other} and {position} of group {number} are two tensors in the same memory, whose "
-                    f"masters would undo each other's steps; tie modules by one Parameter, and give it once"
+                    f"parameter {other} of group {group} and parameter {position} of group {number} are two tensors in "
+                    f"the same memory, whose masters would undo each other's steps; tie modules by one Parameter, and "
+                    f"give it once"
                 )
         if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
             raise ValueError(

@@ -43,8 +43,12 @@ def check_loaded_state(
     state_names: Callable[[dict], tuple[str, ...]],
     storage: Storage,
     needs_step: bool,
+    restarts: bool,
 ) -> None:
-    """Raise ValueError where the state of a parameter is incomplete or of another shape than the parameter."""
+    """Raise ValueError where the state of a parameter is incomplete or of another shape than the parameter.
+
+    With ``restarts`` a rule does without a state tensor that is not there yet.
+    """
     saved_groups = state_dict["param_groups"]
     saved = ((key, group) for group in saved_groups for key in group["params"])
     fitting = ((param, group) for group in param_groups for param in group["params"])
@@ -53,7 +57,8 @@ def check_loaded_state(
         state = state_dict["state"].get(key)
         if not state:
             continue
-        names = state_names({**group, **saved_group})
+        has_none_yet = restarts and "step" in state and state.keys() <= {"step", "master"}
+        names = () if has_none_yet else state_names({**group, **saved_group})
         missing = [name for name in (*["step"] * needs_step, *names) if state.get(name) is None]
         if missing:
             raise ValueError(
@@ -107,8 +112,15 @@ def shaped(storage: Storage) -> tuple[str, ...]:
 
 
 def adopted(param: Tensor, state: dict[str, Any], storage: Storage) -> dict[str, Any]:
-    """The state of ``param`` in a state dictionary, or in an optimizer of torch's, as ``storage`` keeps it."""
-    pieces = {name: piece_for(param, value) if name in shaped(storage) else value for name, value in state.items()}
+    """The state of ``param`` in a state dictionary, or in an optimizer of torch's, as ``storage`` keeps it.
+
+    A master that is not FP32 has been in an optimizer of torch's, which rounds it and does not step it: left out.
+    """
+    pieces = {
+        name: piece_for(param, value) if name in shaped(storage) else value
+        for name, value in state.items()
+        if name != "master" or value.dtype == torch.float32
+    }
     wide = {
         name: value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in pieces.items()

@@ -115,7 +115,7 @@ class Storage:
             for name in self.signed
             if name in state and state[name].is_floating_point() and state[name].dtype != self.state_dtype
         }
-        has_wide_master = "master" in state and state["master"].is_floating_point()
+        has_wide_master = "master" in state and state["master"].dtype == torch.float32
         if has_wide_master and (wide or self.master_dtype(param) == torch.int16):
             wide["master"] = state["master"]
         if wide:

@@ -120,7 +120,8 @@ def _take_state(swapped: MixedPrecisionOptimizer, optimizer: Optimizer) -> None:
     wide = {param: _wide(optimizer, param) for param in present}
     numbered = [{**group, "params": [id(param) for param in group["params"]]} for group in swapped.param_groups]
     saved = {"state": {id(param): state for param, state in wide.items()}, "param_groups": numbered}
-    check_loaded_state(saved, swapped.param_groups, swapped.state_names, swapped.storage, swapped.needs_step)
+    restarts = swapped.restarts_with_new_state
+    check_loaded_state(saved, swapped.param_groups, swapped.state_names, swapped.storage, swapped.needs_step, restarts)
     for param in present:
         swapped.state[param] = adopted(param, wide.pop(param), swapped.storage)
         optimizer.state.pop(param)
@@ -132,6 +133,8 @@ def _wide(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
     state = {name: value for name, value in optimizer.state[param].items() if value is not None}
     if isinstance(optimizer, MixedPrecisionOptimizer):
         return wide_state(param, state, optimizer.storage)
+    # One of mixft's, which torch's optimizer was given and has not stepped.
+    state.pop("master", None)
     return state
 
 
