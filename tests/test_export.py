@@ -40,6 +40,20 @@ def test_a_program_with_a_dynamic_batch_is_eager_and_loads_from_its_file(native_
     assert program.state_dict["0.weight"].dtype == torch.int8
 
 
+@pytest.mark.parametrize("shape_gating", [True, False])
+def test_a_layer_in_training_makes_one_program_for_every_number_of_rows(native_device, shape_gating):
+    plain = nn.Linear(67, 33)
+    model = QuantLinear.from_linear(plain, "train", shape_gating=shape_gating).to(native_device)
+    ungated = QuantLinear.from_linear(plain, "train", shape_gating=False).to(native_device)
+    example = torch.randn(3, 5, 67, device=native_device)
+    shapes = ({0: Dim("batch"), 1: Dim("length")},)
+    with torch.no_grad():
+        program = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False).module()
+        for shape in ((3, 5, 67), (1, 17, 67), (66, 2, 67)):
+            x = torch.randn(shape, device=native_device)
+            assert torch.equal(program(x), ungated(x))
+
+
 @pytest.mark.parametrize("mode", ["weight_only", "dynamic"])
 def test_gradients_flow_through_a_program(native_device, mode):
     model = nn.Sequential(QuantLinear.from_linear(nn.Linear(67, 33), mode)).to(native_device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import assert_within_budget, error
 from torch.utils.checkpoint import checkpoint
 
-from mixft.nn import Linear
+from mixft.nn import MLP, Linear, QuantLinear
 from mixft.optim import AdamW
 
 
@@ -275,3 +275,9 @@ def test_refused():
         layer(torch.zeros((), dtype=torch.float16))
     with pytest.raises(TypeError, match=r"input is torch.float32 and weight is torch.float16"):
         layer(torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("make", [Linear, MLP, QuantLinear])
+def test_an_input_that_is_no_tensor_is_refused(make):
+    with pytest.raises(TypeError, match=r"input must be a torch.Tensor; it is a list"):
+        make(4, 4)([[1.0, 2.0, 3.0, 4.0]])

@@ -1,5 +1,6 @@
 """The ``train`` mode of ``QuantLinear``: a floating-point weight whose products run in int8 where that gains."""
 
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -100,5 +101,7 @@ class Int8Training:
         return output
 
     def _gated(self, input: Tensor, weight: Tensor) -> bool:
-        rows = input.shape[:-1].numel()
+        rows = math.prod(input.shape[:-1])
+        if isinstance(rows, torch.SymInt):
+            return False  # a program that torch.export makes for any number of them
         return self.options.shape_gating and not gains(rows, weight.shape[1], weight.shape[0], weight.device)

@@ -8,7 +8,13 @@ from mixft.ops.activation import check_activation
 
 
 def in_autocast_dtype(input: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype of the autocast around this call, as they are where there is none."""
+    """The tensors in the dtype of the autocast around this call, as they are where there is none.
+
+    Raises:
+        TypeError: ``input`` is no tensor.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a torch.Tensor; it is a {type(input).__name__}")
     tensors = [input, *parameters]
     device_type = input.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
