@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from mixft import PrecisionController, PrecisionPolicy
 from mixft.amp import LossScaler
 from mixft.optim import SGD, AdamW, release_gradients, swap
 
@@ -303,6 +304,21 @@ def refused(rank):
         with pytest.raises(ValueError, match=r"the loaded exp_avg of parameter 0 is a .*set_optimizer_state_dict"):
             target.load_state_dict(source.state_dict())
         assert snapshot(target) == before
+
+
+def precision_refused(rank):
+    sharded = fully_sharded().bfloat16()
+    optimizer = AdamW(sharded.parameters())
+    for choose in (
+        lambda: PrecisionPolicy({"*": "fp16"}).apply(sharded, optimizer),
+        lambda: PrecisionController(sharded, optimizer),
+    ):
+        with pytest.raises(TypeError, match="parameter '0.weight' of model is a DTensor"):
+            choose()
+
+
+def test_precisions_are_to_be_chosen_before_sharding(pair):
+    pair.call(precision_refused)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(pair):

@@ -1,10 +1,23 @@
 """The dtype of a parameter changed in place, with the master that a mixft optimizer keeps beside it."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixft.ops.optimizer_state import join_master, split_master
+from mixft.ops.validation import is_dtensor
 from mixft.optim.base import MixedPrecisionOptimizer
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless ``model`` is a module whose parameters are plain tensors."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
+    for name, param in model.named_parameters():
+        if is_dtensor(param):
+            raise TypeError(
+                f"parameter {name!r} of model is a DTensor, whose dtype whoever shards it decides; choose precisions "
+                f"before, or by torch.distributed.fsdp.MixedPrecisionPolicy"
+            )
 
 
 def check_optimizer(optimizer: object) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixft.optim.base import MixedPrecisionOptimizer
 
-from .casting import check_optimizer, parameters_of
+from .casting import check_model, check_optimizer, parameters_of
 from .diagnosis import Diagnosis, Symptom, Thresholds
 from .event import PrecisionEvent
 from .layout import Layout
@@ -85,7 +85,7 @@ class PrecisionController:
         events: every switch so far, a list of :class:`mixft.precision.PrecisionEvent`.
 
     Raises:
-        TypeError: ``model`` is no module, ``optimizer`` not one of mixft's, ``scaler`` no GradScaler.
+        TypeError: ``model`` is no module or has DTensors, ``optimizer`` is not one of mixft's, ``scaler`` no GradScaler.
         ValueError: an argument out of range, ``optimizer`` trains no 16-bit parameter of ``model``, or ``snr_drop``
             with an optimizer that keeps no second moments.
     """
@@ -105,8 +105,7 @@ class PrecisionController:
         memory_reserve: float | None = 0.05,
         warmup_steps: int = 50,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
+        check_model(model)
         check_optimizer(optimizer)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler is a {type(scaler).__name__}; it must be a torch.amp.GradScaler, or None")

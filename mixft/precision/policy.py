@@ -11,7 +11,7 @@ from mixft.ops.validation import SIXTEEN_BITS
 from mixft.optim.base import MixedPrecisionOptimizer
 
 from .border import CASTABLE, Border, border_of, detach
-from .casting import cast_parameter, check_optimizer, widened
+from .casting import cast_parameter, check_model, check_optimizer, widened
 from .report import ModulePrecision, PolicyReport
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,7 +81,7 @@ class PrecisionPolicy:
             What each module with parameters got; ``print`` it.
 
         Raises:
-            TypeError: ``model`` is no module, or ``optimizer`` not one of mixft's.
+            TypeError: ``model`` is no module or has DTensors, or ``optimizer`` is not one of mixft's.
             ValueError: a pattern that matches no module, parameters that modules of different dtypes share, or a
                 parameter without a shape yet. Nothing is changed then.
         """
@@ -197,8 +197,7 @@ class PrecisionPolicy:
 
 
 def _check(model: nn.Module, optimizer: MixedPrecisionOptimizer | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; it is a {type(model).__name__}")
+    check_model(model)
     if optimizer is not None:
         check_optimizer(optimizer)
 
