@@ -313,7 +313,7 @@ def precision_refused(rank):
         lambda: PrecisionPolicy({"*": "fp16"}).apply(sharded, optimizer),
         lambda: PrecisionController(sharded, optimizer),
     ):
-        with pytest.raises(TypeError, match="parameter '0.weight' of model is a DTensor"):
+        with pytest.raises(TypeError, match=r"parameter '0\.weight' of model is a DTensor"):
             choose()
 
 

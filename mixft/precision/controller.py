@@ -85,7 +85,8 @@ class PrecisionController:
         events: every switch so far, a list of :class:`mixft.precision.PrecisionEvent`.
 
     Raises:
-        TypeError: ``model`` is no module or has DTensors, ``optimizer`` is not one of mixft's, ``scaler`` no GradScaler.
+        TypeError: ``model`` is no module or has DTensors, ``optimizer`` is not one of mixft's, or ``scaler`` no
+            GradScaler.
         ValueError: an argument out of range, ``optimizer`` trains no 16-bit parameter of ``model``, or ``snr_drop``
             with an optimizer that keeps no second moments.
     """
