@@ -100,6 +100,24 @@ def test_a_nan_in_one_piece_changes_no_bit_of_any(pair, case, max_grad_norm):
     pair.call(skipping, case.ours, max_grad_norm)
 
 
+def pieces_moved(rank):
+    params, twins = divided(), divided()
+    optimizer, twin = AdamW(params), AdamW(twins)
+    for seed in range(3):
+        for each in (params, twins):
+            give_divided_gradients(each, seed)
+        # As FSDP does when a model was moved or loaded.
+        for param in params:
+            param._local_tensor = param._local_tensor.clone()
+        optimizer.step()
+        twin.step()
+    assert snapshot(optimizer) == snapshot(twin)
+
+
+def test_pieces_may_be_replaced_between_steps(pair):
+    pair.call(pieces_moved)
+
+
 def model():
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.GELU(), torch.nn.Linear(7, 5))
@@ -226,6 +244,27 @@ def test_a_whole_state_dictionary_is_divided_and_gathered(pair):
     pair.call(whole_state_both_ways)
 
 
+def placed_otherwise(rank, storage):
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    whole = torch.randn(6, 4).bfloat16()
+    rows, columns = (torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)])) for dim in (0, 1))
+    first, second = AdamW([rows], **storage), AdamW([columns], **storage)
+    give_divided_gradients([rows], 0)
+    first.step()
+    columns.data.copy_(rows.detach())
+    second.load_state_dict(first.state_dict())
+    saved, loaded = first.state_dict()["state"][0], second.state_dict()["state"][0]
+    for name in ("exp_avg", "exp_avg_sq", "master"):
+        assert loaded[name].placements == columns.placements
+        assert torch.equal(loaded[name].full_tensor(), saved[name].full_tensor())
+
+
+@pytest.mark.parametrize("storage", [{}, {"master_weights": "split"}], ids=["fp32", "split"])
+def test_loaded_state_is_placed_as_its_parameter(pair, storage):
+    pair.call(placed_otherwise, storage)
+
+
 def swapped(rank):
     sharded = fully_sharded()
     theirs = torch.optim.AdamW(sharded.parameters(), lr=0.1)
@@ -246,7 +285,8 @@ def test_swap_takes_the_state_of_dtensors(pair):
 
 
 def scaled(rank, kind, ways):
-    params = divided()
+    # Replicated ones first, on which the processes need not agree.
+    params = divided(shapes=[(), *SHAPES[:-2]])
     names = [f"part {position}" for position in range(len(params))]
     clipping = {"max_grad_norm": 2.0} if "clips" in ways else {}
     optimizer = kind([{"params": list(zip(names, params, strict=True))}], lr=1.0, **clipping)
@@ -255,7 +295,7 @@ def scaled(rank, kind, ways):
     for overflows in (False, True, False):
         scaler.scale(torch.ones(()))
         # The last row of seven is the second process's.
-        give_divided_gradients(params, 0, (1, torch.inf) if overflows else None)
+        give_divided_gradients(params, 0, (2, torch.inf) if overflows else None)
         if "unscales" in ways:
             scaler.unscale_(optimizer)
         before = [piece.clone() for piece in pieces(params)]
@@ -271,14 +311,14 @@ def scaled(rank, kind, ways):
 def test_a_loss_scaler_backs_off_on_every_process(pair, ways):
     first, second = pair.call(scaled, SGD, ways)
     assert first == ([16.0, 8.0, 8.0], [])
-    assert second == ([16.0, 8.0, 8.0], [("part 1", 1)])
+    assert second == ([16.0, 8.0, 8.0], [("part 2", 1)])
 
 
 @pytest.mark.parametrize("ways", ["", "unscales"])
 def test_a_loss_scaler_steps_torch_s_optimizers_of_dtensors(pair, ways):
     first, second = pair.call(scaled, torch.optim.SGD, ways)
     assert first == ([16.0, 8.0, 8.0], [])
-    assert second == ([16.0, 8.0, 8.0], [("part 1", 1)])
+    assert second == ([16.0, 8.0, 8.0], [("part 2", 1)])
 
 
 def refused(rank):
