@@ -59,11 +59,11 @@ every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_sums_are_those_in_fp64_whatever_becomes_of_the_scale(native_device, dtype):
+def test_sums_are_those_in_fp64_whatever_becomes_of_the_scale(device, dtype):
     """The scale changes between micro-batches, once to a number that is no power of two, once by loading."""
-    network, batches = Network(native_device, dtype), inputs(native_device, dtype)
+    network, batches = Network(device, dtype), inputs(device, dtype)
     truth = exact_gradients(network, batches)
-    scaler = LossScaler(8.0, device=native_device.type)
+    scaler = LossScaler(8.0, device=device.type)
     accumulator = GradAccumulator(network.parameters(), scaler)
     assert accumulator.buffers[0] is network.first.weight.main_grad
     changes = [
@@ -87,18 +87,18 @@ def test_sums_are_those_in_fp64_whatever_becomes_of_the_scale(native_device, dty
 
 
 @every_optimizer
-def test_steps_are_those_of_a_network_that_does_not_fuse(native_device, make):
-    networks = [Network(native_device, torch.float32) for _ in range(2)]
+def test_steps_are_those_of_a_network_that_does_not_fuse(device, make):
+    networks = [Network(device, torch.float32) for _ in range(2)]
     networks[1].load_state_dict(networks[0].state_dict())
     for layer in (networks[1].first, networks[1].second):
         layer.fuse_wgrad_accumulation = False
         del layer.weight.main_grad
     optimizers = list(map(make, networks))
-    scalers = [LossScaler(64.0, growth_interval=2, device=native_device.type) for _ in networks]
+    scalers = [LossScaler(64.0, growth_interval=2, device=device.type) for _ in networks]
     accumulators = list(map(GradAccumulator, optimizers, scalers))
     for _ in range(3):
         for network, optimizer, scaler, accumulator in zip(networks, optimizers, scalers, accumulators, strict=True):
-            for x in inputs(native_device, torch.float32):
+            for x in inputs(device, torch.float32):
                 scaler.scale(network(x).square().mean()).backward()
                 accumulator.accumulate()
             scaler.step(optimizer)
@@ -111,14 +111,14 @@ def test_steps_are_those_of_a_network_that_does_not_fuse(native_device, make):
 
 @pytest.mark.parametrize("spoilt_batch", range(BATCHES))
 @every_optimizer
-def test_an_overflow_skips_the_step_exactly_and_is_named(native_device, make, spoilt_batch):
-    network = Network(native_device)
+def test_an_overflow_skips_the_step_exactly_and_is_named(device, make, spoilt_batch):
+    network = Network(device)
     optimizer = make(network)
-    scaler = LossScaler(8.0, device=native_device.type)
+    scaler = LossScaler(8.0, device=device.type)
     accumulator = GradAccumulator(optimizer, scaler)
 
     def iterate(spoilt):
-        for number, x in enumerate(inputs(native_device)):
+        for number, x in enumerate(inputs(device)):
             scaler.scale(network(x).square().mean()).backward()
             if number == spoilt:
                 network.second.weight.main_grad[4, 2:5] = INF
@@ -139,13 +139,13 @@ def test_an_overflow_skips_the_step_exactly_and_is_named(native_device, make, sp
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_layer_without_a_gradient_is_not_stepped(native_device, scaled):
-    network = Network(native_device, torch.float32)
+def test_a_layer_without_a_gradient_is_not_stepped(device, scaled):
+    network = Network(device, torch.float32)
     optimizer = mixft.optim.AdamW(network.parameters(), lr=0.01)
-    scaler = LossScaler(8.0, enabled=scaled, device=native_device.type)
+    scaler = LossScaler(8.0, enabled=scaled, device=device.type)
     GradAccumulator(optimizer, scaler)
     before = [param.detach().clone() for param in network.parameters()]
-    hidden = torch.ones(5, 20, device=native_device)
+    hidden = torch.ones(5, 20, device=device)
     for _ in range(2):
         scaler.scale(network.third(network.second(hidden)).sum()).backward()
         optimizer.grad_accumulator.accumulate()
@@ -154,11 +154,11 @@ def test_a_layer_without_a_gradient_is_not_stepped(native_device, scaled):
     assert moved == [False, False, True, True, True]
 
 
-def test_without_a_scaler_an_overflow_skips_and_sums_may_be_read_at_any_time(native_device):
-    network = Network(native_device, torch.float32)
+def test_without_a_scaler_an_overflow_skips_and_sums_may_be_read_at_any_time(device):
+    network = Network(device, torch.float32)
     optimizer = mixft.optim.SGD(network.parameters(), lr=1.0)
     accumulator = GradAccumulator(optimizer)
-    batches = inputs(native_device, torch.float32)
+    batches = inputs(device, torch.float32)
     truth = exact_gradients(network, batches)
     for x in batches:
         network(x).sum().backward()
@@ -175,12 +175,12 @@ def test_without_a_scaler_an_overflow_skips_and_sums_may_be_read_at_any_time(nat
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_another_default_dtype(native_device, scaled):
-    network = Network(native_device, torch.float32)
+def test_another_default_dtype(device, scaled):
+    network = Network(device, torch.float32)
     optimizer = mixft.optim.SGD(network.parameters(), lr=1.0)
-    scaler = LossScaler(device=native_device.type) if scaled else None
+    scaler = LossScaler(device=device.type) if scaled else None
     accumulator = GradAccumulator(optimizer, scaler)
-    loss = network(inputs(native_device, torch.float32)[0]).sum()
+    loss = network(inputs(device, torch.float32)[0]).sum()
     torch.set_default_dtype(torch.float64)
     try:
         (scaler.scale(loss) if scaled else loss).backward()
@@ -191,15 +191,15 @@ def test_another_default_dtype(native_device, scaled):
     assert optimizer.last_found_inf.item() == 0
 
 
-def test_a_weight_that_another_layer_uses_too(native_device):
+def test_a_weight_that_another_layer_uses_too(device):
     """The embedding's part comes as .grad, the layer's in main_grad."""
-    layer = Linear(8, 12, False, device=native_device, fuse_wgrad_accumulation=True)
-    layer.weight.main_grad = torch.zeros(12, 8, device=native_device)
+    layer = Linear(8, 12, False, device=device, fuse_wgrad_accumulation=True)
+    layer.weight.main_grad = torch.zeros(12, 8, device=device)
     optimizer = mixft.optim.SGD(layer.parameters(), lr=1.0)
-    scaler = LossScaler(32.0, device=native_device.type)
+    scaler = LossScaler(32.0, device=device.type)
     accumulator = GradAccumulator(optimizer, scaler)
     twin = layer.weight.detach().double().requires_grad_()
-    tokens = torch.tensor([3, 3, 11], device=native_device)
+    tokens = torch.tensor([3, 3, 11], device=device)
     for clear in (True, False):
         scaler.scale(layer(layer.weight[tokens].detach()).sum() + layer.weight[tokens].sum()).backward()
         ((twin[tokens].detach() @ twin.t()).sum() + twin[tokens].sum()).backward()
@@ -209,13 +209,13 @@ def test_a_weight_that_another_layer_uses_too(native_device):
     assert list(accumulator.gradients()) == [layer.weight]
 
 
-def test_a_group_that_is_added_later(native_device):
-    network = Network(native_device, torch.float32)
+def test_a_group_that_is_added_later(device):
+    network = Network(device, torch.float32)
     optimizer = mixft.optim.SGD(network.first.parameters(), lr=1.0)
     accumulator = GradAccumulator(optimizer)
     optimizer.add_param_group({"params": [*network.second.parameters(), *network.third.parameters()]})
     network.second.weight.main_grad.zero_()
-    batches = inputs(native_device, torch.float32, 2)
+    batches = inputs(device, torch.float32, 2)
     truth = exact_gradients(network, batches)
     for x in batches:
         network(x).sum().backward()
@@ -224,10 +224,10 @@ def test_a_group_that_is_added_later(native_device):
         assert error(buffer, exact) < 1e-5 * exact.abs().max().item()
 
 
-def test_compiled_backwards_are_seen(native_device):
-    network = Network(native_device, torch.float32)
+def test_compiled_backwards_are_seen(device):
+    network = Network(device, torch.float32)
     accumulator = GradAccumulator(network.parameters())
-    batches = inputs(native_device, torch.float32, 2)
+    batches = inputs(device, torch.float32, 2)
     truth = exact_gradients(network, batches)
     torch.compiler.reset()
     compiled = torch.compile(network, backend="aot_eager")
@@ -239,25 +239,25 @@ def test_compiled_backwards_are_seen(native_device):
         assert error(gradients[param], exact) < 1e-5 * exact.abs().max().item()
 
 
-def test_a_scaler_is_copied_and_pickled_without_the_sums(native_device):
-    network = Network(native_device, torch.float32)
-    scaler = LossScaler(8.0, device=native_device.type)
+def test_a_scaler_is_copied_and_pickled_without_the_sums(device):
+    network = Network(device, torch.float32)
+    scaler = LossScaler(8.0, device=device.type)
     accumulator = GradAccumulator(network.parameters(), scaler)
-    scaler.scale(network(inputs(native_device, torch.float32)[0]).sum()).backward()
+    scaler.scale(network(inputs(device, torch.float32)[0]).sum()).backward()
     accumulator.accumulate()
     kept = network.first.weight.main_grad.clone()
     for other in (copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))):
-        other.scale(torch.ones((), device=native_device))
+        other.scale(torch.ones((), device=device))
         other.update(64.0)
     assert torch.equal(network.first.weight.main_grad, kept)
     scaler.update(16.0)
     assert torch.equal(network.first.weight.main_grad, 2 * kept)
 
 
-def test_refused(native_device):
-    network, x = Network(native_device, torch.float32), inputs(native_device, torch.float32)[0]
+def test_refused(device):
+    network, x = Network(device, torch.float32), inputs(device, torch.float32)[0]
     optimizer = mixft.optim.SGD(network.parameters(), lr=1.0)
-    scaler = LossScaler(8.0, device=native_device.type)
+    scaler = LossScaler(8.0, device=device.type)
     accumulator = GradAccumulator(optimizer, scaler)
     scaler.scale(network(x).sum()).backward()
     for param in network.third.parameters():
@@ -270,24 +270,24 @@ def test_refused(native_device):
     with pytest.raises(RuntimeError, match="main_grad of parameter 0 after the loss scale was taken out"):
         accumulator.accumulate()
     accumulator.reset()
-    network.second.weight.main_grad = torch.zeros(33, 20, device=native_device)
+    network.second.weight.main_grad = torch.zeros(33, 20, device=device)
     with pytest.raises(RuntimeError, match="main_grad of parameter 2 was set or replaced after"):
         accumulator.accumulate()
     accumulator.remove()
-    network.second.weight.main_grad = torch.zeros(33, 20, device=native_device).half()
+    network.second.weight.main_grad = torch.zeros(33, 20, device=device).half()
     with pytest.raises(TypeError, match=r"main_grad of parameter 2 is torch.float16 \(33, 20\) on .*; it must be"):
         GradAccumulator(optimizer)
     for unfit in (torch.zeros(20, 33), torch.zeros(33, 40)[:, ::2]):
-        network.second.weight.main_grad = unfit.to(native_device)
+        network.second.weight.main_grad = unfit.to(device)
         with pytest.raises(ValueError, match=r"it must be \(33, 20\) on .*, as the parameter is, and have no gaps"):
             GradAccumulator(optimizer)
 
 
-def test_every_micro_batch_may_reach_other_layers(native_device):
-    network = Network(native_device)
-    scaler = LossScaler(8.0, device=native_device.type)
+def test_every_micro_batch_may_reach_other_layers(device):
+    network = Network(device)
+    scaler = LossScaler(8.0, device=device.type)
     accumulator = GradAccumulator(network.parameters(), scaler)
-    x = inputs(native_device)[0]
+    x = inputs(device)[0]
     between = network.first(x).detach()
     for loss in (network.first(x).sum(), network.second(between).sum()):
         scaler.scale(loss).backward()
@@ -295,14 +295,14 @@ def test_every_micro_batch_may_reach_other_layers(native_device):
     gradients = accumulator.gradients()
     slope = (between > 0).double()
     assert error(gradients[network.first.weight], slope.t() @ x.double()) < 0.05
-    exact = torch.ones(33, 6, dtype=torch.float64, device=native_device) @ between.double()
+    exact = torch.ones(33, 6, dtype=torch.float64, device=device) @ between.double()
     assert error(gradients[network.second.weight], exact) < 0.05
 
 
-def test_what_is_read_before_the_last_micro_batch_is_not_counted_twice(native_device):
-    network = Network(native_device)
+def test_what_is_read_before_the_last_micro_batch_is_not_counted_twice(device):
+    network = Network(device)
     accumulator = GradAccumulator(network.parameters())
-    batches = inputs(native_device, count=2)
+    batches = inputs(device, count=2)
     batches[0][0, 0] = float("nan")
     for x in batches:
         network(x).sum().backward()

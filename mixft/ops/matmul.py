@@ -107,6 +107,8 @@ def backward(ctx, grad, grad_preactivation):
             accumulate(ctx.accumulate_into, a.t(), grad)
         else:
             accumulate(ctx.accumulate_into.t(), grad.t(), a)
+        if accumulate is not matmul_accumulate_:
+            torch.autograd.graph.increment_version(ctx.accumulate_into)
     elif needs_b:
         # In the memory layout of b, which for weight.t() is what autograd accumulates into weight.grad without a copy.
         grad_b = product(multiply, grad.t(), a).t() if ctx.columns_first else product(multiply, a.t(), grad)

@@ -83,11 +83,11 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
     def decorate(fake: Callable):
         implementation = name or fake.__name__
 
-        def direct(device_type: str, find: Callable) -> Callable:
-            return lambda *args: without_autocast(device_type, find(module, implementation), args)
-
         def on_cpu(*args):
             return without_autocast("cpu", server(CPU)(module, implementation), args)
+
+        def on_gpu(*args):
+            return without_autocast("cuda", launcher(module, implementation), args)
 
         signature = inspect.signature(fake)
         fake.__signature__ = signature.replace(parameters=list(map(_readable, signature.parameters.values())))
@@ -95,9 +95,9 @@ def define_op(module: str, *, name: str | None = None, mutates_args: tuple[str, 
         op = torch.library.custom_op(
             f"mixft::{implementation}", on_cpu, mutates_args=mutates_args, device_types="cpu", schema=schema
         )
-        op.register_kernel("cuda")(direct("cuda", launcher))
+        op.register_kernel("cuda")(on_gpu)
         op.register_fake(fake)
-        op.without_dispatch = {"cpu": direct("cpu", cpu_routine), "cuda": direct("cuda", launcher)}
+        op.without_dispatch = {"cpu": on_cpu, "cuda": on_gpu}
         return op
 
     return decorate
@@ -227,8 +227,7 @@ def needs_dispatch(*tensors: Tensor | None) -> bool:
         return True
     if any(tensor is not None and tensor.is_neg() for tensor in tensors):  # numbers whose sign the dispatcher turns
         return True
-    first = tensors[0]
-    return not (PLAIN.issuperset(map(type, tensors)) and (first.is_cuda or (first.is_cpu and not interpreting())))
+    return not (PLAIN.issuperset(map(type, tensors)) and (tensors[0].is_cuda or tensors[0].is_cpu))
 
 
 def _has_tangent(tensors: tuple[Tensor | None, ...]) -> bool:
