@@ -118,7 +118,7 @@ def layers(results: Results) -> str:
         )
         plain, autocast = f"`nn.Linear`, {floats}", "the same under torch's autocast"
         parts += [
-            f"{place}, BERT-base with {size} layers and the batch of `mixft bench inference_step*`, a forward pass:",
+            f"{place}, BERT-base with {size} layers and the batch of `mixft bench inference_step`, a forward pass:",
             tables.whole_model(
                 found,
                 {

@@ -164,17 +164,22 @@ def memory_table(recording: dict, family: str) -> str:
 
 
 def whole_model(recording: dict, names: dict[tuple[str, str], str]) -> str:
-    """A row for each (case, provider) of ``names`` timed beside "torch": time, speed-up over it, and memory held."""
+    """A row for each (case, provider) of ``names`` timed beside "torch": both times, speed-up, and memory held.
+
+    The torch of a row is that of its own case: other cases were timed minutes before or after.
+    """
     rows = {(row["case"], row["provider"]): row for row in recording["rows"] if row["status"] == "timed"}
     beside = {found: (found[0], "torch") for found in names}
     shown = {names[found]: (rows[found], rows[base]) for found, base in beside.items() if {found, base} <= rows.keys()}
     if not shown:
         return NOT_MEASURED
-    lines = ["| | ms | speed-up | MiB afterwards |", "|---|---|---|---|"]
+    lines = ["| | ms | plain torch beside it, ms | speed-up | MiB afterwards |", "|---|---|---|---|---|"]
     for name, (row, base) in shown.items():
         memory = _mebibytes((row["memory"] or {}).get("resident"))
-        speedup = base["seconds"] / row["seconds"]
-        lines.append(f"| {name} | {row['seconds'] * 1e3:,.1f} | {speedup:.2f}x | {memory} |")
+        # Medians of the rounds' own ratios, as everywhere: of a provider's time over ours.
+        speedup = 1.0 if row is base else base["speedup"] / (row["speedup"] or 1.0)
+        times = [f"{timed['seconds'] * 1e3:,.1f}" for timed in (row, base)]
+        lines.append(f"| {' | '.join([name, *times, f'{speedup:.2f}x', memory])} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
-"""AdamW and Adam over many tensors in one launch; the formulas are in ``update_rule.py``.
+"""AdamW and Adam over many tensors, a launch per (parameter dtype, gradient dtype, alignment).
 
-The tensors are those of ``optimizer_step.py``; moments are FP32, BF16, or 8-bit codes with their scales.
+The formulas are in ``update_rule.py``. The tensors are those of ``optimizer_step.py``; moments are FP32, BF16, or 8-bit
+codes with their scales.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Gradients of a whole model in one launch per dtype: unscale with the overflow check, and read-only statistics.
+"""Gradients of a whole model: unscale with the overflow check, and read-only statistics.
 
 ``unscale_gradients_``   g <- g * inv_scale for every element; found_inf <- 1 where some g was NaN or Inf before it,
                          and nonfinite, where it is given, grows by the number of such elements of every tensor.
@@ -6,7 +6,8 @@
 
 Gradients are FP16, BF16 or FP32 tensors of any size whose elements fill their storage without gaps, in any order;
 ``inv_scale`` and ``found_inf`` are one-element FP32 tensors. Arithmetic is FP32, with one rounding at the store.
-The statistics are deterministic: every chunk writes its partial result, and a second launch adds them in order.
+Unscaling is one launch per (dtype, alignment). The statistics are deterministic: every chunk writes its partial result,
+and a second launch adds them in order.
 """
 
 from collections.abc import Sequence

@@ -65,7 +65,7 @@ def finish_scalars(
         tl.store(nonfinite + offset + lanes, count, mask=left)
         tl.store(counts + offset + lanes, tl.zeros_like(count), mask=left)
         bad += count
-    norm = tl.sqrt(tl.sum(squares, 0))
+    norm = tl.sqrt_rn(tl.sum(squares, 0))
     if inv_scale is not None:
         norm *= tl.load(inv_scale)
     found = tl.where(tl.sum(bad, 0) > 0, 1.0, 0.0)

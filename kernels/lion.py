@@ -1,6 +1,7 @@
-"""Lion over many tensors in one launch; the formula is in ``update_rule.py``.
+"""Lion over many tensors, a launch per (parameter dtype, gradient dtype, alignment).
 
-The tensors are those of ``optimizer_step.py``; the momentum is FP32, BF16, or int8 codes with their scales.
+The formula is in ``update_rule.py``. The tensors are those of ``optimizer_step.py``; the momentum is FP32, BF16, or
+int8 codes with their scales.
 """
 
 import torch

@@ -1,6 +1,7 @@
-"""SGD over many tensors in one launch; the formula is in ``update_rule.py``.
+"""SGD over many tensors, a launch per (parameter dtype, gradient dtype, alignment).
 
-The tensors are those of ``optimizer_step.py``; the momentum buffer is FP32, BF16, or int8 codes with their scales.
+The formula is in ``update_rule.py``. The tensors are those of ``optimizer_step.py``; the momentum buffer is FP32, BF16,
+or int8 codes with their scales.
 """
 
 from dataclasses import replace

@@ -336,6 +336,12 @@ def test_what_is_no_number_is_refused_by_name(name):
         LossScaler(**{name: "2"}, device="cpu")
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cpu")])
+def test_a_device_in_the_place_that_gradscaler_has_it_in_is_refused_with_the_remedy(device):
+    with pytest.raises(TypeError, match=f"the device is a keyword here: device='{device}'"):
+        LossScaler(device)
+
+
 @pytest.mark.parametrize("make", [torch.optim.AdamW, AdamW])
 def test_fp16_training_that_overflows_skips_exactly_and_recovers(make):
     torch.manual_seed(1)

@@ -155,14 +155,14 @@ def test_a_whole_model_is_shown_beside_what_it_was():
     rows += pair("training_step/bert-2-layers-bf16", {"torch": 3.0}, memory=memory)
     rows += [row for row in pair("training_step/bert-2-layers-int8", {"torch": 5.0}) if row["provider"] != "torch"]
     shown = publish.layers(Results({"cpu": recording(rows)}))
-    assert "| `nn.Linear`, FP32 | 4.0 | 1.00x | 4.0 |" in shown
-    assert '| `mixft.quantize_(model, mode="dynamic")` | 1.0 | 4.00x | 4.0 |' in shown
+    assert "| `nn.Linear`, FP32 | 4.0 | 4.0 | 1.00x | 4.0 |" in shown
+    assert '| `mixft.quantize_(model, mode="dynamic")` | 1.0 | 4.0 | 4.00x | 4.0 |' in shown
     assert "quantize_dynamic" not in shown
     assert shown.startswith("On a GPU: not measured yet.")
     # Each beside the torch of its own case, and not without one.
     assert shown.endswith(
-        '|---|---|---|---|\n| `model.bfloat16()`, `mixft.optim.AdamW(..., master_weights="split")` '
-        "| 1.0 | 3.00x | 4.0 |"
+        '|---|---|---|---|---|\n| `model.bfloat16()`, `mixft.optim.AdamW(..., master_weights="split")` '
+        "| 1.0 | 3.0 | 3.00x | 4.0 |"
     )
     assert publish.layers(Results({"cpu": recording(rows[:3])})).endswith("and optimizer:\n\nnot measured yet")
 

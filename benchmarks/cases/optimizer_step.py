@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mixft.benchmarks.case import Case, Provider
 from mixft.benchmarks.recording import Sweep
+from mixft.ops.optimizer_state import GROUP_SIZE
 
 from . import shapes
 from .optimizer_peers import (
@@ -28,8 +29,8 @@ from .optimizer_peers import (
 from .shapes import SHORT, elements, sample
 
 STATES = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1}
-# Of 8-bit state: a code, and its share of the scale of a block of 128.
-CODE_BYTES = 1 + 4 / 128
+# Of 8-bit state: a code, and its share of its group's scale of one byte.
+CODE_BYTES = 1 + 1 / GROUP_SIZE
 PACKED = "saves memory: on a CPU, packing and unpacking can take longer than moving the bytes they save"
 CHECKED = "torch does not look for NaN and Inf: that is one more read of the gradients, and at small sizes more calls"
 # Of the largest weight: rounding to 16 bits, and no step as large as one that was left out.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,8 @@ class ScaleRule:
 
 def check_scales(least: float, initial: float, greatest: float) -> None:
     """Raise TypeError for a scale that is no number, ValueError for scales that are not in this order."""
+    if _is_device(initial):  # GradScaler's first argument
+        raise TypeError(f"init_scale is {initial!r}; the device is a keyword here: device={str(initial)!r}")
     for name, scale in (("min_scale", least), ("init_scale", initial), ("max_scale", greatest)):
         _check_number(name, scale)
     if not 0 < least <= initial <= greatest < float("inf"):
@@ -104,6 +107,16 @@ def check_scales(least: float, initial: float, greatest: float) -> None:
             "0 < min_scale <= init_scale <= max_scale must hold with a finite max_scale; they are "
             f"{least}, {initial} and {greatest}"
         )
+
+
+def _is_device(value: Any) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, torch.device)
+    try:
+        torch.device(value)
+    except RuntimeError:
+        return False
+    return True
 
 
 def check_growth_factor(factor: float) -> None:

@@ -1,4 +1,4 @@
-"""``mixft.ops.adamw_``: the whole mixed-precision AdamW or Adam step of many parameters in one launch."""
+"""``mixft.ops.adamw_``: the whole mixed-precision AdamW or Adam step of many parameters, one launch per dtype."""
 
 from collections.abc import Sequence
 
