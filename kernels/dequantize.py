@@ -18,7 +18,7 @@ from .variant import BYTES, Elementwise, Variant, elementwise_variant
 
 
 @triton.jit(do_not_specialize=["blocks_kept", "blocks_n"])
-def dequantize_tile(
+def dequantize_kernel(
     values_ptr, scale_ptr, zero_point_ptr, out_ptr,
     n, kept, blocks_kept, blocks_n,
     values_stride_batch, values_stride_n, values_stride_kept,
@@ -62,7 +62,7 @@ def dequantize(values: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: 
         block_n = config.elements // block_kept
     blocks_kept, blocks_n = triton.cdiv(kept, block_kept), triton.cdiv(n, block_n)
     with torch.cuda.device_of(values):
-        dequantize_tile[(batch * blocks_kept * blocks_n,)](
+        dequantize_kernel[(batch * blocks_kept * blocks_n,)](
             source, scale, zero_point, target, n, kept, blocks_kept, blocks_n, *strides(source), *strides(target),
             BLOCK_KEPT=block_kept, BLOCK_N=block_n, num_warps=warps(block_kept, block_n, config, arch),
             num_stages=1,
@@ -86,5 +86,5 @@ def variants(arch: Architecture) -> list[Variant]:
             constants |= {"zero_point_ptr": None}
         options = {"num_warps": warps(*blocks, config, arch), "work": Elementwise(config.elements, BYTES[dtype] + 1)}
         indivisible = ("blocks_kept", "blocks_n")
-        found.append(elementwise_variant(dequantize_tile, name, types, constants, indivisible, **options))
+        found.append(elementwise_variant(dequantize_kernel, name, types, constants, indivisible, **options))
     return found

@@ -45,29 +45,29 @@ class Epilogue:
             "b_sum_ptr": self.b_sum,
             "bias_ptr": None if self.bias is None else self.bias.contiguous(),
             "out_ptr": self.out,
-            "stride_a_scale": 0 if self.a_scale is None else self.a_scale.stride(0),
-            "stride_b_scale": self.b_scale.stride(0),
-            "stride_a_zero_point": 0 if self.a_zero_point is None else self.a_zero_point.stride(0),
+            "a_scale_stride": 0 if self.a_scale is None else self.a_scale.stride(0),
+            "b_scale_stride": self.b_scale.stride(0),
+            "a_zero_point_stride": 0 if self.a_zero_point is None else self.a_zero_point.stride(0),
             "ACTIVATION": self.activation,
         }
 
 
 @triton.jit
-def apply_epilogue(
+def apply_int8_epilogue(
     total, rows, columns, M, N,
     a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
-    stride_a_scale, stride_b_scale, stride_a_zero_point, ACTIVATION: tl.constexpr,
+    a_scale_stride, b_scale_stride, a_zero_point_stride, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Apply the epilogue to the tile ``total`` and store it; ``rows`` and ``columns`` are int64."""
     row_mask = rows < M
     column_mask = columns < N
     if a_zero_point_ptr is not None:
-        zero_point = tl.load(a_zero_point_ptr + rows * stride_a_zero_point, mask=row_mask, other=0)
+        zero_point = tl.load(a_zero_point_ptr + rows * a_zero_point_stride, mask=row_mask, other=0)
         total -= zero_point[:, None] * tl.load(b_sum_ptr + columns, mask=column_mask, other=0)[None, :]
     result = total.to(tl.float32)
     if a_scale_ptr is not None:
-        result *= tl.load(a_scale_ptr + rows * stride_a_scale, mask=row_mask, other=0.0)[:, None]
-    result *= tl.load(b_scale_ptr + columns * stride_b_scale, mask=column_mask, other=0.0)[None, :]
+        result *= tl.load(a_scale_ptr + rows * a_scale_stride, mask=row_mask, other=0.0)[:, None]
+    result *= tl.load(b_scale_ptr + columns * b_scale_stride, mask=column_mask, other=0.0)[None, :]
     if bias_ptr is not None:
         result += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     result = activate(result, ACTIVATION)
@@ -76,7 +76,7 @@ def apply_epilogue(
 
 
 POINTERS = {"a_scale_ptr": "fp32", "b_scale_ptr": "fp32", "a_zero_point_ptr": "i32", "b_sum_ptr": "i32"}
-STRIDES = ("stride_a_scale", "stride_b_scale", "stride_a_zero_point")
+STRIDES = ("a_scale_stride", "b_scale_stride", "a_zero_point_stride")
 
 
 def epilogue_signature(out: str, *, a_scale: bool, affine: bool, bias: bool) -> tuple[dict[str, str], dict[str, None]]:

@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .architecture import Architecture, architecture_of, multiprocessors_of
 from .configuration import configuration, configurations
-from .int8_epilogue import STRIDES, Epilogue, apply_epilogue, epilogue_signature
+from .int8_epilogue import STRIDES, Epilogue, apply_int8_epilogue, epilogue_signature
 from .int8_split_k import add_parts, split_count
 from .matmul_tiles import MatmulConfig
 from .split_k import empty_parts
@@ -45,7 +45,7 @@ def scaled_matmul_kernel(
     a_ptr, b_ptr, parts_ptr,
     a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
     M, N, K, depth,
-    stride_am, stride_bn, stride_a_scale, stride_b_scale, stride_a_zero_point,
+    a_stride_m, b_stride_n, a_scale_stride, b_scale_stride, a_zero_point_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -56,8 +56,8 @@ def scaled_matmul_kernel(
     # Columns past the end read the last one again: no mask in the loop, and the store drops them. Rows are masked: most
     # of a decode tile's are past the end, and one row read sixteen times is as much traffic as the weights.
     row_mask = (rows < M)[:, None]
-    a_ptrs = a_ptr + rows[:, None] * stride_am + inner[None, :]
-    b_ptrs = b_ptr + tl.minimum(columns, N - 1)[None, :] * stride_bn + inner[:, None]
+    a_ptrs = a_ptr + rows[:, None] * a_stride_m + inner[None, :]
+    b_ptrs = b_ptr + tl.minimum(columns, N - 1)[None, :] * b_stride_n + inner[:, None]
     first, stop = 0, K
     if parts_ptr is not None:
         first = tl.program_id(1) * depth
@@ -84,10 +84,10 @@ def scaled_matmul_kernel(
         part = parts_ptr + (tl.program_id(1).to(tl.int64) * M + rows[:, None]) * N + columns[None, :]
         tl.store(part, accumulator, mask=row_mask & (columns < N)[None, :])
     else:
-        apply_epilogue(
+        apply_int8_epilogue(
             accumulator, rows, columns, M, N,
             a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
-            stride_a_scale, stride_b_scale, stride_a_zero_point, ACTIVATION,
+            a_scale_stride, b_scale_stride, a_zero_point_stride, ACTIVATION,
         )  # fmt: skip
 
 
@@ -170,8 +170,8 @@ def _launch(
             N=N,
             K=K,
             depth=depth,
-            stride_am=a.stride(0),
-            stride_bn=b.stride(0),
+            a_stride_m=a.stride(0),
+            b_stride_n=b.stride(0),
             **epilogue.arguments(),
             EVEN_K=K % config.BLOCK_K == 0,
             **asdict(config),
@@ -235,7 +235,7 @@ def _variant(
     w8a8 = op == "int8_matmul"
     types, lacking = epilogue_signature(out_type, a_scale=w8a8, affine=kind == "affine", bias=not even)
     pointers = {"a_ptr": f"*{a_type}", "b_ptr": "*i8"}
-    integers = ["M", "N", "K", "stride_am", "stride_bn"]
+    integers = ["M", "N", "K", "a_stride_m", "b_stride_n"]
     if kind == "parts":
         pointers["parts_ptr"] = "*i32" if w8a8 else "*fp32"
         integers += ["depth"]

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .architecture import Architecture
-from .int8_epilogue import STRIDES, Epilogue, apply_epilogue, epilogue_signature
+from .int8_epilogue import STRIDES, Epilogue, apply_int8_epilogue, epilogue_signature
 from .split_k import sum_of_parts
 from .variant import Elementwise, Variant
 
@@ -27,17 +27,17 @@ def add_scaled_parts_kernel(
     parts_ptr,
     a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
     M, N, splits,
-    stride_a_scale, stride_b_scale, stride_a_zero_point,
+    a_scale_stride, b_scale_stride, a_zero_point_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     mask = (rows < M)[:, None] & (columns < N)[None, :]
     at = rows[:, None] * N + columns[None, :]
-    apply_epilogue(
+    apply_int8_epilogue(
         sum_of_parts(parts_ptr, splits, at, mask, M, N), rows, columns, M, N,
         a_scale_ptr, b_scale_ptr, a_zero_point_ptr, b_sum_ptr, bias_ptr, out_ptr,
-        stride_a_scale, stride_b_scale, stride_a_zero_point, ACTIVATION,
+        a_scale_stride, b_scale_stride, a_zero_point_stride, ACTIVATION,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def store_scale(scale_ptr, zero_point_ptr, offsets, mask, scale, zero_point, SYM
 
 
 @triton.jit(do_not_specialize=["blocks_kept"])
-def quantize_resident(
+def quantize_resident_kernel(
     x_ptr, factor_ptr, values_ptr, scale_ptr, zero_point_ptr, seed_ptr,
     n, kept, blocks_kept,
     x_stride_batch, x_stride_n, x_stride_kept,
@@ -64,7 +64,7 @@ def quantize_resident(
 
 
 @triton.jit(do_not_specialize=["blocks_kept", "splits"])
-def partial_ranges(
+def partial_ranges_kernel(
     x_ptr, factor_ptr, low_ptr, high_ptr,
     n, kept, blocks_kept, splits, span,
     x_stride_batch, x_stride_n, x_stride_kept,
@@ -93,7 +93,7 @@ def partial_ranges(
 
 
 @triton.jit(do_not_specialize=["blocks_kept", "splits"])
-def quantize_split(
+def quantize_split_kernel(
     x_ptr, factor_ptr, values_ptr, scale_ptr, zero_point_ptr, low_ptr, high_ptr, seed_ptr,
     n, kept, blocks_kept, splits, span,
     x_stride_batch, x_stride_n, x_stride_kept,
@@ -167,7 +167,7 @@ def quantize(
     }
     with torch.cuda.device_of(x):
         if resident:
-            quantize_resident[(batch * blocks_kept,)](
+            quantize_resident_kernel[(batch * blocks_kept,)](
                 source, factor, target, scale, zero_point_pointer, seed, n, kept, blocks_kept,
                 *strides(source), *strides(target), PROPAGATE=propagate, **constants,
             )  # fmt: skip
@@ -179,11 +179,11 @@ def quantize(
         high = torch.empty((batch, splits, kept), dtype=torch.float32, device=x.device)
         low = None if symmetric else torch.empty_like(high)
         grid = (batch * blocks_kept * splits,)
-        partial_ranges[grid](
+        partial_ranges_kernel[grid](
             source, factor, low, high, n, kept, blocks_kept, splits, span, *strides(source),
             PROPAGATE=propagate, **constants,
         )  # fmt: skip
-        quantize_split[grid](
+        quantize_split_kernel[grid](
             source, factor, target, scale, zero_point_pointer, low, high, seed, n, kept, blocks_kept, splits, span,
             *strides(source), *strides(target), BLOCK_SPLITS=triton.next_power_of_2(splits), **constants,
         )  # fmt: skip
@@ -229,19 +229,19 @@ def variants(arch: Architecture) -> list[Variant]:
         if not factor:
             constants |= {"factor_ptr": None}
         indivisible = ("blocks_kept", "splits")
-        work = Elementwise(tile[0] * tile[1], BYTES[x] + (0 if function is partial_ranges else 1))
+        work = Elementwise(tile[0] * tile[1], BYTES[x] + (0 if function is partial_ranges_kernel else 1))
         num_warps = warps(*tile, config, arch)
         found.append(elementwise_variant(function, name, types, constants, indivisible, num_warps=num_warps, work=work))
 
     square, flat = (config.columns, config.elements // config.columns), (1, config.elements)
-    add("fp16,row 4096", quantize_resident, "fp16", (1, 4096), rows)
-    add("fp16,row 4096,factor", quantize_resident, "fp16", (1, 4096), rows, factor=True)
+    add("fp16,row 4096", quantize_resident_kernel, "fp16", (1, 4096), rows)
+    add("fp16,row 4096,factor", quantize_resident_kernel, "fp16", (1, 4096), rows, factor=True)
     affine = {"symmetric": False, "stochastic": True}
-    add("bf16,row 16384,affine,stochastic", quantize_resident, "bf16", (1, 16384), rows, **affine)
-    add("fp32,group 128,stochastic", quantize_resident, "fp32", (32, 128), rows, stochastic=True)
-    add("bf16,columns of 256,factor", quantize_resident, "bf16", (config.columns, 256), columns, factor=True)
-    add("fp16,columns,factor", partial_ranges, "fp16", square, columns, factor=True)
-    add("fp32,tensor,affine", partial_ranges, "fp32", flat, rows, symmetric=False, one_scale=True)
-    add("fp16,columns,factor", quantize_split, "fp16", square, columns, factor=True)
-    add("fp32,tensor,affine,stochastic", quantize_split, "fp32", flat, rows, **affine, one_scale=True)
+    add("bf16,row 16384,affine,stochastic", quantize_resident_kernel, "bf16", (1, 16384), rows, **affine)
+    add("fp32,group 128,stochastic", quantize_resident_kernel, "fp32", (32, 128), rows, stochastic=True)
+    add("bf16,columns of 256,factor", quantize_resident_kernel, "bf16", (config.columns, 256), columns, factor=True)
+    add("fp16,columns,factor", partial_ranges_kernel, "fp16", square, columns, factor=True)
+    add("fp32,tensor,affine", partial_ranges_kernel, "fp32", flat, rows, symmetric=False, one_scale=True)
+    add("fp16,columns,factor", quantize_split_kernel, "fp16", square, columns, factor=True)
+    add("fp32,tensor,affine,stochastic", quantize_split_kernel, "fp32", flat, rows, **affine, one_scale=True)
     return found

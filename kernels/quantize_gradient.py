@@ -38,7 +38,7 @@ CONFIG = TileConfig(rows=64, columns=64, num_warps=4)
 
 
 @triton.jit
-def load_tile(g_ptr, row_factor_ptr, column_factor_ptr, m, n, M, N, stride):
+def load_gradient(g_ptr, row_factor_ptr, column_factor_ptr, m, n, M, N, stride):
     """The tile of rows ``m`` and columns ``n``, it times the columns' factors and it times the rows', FP32."""
     mask = (m < M)[:, None] & (n < N)[None, :]
     g = tl.load(g_ptr + m[:, None] * stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -48,27 +48,27 @@ def load_tile(g_ptr, row_factor_ptr, column_factor_ptr, m, n, M, N, stride):
 
 
 @triton.jit
-def magnitude_bits(x):
-    """Bits of |x|, those of infinity for a NaN too."""
+def saturated_magnitude_bits(x):
+    """Bits of |x|, in order as integers; those of infinity for a NaN too."""
     return tl.where(tl.abs(x) < float("inf"), tl.abs(x), float("inf")).to(tl.int32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["blocks_n"])
-def gradient_ranges(
+def gradient_ranges_kernel(
     g_ptr, row_factor_ptr, column_factor_ptr, row_high_ptr, column_high_ptr, sums_ptr,
     M, N, stride, blocks_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block = (tl.program_id(0) // blocks_n).to(tl.int64)
     m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tl.program_id(0) % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g, by_row, by_column = load_tile(g_ptr, row_factor_ptr, column_factor_ptr, m, n, M, N, stride)
-    tl.atomic_max(row_high_ptr + m, tl.max(magnitude_bits(by_row), axis=1), mask=m < M, sem="relaxed")
-    tl.atomic_max(column_high_ptr + n, tl.max(magnitude_bits(by_column), axis=0), mask=n < N, sem="relaxed")
+    g, by_row, by_column = load_gradient(g_ptr, row_factor_ptr, column_factor_ptr, m, n, M, N, stride)
+    tl.atomic_max(row_high_ptr + m, tl.max(saturated_magnitude_bits(by_row), axis=1), mask=m < M, sem="relaxed")
+    tl.atomic_max(column_high_ptr + n, tl.max(saturated_magnitude_bits(by_column), axis=0), mask=n < N, sem="relaxed")
     tl.store(sums_ptr + block * N + n, tl.sum(g, axis=0), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["blocks_n"])
-def round_gradient(
+def round_gradient_kernel(
     g_ptr, row_factor_ptr, column_factor_ptr, row_high_ptr, column_high_ptr,
     values_ptr, scale_ptr, transposed_ptr, column_scale_ptr, seed_ptr, column_seed_ptr,
     M, N, stride, blocks_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -77,7 +77,7 @@ def round_gradient(
     first_n = (tl.program_id(0) % blocks_n).to(tl.int64) * BLOCK_N
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
-    _, by_row, by_column = load_tile(g_ptr, row_factor_ptr, column_factor_ptr, m, n, M, N, stride)
+    _, by_row, by_column = load_gradient(g_ptr, row_factor_ptr, column_factor_ptr, m, n, M, N, stride)
 
     high = tl.load(row_high_ptr + m, mask=m < M, other=0).to(tl.float32, bitcast=True)
     scale, inverse, zero_point = scale_of(-high, high, True)
@@ -124,10 +124,10 @@ def quantize_gradient(
     row_high, column_high = highs[:M], highs[M:]
     constants = {"BLOCK_M": CONFIG.rows, "BLOCK_N": CONFIG.columns, "num_warps": CONFIG.num_warps, "num_stages": 1}
     with torch.cuda.device_of(grad):
-        gradient_ranges[(blocks_m * blocks_n,)](
+        gradient_ranges_kernel[(blocks_m * blocks_n,)](
             grad, row_factor, column_factor, row_high, column_high, sums, M, N, grad.stride(0), blocks_n, **constants
         )
-        round_gradient[(blocks_m * blocks_n,)](
+        round_gradient_kernel[(blocks_m * blocks_n,)](
             grad, row_factor, column_factor, row_high, column_high, values, scale, transposed, column_scale,
             seed, column_seed, M, N, grad.stride(0), blocks_n, **constants,
         )  # fmt: skip
@@ -143,7 +143,7 @@ def variants(arch: Architecture) -> list[Variant]:
     }  # fmt: skip
     found = []
     for name, dtype, stochastic in (("bf16", "bf16", False), ("fp32,stochastic", "fp32", True)):
-        for function, written in ((gradient_ranges, 0), (round_gradient, 2)):
+        for function, written in ((gradient_ranges_kernel, 0), (round_gradient_kernel, 2)):
             constants = {"BLOCK_M": CONFIG.rows, "BLOCK_N": CONFIG.columns}
             if not stochastic:
                 constants |= {"seed_ptr": None, "column_seed_ptr": None}

@@ -77,7 +77,7 @@ def elementwise_variant(
     indivisible: tuple[str, ...],
     **options,
 ) -> Variant:
-    """``function[label]``, whose arguments are those of ``constexprs`` that it has, of ``types``, or else i32.
+    """The variant ``label`` of ``function``. Its arguments are those of ``constexprs`` that it has, of ``types``, or i32
 
     Args:
         indivisible: arguments that are not usually divisible by 16, as all others are.
@@ -87,7 +87,8 @@ def elementwise_variant(
     constexprs = {name: value for name, value in constexprs.items() if name in names}
     signature = {name: types.get(name, "i32") for name in names if name not in constexprs}
     divisible = tuple(name for name in signature if name not in indivisible)
-    return Variant(f"{function.__name__}[{label}]", function, signature, constexprs, divisible, **options)
+    name = function.__name__.removesuffix("_kernel")
+    return Variant(f"{name}[{label}]", function, signature, constexprs, divisible, **options)
 
 
 def kernel_of(variant: str) -> str:

@@ -18,7 +18,7 @@ from mixft.cpu.dequantize import dequantize
 from mixft.cpu.dropout import dropout
 from mixft.cpu.grad import gradient_statistics, unscale_gradients_
 from mixft.cpu.grad_scalars import gradient_scalars
-from mixft.cpu.int8_epilogue import apply_epilogue
+from mixft.cpu.int8_epilogue import apply_int8_epilogue
 from mixft.cpu.int8_input_gradient import int8_input_gradient
 from mixft.cpu.int8_layer import int8_layer
 from mixft.cpu.int8_matmul import _compiled, _many_rows, weight_only_matmul
@@ -75,7 +75,7 @@ def products(M, K, N, dtype):
         _compiled(a, b, a_scale, scale, bias, "none", dtype, zeros, sums)
     weight_only_matmul(x, int8(N, K), scale, bias, "silu", dtype)
     _many_rows(x, int8(N, K), scale, bias, "silu", dtype)
-    apply_epilogue(int32(M, N), a_scale, scale, bias, "none", dtype, zeros, sums)
+    apply_int8_epilogue(int32(M, N), a_scale, scale, bias, "none", dtype, zeros, sums)
 
 
 def passes(M, K, N, dtype):

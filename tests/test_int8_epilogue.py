@@ -5,7 +5,7 @@ import torch
 from conftest import assert_within_budget
 
 from mixft.cpu import native
-from mixft.cpu.int8_epilogue import apply_epilogue
+from mixft.cpu.int8_epilogue import apply_int8_epilogue
 
 SHAPES = [(1, 1), (3, 17), (0, 5), (5, 0), (2, 1023), (3, 1024), (2, 1025), (21, 2100)]
 
@@ -36,7 +36,7 @@ def test_every_element_has_the_terms_of_its_row_and_column(shape, one_column_sca
     exact = exact * row_scale.double() * column_scale.double().t() + (0 if bias is None else bias.double())
     more = (zero_point, column_sum) if has_zero_points else (None, None)
     for out_dtype in (torch.float32, torch.float16, torch.bfloat16):
-        out = apply_epilogue(product.clone(), row_scale, column_scale, bias, "none", out_dtype, *more)
+        out = apply_int8_epilogue(product.clone(), row_scale, column_scale, bias, "none", out_dtype, *more)
         assert out.dtype == out_dtype
         assert_within_budget(out, exact, exact.to(out_dtype), 2**-22)
 
@@ -45,7 +45,7 @@ def test_strided_terms_are_read_where_they_lie():
     rows, columns = 5, 1100
     product, row_scale, column_scale, zero_point, column_sum = operands(rows, columns)
     bias = torch.randn(columns)
-    expected = apply_epilogue(
+    expected = apply_int8_epilogue(
         product.clone(), row_scale, column_scale, bias, "gelu", torch.float32, zero_point, column_sum
     )
 
@@ -55,5 +55,5 @@ def test_strided_terms_are_read_where_they_lie():
         return apart[..., 1]
 
     terms = [strided(term) for term in (row_scale, column_scale, bias, zero_point, column_sum)]
-    found = apply_epilogue(product.clone(), *terms[:3], "gelu", torch.float32, *terms[3:])
+    found = apply_int8_epilogue(product.clone(), *terms[:3], "gelu", torch.float32, *terms[3:])
     assert torch.equal(found, expected)

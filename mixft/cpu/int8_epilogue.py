@@ -14,7 +14,7 @@ SMALL = 1 << 16
 compiled = native.Routine("int8_epilogue", c_void_p, *[c_int64] * 2, *[c_void_p] * 5, c_int, c_void_p, c_int)
 
 
-def apply_epilogue(
+def apply_int8_epilogue(
     product: Tensor,
     a_scale: Tensor,
     b_scale: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import native
 from .activation import ACTIVATIONS, CODES
 from .instruction_set import has_bf16_dot, has_int8_dot
-from .int8_epilogue import apply_epilogue
+from .int8_epilogue import apply_int8_epilogue
 from .int8_layer import room_for, serves
 from .overlap import without_overlap
 from .packed_weight import packed_product, packed_weight
@@ -62,7 +62,7 @@ def int8_matmul(
     if a.numel() and b.numel() and not int_mm_is_fast_and_exact() and serves(a.shape[0]):
         return _compiled(a, b, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
     product = integer_product(a, b.t())
-    return apply_epilogue(product, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
+    return apply_int8_epilogue(product, a_scale, b_scale, bias, activation, out_dtype, a_zero_point, b_sum)
 
 
 def _compiled(
