@@ -6,7 +6,7 @@ stride; where a matrix ends inside a tile it reads zeros and drops what would be
 grad @ weight and grad.t() @ a, without a copy.
 
 A flattened loop over tiles lets the first loads of a tile run under the epilogue of the one before. The epilogue goes
-over the accumulator in ``EPILOGUE_PARTS`` groups of columns, which keeps its shared memory and registers small.
+over the accumulator in groups of columns, which keeps its shared memory and registers small.
 """
 
 import functools
@@ -85,7 +85,8 @@ def halves(tile):
 class PersistentMatmulConfig:
     """Tile sizes, tile rows a group, groups of columns in the epilogue, warps a program, stages and programs at most.
 
-    ``PROGRAMS`` is how many programs a multiprocessor holds at a time.
+    ``EPILOGUE_PARTS``, 1, 2 or 4, is for matrices of 16 bits. ``PROGRAMS`` is how many programs a multiprocessor holds
+    at a time.
     """
 
     BLOCK_M: int
@@ -96,6 +97,10 @@ class PersistentMatmulConfig:
     PROGRAMS: int
     num_warps: int
     num_stages: int
+
+    def epilogue_parts(self, itemsize: int) -> int:
+        """Groups of columns where the epilogue's widest matrix has so many bytes an element: no more bytes a group."""
+        return min(self.EPILOGUE_PARTS * itemsize // 2, 4)
 
 
 @functools.cache
@@ -136,10 +141,10 @@ def launch(product: Product, config: PersistentMatmulConfig, multiprocessors: in
     M, N, K = product.shape
     constants = asdict(config)
     programs = constants.pop("PROGRAMS") * multiprocessors
-    width = config.BLOCK_N // config.EPILOGUE_PARTS
+    matrices = (product.residual, product.preactivation, product.kept, product.out)
+    parts = config.epilogue_parts(max(matrix.element_size() for matrix in matrices if matrix is not None))
     residual, preactivation, kept, out = (
-        None if matrix is None else described(matrix, config.BLOCK_M, width)
-        for matrix in (product.residual, product.preactivation, product.kept, product.out)
+        None if matrix is None else described(matrix, config.BLOCK_M, config.BLOCK_N // parts) for matrix in matrices
     )
     partials = product.column_partials(config.BLOCK_M)
     tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N)
@@ -151,7 +156,7 @@ def launch(product: Product, config: PersistentMatmulConfig, multiprocessors: in
             A_IS_TRANSPOSED=rows_of(product.a) is not product.a,
             B_IS_TRANSPOSED=rows_of(product.b) is not product.b,
             ACTIVATION=product.activation,
-            **constants,
+            **constants | {"EPILOGUE_PARTS": parts},
         )  # fmt: skip
     return partials
 
@@ -185,7 +190,8 @@ def _variant(
     tiles = asdict(config)
     num_warps, num_stages, _ = (tiles.pop(name) for name in ("num_warps", "num_stages", "PROGRAMS"))
     M, N, K = tile = (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K)
-    part = [M, N // config.EPILOGUE_PARTS]
+    parts = config.epilogue_parts(max(BYTES[dtype], BYTES[out_dtype]))
+    part = [M, N // parts]
     unit_strides, _ = LAYOUTS[layout]
     kinds = dtype if out_dtype == dtype else f"{dtype},{out_dtype}"
     a_is_transposed, b_is_transposed = "a_stride_m" in unit_strides, "b_stride_k" in unit_strides
@@ -208,6 +214,7 @@ def _variant(
         signature=signature,
         constexprs={
             **tiles,
+            "EPILOGUE_PARTS": parts,
             "A_IS_TRANSPOSED": a_is_transposed,
             "B_IS_TRANSPOSED": b_is_transposed,
             **constants,

@@ -77,7 +77,7 @@ def elementwise_variant(
     indivisible: tuple[str, ...],
     **options,
 ) -> Variant:
-    """The variant ``label`` of ``function``. Its arguments are those of ``constexprs`` that it has, of ``types``, or i32
+    """The variant ``label`` of ``function``, each of whose arguments is in ``constexprs``, in ``types`` or an i32.
 
     Args:
         indivisible: arguments that are not usually divisible by 16, as all others are.

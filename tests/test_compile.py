@@ -12,7 +12,8 @@ from triton.backends.nvidia.compiler import CUDAOptions
 from mixft.kernels import compilation
 from mixft.kernels.architecture import ARCHITECTURES
 from mixft.kernels.compilation import can_compile, compile_variant, faults, kernel_modules
-from mixft.kernels.matmul_persistent import has_descriptors
+from mixft.kernels.configuration import configurations
+from mixft.kernels.matmul_persistent import PersistentMatmulConfig, has_descriptors
 from mixft.kernels.parallel_compilation import Outcome, compile_all, jobs_of
 from mixft.kernels.variant import Elementwise, MatrixProduct, Variant
 
@@ -190,6 +191,15 @@ def test_the_persistent_product_copies_tiles_by_descriptor(shipped, arch):
         assert found.matrix_instructions == (("wgmma",) if arch == "sm_90" else ("tcgen05.mma",))
         assert bool(found.loads) == ("forward" in found.name), found.name
         assert bool(found.stores) == ("slope" in found.name), found.name
+
+
+@pytest.mark.skipif(not has_descriptors(), reason="this Triton has no tensor descriptors")
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_as_many_persistent_programs_are_resident_as_are_launched(shipped, arch):
+    table = configurations("matmul_persistent", PersistentMatmulConfig)
+    for outcome in select(shipped, "matmul_persistent", arch):
+        bucket = outcome.job.variant.partition("[")[2].partition(",")[0]
+        assert outcome.compiled.occupancy.programs >= table[arch, bucket].PROGRAMS, outcome.job.variant
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
