@@ -11,6 +11,7 @@ import mixft
 from mixft.nn import QuantLinear
 from mixft.nn.noise_guard import feature_sqnr
 from mixft.ops import quantize
+from mixft.ops.host_copy import HostCopy
 
 
 def train(model, x, passes):
@@ -161,6 +162,47 @@ def test_a_copy_keeps_what_was_found(native_device):
     twin = copy.deepcopy(layer)
     assert twin.int8_training.guard.passes == 1
     train(twin, torch.randn(40, 128, device=native_device), 1)
+
+
+def test_figures_leave_the_device_before_they_are_read(monkeypatch):
+    """As on a GPU, where a copy that starts when it is read would have the host wait for all that is queued."""
+    layer = QuantLinear(128, 128, mode="train", shape_gating=False)
+    guard = layer.int8_training.guard
+    seen = []
+
+    class Copy(HostCopy):
+        def __init__(self, values):
+            super().__init__(values)
+            seen.append(("starts", guard.passes))
+
+        def tolist(self):
+            seen.append(("is read", guard.passes))
+            return super().tolist()
+
+    monkeypatch.setattr("mixft.nn.noise_guard.HostCopy", Copy)
+    x = torch.randn(40, 128)
+    train(layer, x, 1)
+    guard.read_at = 5
+    train(layer, x, 6)
+    assert seen == [("starts", 1), ("is read", 4)]
+    assert set(guard.sqnr) == {"input", "weight", "gradient"}
+
+
+def test_a_figure_that_comes_after_the_others_left_is_read_too():
+    """Two backwards in flight, as a pipeline has them: the first runs before the measured one."""
+    layer = QuantLinear(128, 128, mode="train", shape_gating=False)
+    guard = layer.int8_training.guard
+    x = torch.randn(40, 128)
+    measured, other = layer(x), layer(x)
+    guard.read_at = 4
+    other.sum().backward()
+    late = layer(x)
+    measured.sum().backward()
+    late.sum().backward()
+    train(layer, x, 1)
+    assert set(guard.sqnr) == {"input", "weight"}
+    train(layer, x, 1)
+    assert set(guard.sqnr) == {"input", "weight", "gradient"}
 
 
 def test_report_of_other_layers_and_input():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mixft.ops.capture import capturing
+from mixft.ops.host_copy import HostCopy
 
 from .overflow import OverflowRing, nonzero
 
@@ -28,8 +29,7 @@ class FloorWatch:
         self._iterations = 0
         self._warned = False
         self._names: list[str] = []
-        self._copy: Tensor | None = None
-        self._arrival: torch.cuda.Event | None = None
+        self._copy: HostCopy | None = None
 
     def look(self, floor_steps: Tensor, rings: Sequence[OverflowRing]) -> None:
         """Once an iteration.
@@ -43,24 +43,13 @@ class FloorWatch:
         self._iterations += 1
         if self._copy is None and self._iterations % self.patience == 0:
             self._names = [name for ring in rings for name in ring.names]
-            self._start(torch.cat([floor_steps.unsqueeze(0), *(ring.last() for ring in rings)]))
-        if self._copy is not None and (self._arrival is None or self._arrival.query()):
+            self._copy = HostCopy(torch.cat([floor_steps.unsqueeze(0), *(ring.last() for ring in rings)]))
+        if self._copy is not None and self._copy.has_arrived():
             steps, *counts = self._copy.tolist()
             self._copy = None
             if steps >= self.patience:
                 self._warned = True
                 warnings.warn(self._message(steps, counts), RuntimeWarning, stacklevel=3)
-
-    def _start(self, values: Tensor) -> None:
-        if not values.is_cuda:
-            self._copy = values
-            return
-        # Named, as the default device may be the GPU, whose memory cannot be pinned.
-        on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-        self._copy = on_host.copy_(values, non_blocking=True)
-        self._arrival = torch.cuda.Event()
-        # The current device may be another one than the scale's.
-        self._arrival.record(torch.cuda.current_stream(values.device))
 
     def _message(self, steps: int, counts: list[int]) -> str:
         overflowed = sorted(nonzero(self._names, counts), key=lambda item: -item[1])
@@ -78,4 +67,4 @@ class FloorWatch:
         )
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_copy": None, "_arrival": None}
+        return self.__dict__ | {"_copy": None}

@@ -63,7 +63,7 @@ class LoraQuantLinear(Linear):
             x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
         if not x.dtype == a.dtype == b.dtype:
             return super().forward(x)
-        layer.guard.starts_forward()
+        layer.guard.starts_forward(x)
         operands = x, layer.weight, layer.weight_scale, layer.bias
         out = lora_int8_linear(*operands, a, b, self.scaling[adapter], backward=layer.backward)
         layer.watch_gradient(out)

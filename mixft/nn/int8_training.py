@@ -84,7 +84,7 @@ class Int8Training:
             weight: it as [N, K].
             bias: [N] or None.
         """
-        self.guard.starts_forward()
+        self.guard.starts_forward(input)
         options = {"backward": self.backward, "stochastic": self.options.stochastic}
         fits = input.dim() > 0 and input.shape[-1] == weight.shape[1] and input.dtype in FLOATS
         if fits and (self.guard.fallback == "layer" or self._gated(input, weight)):

@@ -36,7 +36,7 @@ def register_input_range(layer: nn.Module, scale: Tensor, zero_point: Tensor, we
 
 def forward(layer: nn.Module, input: Tensor) -> Tensor:
     """The layer's output; an activation is fused unless a gradient may have to go through it."""
-    layer.guard.starts_forward()
+    layer.guard.starts_forward(input)
     operands = input, layer.weight, layer.weight_scale, layer.bias
     backward = layer.backward
     fused = layer.activation is None or not torch.is_grad_enabled()

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from mixft.ops.capture import capturing
+from mixft.ops.host_copy import HostCopy
 from mixft.ops.int8_operands import quantized_rows
 from mixft.ops.registration import is_observed
 
 MEASURE_EVERY = 100  # training passes
-GPU_LAG = 10  # passes after which a figure is read on a GPU, which has it by then
+GPU_LAG = 10  # passes after which a figure is read on a GPU, which has sent it by then; fixed, so that runs agree
 SAMPLED_ROWS = 512
 
 
@@ -74,21 +75,30 @@ class NoiseGuard:
         self.fallback = ""
         self.since: int | None = None
         self.measured: dict[str, Tensor] = {}
+        self.on_its_way: tuple[list[str], HostCopy] | None = None
         self.read_at = 0
         self.backward_ran = False  # since the last forward, as far as figures wait to be read
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "measured": {}}
+        return {**self.__dict__, "measured": {}, "on_its_way": None}
 
-    def starts_forward(self) -> None:
-        """Act on figures that are due, before the layer computes anything."""
-        if is_observed() or not self.measured or torch._C._current_graph_task_id() != -1:
-            return
-        if capturing(next(iter(self.measured.values())).device):
+    def starts_forward(self, input: Tensor) -> None:
+        """Act on figures that are due, before the layer computes anything from ``input``."""
+        if is_observed() or not self._waits() or torch._C._current_graph_task_id() != -1 or capturing(input.device):
             return
         ran, self.backward_ran = self.backward_ran, False
-        if ran and self.passes + 1 >= self.read_at:
-            self._read()
+        if not ran:
+            return
+        if self.on_its_way is None:
+            self.on_its_way = list(self.measured), HostCopy(torch.stack(list(self.measured.values())))
+            self.measured = {}
+        if self.passes + 1 >= self.read_at:
+            self._read(*self.on_its_way)
+            self.on_its_way = None
+
+    def _waits(self) -> bool:
+        """Whether a figure waits to be read."""
+        return bool(self.measured) or self.on_its_way is not None
 
     def ends_pass(self, output: Tensor) -> bool:
         """Count one training pass, which gave ``output``, and tell whether it is to be measured; what a CUDA graph
@@ -97,7 +107,7 @@ class NoiseGuard:
             return False
         self.passes += 1
         measures = self.minimum is not None and self.fallback != "layer" and self.passes % MEASURE_EVERY == 1
-        if measures or self.measured:
+        if measures or self._waits():
             output.register_hook(self._note_backward)
         return measures
 
@@ -149,9 +159,8 @@ class NoiseGuard:
             ratio = torch.minimum(ratio, feature_sqnr(for_weight, values.t(), scale.t()))
         self.measured["gradient"] = ratio
 
-    def _read(self) -> None:
-        figures = dict(zip(self.measured, torch.stack(list(self.measured.values())).tolist(), strict=True))
-        self.measured = {}
+    def _read(self, kinds: list[str], ratios: HostCopy) -> None:
+        figures = dict(zip(kinds, ratios.tolist(), strict=True))
         self.sqnr |= {kind: ratio for kind, ratio in figures.items() if ratio == ratio}
         low = {kind: ratio for kind, ratio in self.sqnr.items() if ratio < self.minimum}
         fallback = "layer" if low.keys() - {"gradient"} else "gradients" if low else self.fallback
