@@ -22,9 +22,16 @@ if not HAS_GPU:
 # A GPU machine without a network may lack these libraries; anywhere else their tests fail to import, as they should.
 LIBRARIES = {
     "accelerate": ["test_amp_accelerate.py", "test_optim_trainer.py"],
-    "peft": ["test_huggingface*.py"],
+    "peft": ["test_huggingface*.py", "test_readme.py"],
     "onnxruntime": ["test_onnx.py"],
-    "transformers": ["test_attention.py", "test_conv1d.py", "test_huggingface*.py", "test_export.py", "test_onnx.py"],
+    "transformers": [
+        "test_attention.py",
+        "test_conv1d.py",
+        "test_export.py",
+        "test_huggingface*.py",
+        "test_onnx.py",
+        "test_readme.py",
+    ],
 }
 if HAS_GPU:
     collect_ignore_glob = [

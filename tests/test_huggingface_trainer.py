@@ -127,6 +127,23 @@ def test_scale_and_overflows_reach_what_the_trainer_logs_to(tmp_path, scaler, op
     assert not recorder.series("int8_fallbacks")
     logged = [entry for entry in trainer.state.log_history if "loss_scale" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in recorder.series("loss")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("strategy", "steps"), [("epoch", [2, 4]), ("steps", [1, 2, 3, 4])])
+def test_numbers_come_beside_every_loss(tmp_path, strategy, steps):
+    recorder = Recorder()
+    trainer = Trainer(
+        Regression(),
+        arguments(tmp_path, max_steps=4, logging_strategy=strategy),
+        train_dataset=ROWS,
+        optimizer_cls_and_kwargs=(AdamW, {"lr": 1e-3}),
+        callbacks=[recorder],
+    )
+    trainer.add_callback(NumericsCallback(trainer))
+    trainer.train()
+    assert [step for step, _ in recorder.series("loss")] == steps
+    assert recorder.series("overflow_steps") == [(step, int(step >= 3)) for step in steps]
 
 
 class Outlier(nn.Module):

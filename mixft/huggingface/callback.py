@@ -53,10 +53,12 @@ class NumericsCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Logs, where the Trainer is about to."""
-        if control.should_log:
-            figures = self._figures(kwargs["model"])
-            if figures:
-                self.trainer.log(figures)
+        if control.should_log and (figures := self._figures(kwargs["model"])):
+            self.trainer.log(figures)
+            control.should_log = True  # an entry takes it back, and the Trainer's own is still to come
+
+    # The Trainer logs there with ``logging_strategy="epoch"``.
+    on_epoch_end = on_step_end
 
     def _figures(self, model: torch.nn.Module) -> dict[str, float]:
         figures = {}
