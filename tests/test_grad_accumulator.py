@@ -294,7 +294,7 @@ def test_refusals():
         GradAccumulator(Wrapper(optimizer))
     with pytest.raises(ValueError, match="holds no parameters"):
         GradAccumulator([])
-    with pytest.raises(TypeError, match=r"parameter 1 is a torch\.strided tensor of torch\.float64"):
+    with pytest.raises(TypeError, match=r"parameter 1 is a dense tensor of torch\.float64"):
         GradAccumulator([param, torch.nn.Parameter(torch.ones(2, dtype=torch.float64))])
     accumulator = GradAccumulator(optimizer, scaler)
     with pytest.raises(ValueError, match="has a GradAccumulator already"):

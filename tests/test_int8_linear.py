@@ -231,7 +231,7 @@ def test_a_linear_that_cannot_be_taken_is_named(linear, mode, error, message):
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only", "static"])
 def test_inference_layers_name_what_does_not_fit(mode):
     layer = inference_layer(mode, "cpu")
-    with pytest.raises(ValueError, match=r"(?s)\(2, 47\).*\(40, 48\)"):
+    with pytest.raises(ValueError, match=r"shape \(2, 47\) and weight \(40, 48\); the last .* in_features, 48"):
         layer(torch.ones(2, 47))
     with pytest.raises(TypeError, match=r"must be torch.float16 or .*; it is torch.float64"):
         layer(torch.ones(2, 48, dtype=torch.float64))
@@ -271,8 +271,8 @@ def test_opcheck(device):
         (lambda: QuantLinear(4, 4, mode="int8"), ValueError, "mode must be one of weight_only, dynamic, train"),
         (lambda: QuantLinear(4, 4, activation="tanh"), ValueError, "activation must be None or one of"),
         (lambda: QuantLinear.from_linear(torch.nn.Conv1d(1, 1, 1)), TypeError, "it is a Conv1d"),
-        (lambda: QuantLinear(4, 3)(torch.ones(2, 5)), ValueError, r"x has shape \(2, 5\), weight \(3, 4\)"),
-        (lambda: QuantLinear(4, 3, mode="train")(torch.ones(2, 5)), ValueError, r"x has shape \(2, 5\)"),
+        (lambda: QuantLinear(4, 3)(torch.ones(2, 5)), ValueError, r"input has shape \(2, 5\) and weight \(3, 4\)"),
+        (lambda: QuantLinear(4, 3, mode="train")(torch.ones(2, 5)), ValueError, r"input has shape \(2, 5\)"),
         (lambda: QuantLinear(4, 3)(torch.ones(2, 4).long()), TypeError, "x must be torch.float16 or"),
         (
             lambda: dynamic_int8_linear(torch.ones(2, 4), torch.ones(3, 4).to(torch.int8), torch.ones(3)),

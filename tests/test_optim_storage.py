@@ -161,11 +161,20 @@ def test_split_int8_adamw_takes_six_bytes_and_a_half_a_parameter(device, dtype):
     assert report.gradients == 2 * elements
 
 
+def test_an_optimizer_is_shown_with_all_of_its_options():
+    text = repr(AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.25, max_grad_norm=0.5, master_weights="split"))
+    assert text.startswith("AdamW (\nParameter Group 0\n")
+    assert text.endswith("\n)")
+    for line in ("lr: 0.25", "max_grad_norm: 0.5", "master_weights: split", "state_dtype: torch.float32"):
+        assert f"    {line}\n" in text
+
+
 def test_the_memory_report_tells_everything_apart(device):
     params = [*parameters(device, torch.float16, [(64,)]), *parameters(device, torch.float32, [(36,)])]
     optimizer = AdamW(params, amsgrad=True)
     empty = optimizer.memory_report()
     assert (empty.parameters, empty.optimizer, empty.gradients) == (64 * 2 + 36 * 4, 0, 0)
+    assert "100 parameters have no state yet" in str(empty)
     give_gradients(params)
     optimizer.step()
     report = optimizer.memory_report()
@@ -179,6 +188,7 @@ def test_the_memory_report_tells_everything_apart(device):
     assert [line.split()[0] for line in lines[1:6]] == ["parameters", "masters", *list(report.state)[:3]]
     assert lines[2].endswith("2.560 bytes a parameter")
     assert "17.36" in lines[-2]
+    assert report.without_state == 0
 
 
 def readme_rows():

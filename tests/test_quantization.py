@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_what_is_quantized_and_what_is_left():
     assert layer.bytes_before == 4 * (128 * 256 + 256)
     assert layer.bytes_after == 128 * 256 + 4 * 256 + 4 * 256
     assert 0.001 < layer.error < 0.02
-    assert "2 of 6 layers in mode 'dynamic'" in str(report)
+    assert re.search(r"2 of 6 layers in mode 'dynamic': [\d,]+ -> [\d,]+ bytes$", str(report))
     assert "first" in str(report)
 
 
@@ -121,7 +122,7 @@ def test_bad_input_is_named_and_changes_nothing(arguments, error, message):
 
 def test_a_model_of_many_layers_is_refused_in_one_line():
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(100)), nn.Linear(8, 4))
-    small = r"0 and 99 more: too small to gain, \(8, 8\); 100: too small to gain, \(4, 8\)"
+    small = r"'0' and 99 more: too small to gain, \(8, 8\); '100': too small to gain, \(4, 8\)"
     with pytest.raises(ValueError, match=rf"no layer to quantize \({small}\)$"):
         mixft.quantize_(model)
     with pytest.raises(ValueError, match=r"matches none of the linear layers: \*$"):

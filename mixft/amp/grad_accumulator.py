@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixft.ops.accumulate import accumulate_unchecked_
-from mixft.ops.validation import FLOATS, is_dtensor
+from mixft.ops.validation import FLOATS, described, is_dtensor
 
 from .clip_grad import clip_gradients_
 from .loss_scaler import LossScaler
@@ -209,7 +209,7 @@ class GradAccumulator:
                 continue
             if grad.layout != torch.strided or grad.dtype not in FLOATS:
                 raise TypeError(
-                    f"the gradient of parameter {position} is a {grad.layout} tensor of {grad.dtype}; GradAccumulator "
+                    f"the gradient of parameter {position} is {described(grad)}; GradAccumulator "
                     f"takes dense float32, float16 and bfloat16 gradients"
                 )
             if grad.device != buffer.device:
@@ -305,7 +305,7 @@ class GradAccumulator:
                 )
             if param.layout != torch.strided or param.dtype not in FLOATS:
                 raise TypeError(
-                    f"parameter {position} is a {param.layout} tensor of {param.dtype}; GradAccumulator takes dense "
+                    f"parameter {position} is {described(param)}; GradAccumulator takes dense "
                     f"float32, float16 and bfloat16 parameters"
                 )
         for position, param in enumerate(params, start=len(self._params)):

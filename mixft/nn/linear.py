@@ -23,13 +23,18 @@ def in_autocast_dtype(input: Tensor, *parameters: Tensor | None) -> list[Tensor 
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def check_features(input: Tensor, out_features: int, in_features: int) -> None:
+    """Raise ValueError unless ``input`` is [..., in_features]."""
+    if input.dim() == 0 or input.shape[-1] != in_features:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)} and weight {(out_features, in_features)}; the last dimension of the "
+            f"input must be in_features, {in_features}"
+        )
+
+
 def check_input(input: Tensor, weight: Tensor) -> None:
     """Raise ValueError or TypeError unless a layer of ``weight`` [out_features, in_features] takes ``input``."""
-    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; the last dimension of the "
-            f"input must be in_features, {weight.shape[1]}"
-        )
+    check_features(input, *weight.shape)
     if input.dtype != weight.dtype:
         raise TypeError(
             f"input is {input.dtype} and weight is {weight.dtype}; convert one of them, or use torch.autocast"

@@ -15,7 +15,7 @@ from . import int8_weight
 from .conv1d import features, is_conv1d, make_conv1d
 from .frozen_training import FrozenOptions, FrozenTraining
 from .int8_training import Int8Training, TrainingOptions
-from .linear import Linear
+from .linear import Linear, check_features
 from .noise_guard import NoiseGuard
 
 Mode = Literal["weight_only", "dynamic", "train"]
@@ -251,6 +251,7 @@ class QuantLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a torch.Tensor; it is a {type(input).__name__}")
+        check_features(input, self.out_features, self.in_features)
         source = input
         # torch knows no autocast for the meta device, and raises when asked.
         if input.is_floating_point() and not input.is_meta and torch.is_autocast_enabled(input.device.type):

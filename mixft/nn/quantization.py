@@ -133,7 +133,7 @@ def why_none(reasons: dict[str, str]) -> str:
     for name, reason in reasons.items():
         layers.setdefault(reason, []).append(name)
     shown = [
-        f"{first} and {len(others)} more: {reason}" if others else f"{first}: {reason}"
+        f"{first!r} and {len(others)} more: {reason}" if others else f"{first!r}: {reason}"
         for reason, (first, *others) in layers.items()
     ]
     return "; ".join(shown) or "it has no linear layers"

@@ -52,9 +52,8 @@ class QuantizationReport:
             lines.append(f"{layer.name:{width}}  {layer.bytes_before:12,}  {layer.bytes_after:12,}  {last}")
         before = sum(layer.bytes_before for layer in self.layers)
         after = sum(layer.bytes_after for layer in self.layers)
-        lines.append(
-            f"{len(self.quantized)} of {len(self.layers)} layers in mode {self.mode!r}: {before:,} -> {after:,}"
-        )
+        count = f"{len(self.quantized)} of {len(self.layers)} layers in mode {self.mode!r}"
+        lines.append(f"{count}: {before:,} -> {after:,} bytes")
         return "\n".join(lines)
 
 

@@ -16,6 +16,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def described(tensor: Tensor) -> str:
+    """Layout and dtype of ``tensor``, for a message."""
+    return f"a {'dense' if tensor.layout == torch.strided else tensor.layout} tensor of {tensor.dtype}"
+
+
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise TypeError unless ``tensor`` has one of the ``allowed`` dtypes."""
     if tensor.dtype not in allowed:

@@ -311,6 +311,11 @@ class MixedPrecisionOptimizer(Optimizer):
     def _first_device(self) -> torch.device | None:
         return next((param.device for group in self.param_groups for param in group["params"]), None)
 
+    def __repr__(self) -> str:
+        """torch's, with the options of the optimizer as a whole."""
+        options = "".join(f"    {name}: {getattr(self, name)}\n" for name in OPTIMIZER_OPTIONS)
+        return f"{super().__repr__().removesuffix(')')}All Parameter Groups\n{options})"
+
     def memory_report(self) -> MemoryReport:
         """Bytes of the parameters, of each kind of state and of the gradients as they are now."""
         params = [param for group in self.param_groups for param in group["params"]]

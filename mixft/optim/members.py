@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixft.ops.capture import capturing
 from mixft.ops.tensor_list import TensorList
-from mixft.ops.validation import FLOATS, SIXTEEN_BITS, is_dtensor
+from mixft.ops.validation import FLOATS, SIXTEEN_BITS, described, is_dtensor
 
 from .dtensor import piece_of
 from .metadata import Metadata
@@ -161,7 +161,7 @@ def check_parameters(groups: list[list[Tensor]], optimizer: str) -> None:
         param = piece_of(param)
         if param.dtype not in FLOATS or param.layout != torch.strided:
             raise TypeError(
-                f"parameter {position} of group {number} is a {param.layout} tensor of {param.dtype}; "
+                f"parameter {position} of group {number} is {described(param)}; "
                 f"{optimizer} takes dense float32, float16 and bfloat16 parameters"
             )
         if param.dtype in SIXTEEN_BITS and param.data_ptr():
@@ -187,7 +187,7 @@ def check_gradients(params: list[Tensor], grads: Gradients, optimizer: str) -> N
             continue
         if grad.layout != torch.strided or grad.dtype not in FLOATS:
             raise TypeError(
-                f"a gradient of shape {tuple(grad.shape)} is a {grad.layout} tensor of {grad.dtype}; "
+                f"a gradient of shape {tuple(grad.shape)} is {described(grad)}; "
                 f"{optimizer} takes dense float32, float16 and bfloat16 gradients"
             )
         if grad.is_neg():

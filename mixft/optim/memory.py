@@ -23,6 +23,7 @@ class MemoryReport:
         scales: scales of all 8-bit state.
         steps: step counts.
         gradients: the gradients that there are.
+        without_state: number of elements of the parameters whose first step, which makes their state, is to come.
     """
 
     elements: int
@@ -33,6 +34,7 @@ class MemoryReport:
     scales: int
     steps: int
     gradients: int
+    without_state: int
 
     @property
     def optimizer(self) -> int:
@@ -58,6 +60,8 @@ class MemoryReport:
         lines = [self._line(name, size, width) for name, size in rows.items() if size]
         lines.append(self._line("all but gradients", total, width))
         lines.append(self._line("gradients", self.gradients, width))
+        if self.without_state:
+            lines.append(f"  {self.without_state:,} parameters have no state yet; their first step makes it")
         return "\n".join([f"{self.elements:,} parameters", *lines])
 
     def _line(self, name: str, size: int, width: int) -> str:
@@ -85,4 +89,5 @@ def measure(params: list[Tensor], state: dict[Tensor, dict[str, Any]], storage: 
         scales=sum(held(name + SCALE) for name in storage.signed),
         steps=held("step"),
         gradients=sum(piece_of(param.grad).nbytes for param in params if param.grad is not None),
+        without_state=sum(piece.numel() for param, piece in zip(params, pieces, strict=True) if not state.get(param)),
     )
