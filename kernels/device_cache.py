@@ -48,7 +48,12 @@ def cached(make: Callable[[Any, torch.device], Any], key: Hashable, device: torc
 
 def capturing(device: torch.device) -> bool:
     """Whether the current stream of ``device`` is being captured in a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -1,17 +1,19 @@
-"""``capturing``: of which device's stream it asks."""
+"""``capturing``, which kernels have for themselves: of which device's stream it asks."""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from mixft.ops.capture import capturing
+from mixft.kernels import device_cache
+from mixft.ops import capture
 
 
+@pytest.mark.parametrize("capturing", [capture.capturing, device_cache.capturing], ids=["ops", "kernels"])
 @pytest.mark.parametrize(
     ("device", "expected"), [("cuda", False), ("cuda:0", False), ("cuda:1", True), ("cpu", False), ("meta", False)]
 )
-def test_the_stream_is_that_of_the_device_and_not_of_the_current_one(monkeypatch, device, expected):
+def test_the_stream_is_that_of_the_device_and_not_of_the_current_one(monkeypatch, capturing, device, expected):
     """Device 0 is the current one; device 1 captures."""
     current = [0]
 

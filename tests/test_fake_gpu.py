@@ -4,6 +4,8 @@ The parameters are torch's fake tensors on "cuda": they have no values, so whate
 launchers do not run here; ``test_captured_step.py`` has those.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from optimizer_cases import RefuseSync, every_optimizer, every_storage, give_gradients, mixed_parameters, parameters
@@ -52,7 +54,7 @@ def capture(monkeypatch):
     state = {"on": False}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["on"])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     for name, method in METHODS.items():

@@ -175,7 +175,7 @@ def test_after_a_capture_no_copy_of_a_weight_serves_again(monkeypatch, captured)
 
 def test_a_copy_serves_on_its_own_stream_only(monkeypatch, quantizations):
     streams = iter([1, 1, 2, 2])
-    monkeypatch.setattr("mixft.nn.int8_cache._stream", lambda device: next(streams))
+    monkeypatch.setattr("mixft.nn.int8_cache.stream_of", lambda device: next(streams))
     query, key, value = (layer_of("cpu") for _ in range(3))
     monkeypatch.setattr(query.int8_training.weight_cache, "quantized", lambda weight, matrix: quantized_rows(matrix))
     for layer in (key, value):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mixft.ops.capture import capturing
+from mixft.ops.capture import capturing, stream_of
 from mixft.ops.int8_operands import quantized_rows
 
 Quantized = tuple[Tensor, Tensor]
@@ -26,11 +26,6 @@ def _count_step(*_) -> None:
     _optimizer_steps[0] += 1
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         _captured_steps[0] += 1
-
-
-def _stream(device: torch.device) -> int | None:
-    """The stream on which a copy is made: on another one it may not be ready yet."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 @functools.cache
@@ -67,7 +62,7 @@ class WeightCache:
             self.entry = None
             return quantized_rows(matrix)
         changes = (weight._version, _optimizer_steps[0])
-        key = (weight.data_ptr(), weight.dtype, weight.shape, _stream(weight.device), *changes)
+        key = (weight.data_ptr(), weight.dtype, weight.shape, stream_of(weight.device), *changes)
         probe = _probe(weight)
         accumulating, entry = weight.grad is not None, self.entry
         unchanged = entry is not None and entry[0] == key and (probe is None or torch.equal(probe, entry[1]))
@@ -119,7 +114,7 @@ class _Entry:
     def __init__(self, layer: object, source: Tensor, dtype: torch.dtype, quantized: Quantized):
         self.source = weakref.ref(source, self.forget)
         self.version = source._version
-        self.stream = _stream(source.device)
+        self.stream = stream_of(source.device)
         self.probe = _probe(source)
         self.dtype = dtype
         self.layers = {id(layer)}
@@ -131,7 +126,7 @@ class _Entry:
     def serves(self, layer: object, source: Tensor, dtype: torch.dtype) -> bool:
         if self.source() is not source or self.version != source._version or self.dtype != dtype:
             return False
-        if self.stream != _stream(source.device):
+        if self.stream != stream_of(source.device):
             return False
         if self.probe is not None and not torch.equal(self.probe, _probe(source)):
             return False

@@ -6,17 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixft.ops.capture import capturing
+from mixft.ops.capture import capturing, stream_of
 
 from .hyperparameters import check_rate_tensor
 from .scalars import at
 
 
 class LearningRates:
-    """A tensor for each group and device, which is written to only when the group's rate has changed."""
+    """A tensor for each group and stream, which is written to only when the group's rate has changed.
+
+    Gradients that are released inside backward are stepped with on the streams of their forward passes.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
+        self._kept: dict[tuple[int, torch.device, int], tuple[float, Tensor]] = {}
 
     def of(self, group: dict[str, Any], device: torch.device) -> Tensor:
         """The rate of ``group``, FP32 on ``device``, without waiting for it.
@@ -35,7 +38,7 @@ class LearningRates:
         if capturing(device):
             # The graph's own: what it writes at every replay is not for the steps that are taken outside of it.
             return torch.full((), rate, dtype=torch.float32, device=device)
-        key = (id(group), device)
+        key = (id(group), device, stream_of(device))
         value, tensor = self._kept.get(key, (math.nan, None))
         if tensor is None:
             tensor = torch.full((), rate, dtype=torch.float32, device=device)
