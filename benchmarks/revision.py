@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,9 +26,9 @@ WORKER = "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; impo
 
 
 def checkout() -> Path | None:
-    """The git checkout that mixft is imported from; None where it is an installed copy."""
+    """The git checkout that mixft is imported from; None where it is an installed copy, or git is not there."""
     folder = Path(mixft.__file__).resolve().parent.parent
-    return folder if (folder / ".git").exists() else None
+    return folder if (folder / ".git").exists() and shutil.which("git") else None
 
 
 def commit() -> str | None:
@@ -54,7 +55,7 @@ def worktree(reference: str) -> Iterator[Path]:
     """
     here = checkout()
     if here is None:
-        raise ValueError(f"{reference!r} needs a git checkout, and mixft does not run from one")
+        raise ValueError(f"{reference!r} needs git, and a git checkout that mixft is imported from; one is not there")
     with tempfile.TemporaryDirectory(prefix="mixft-bench-") as folder:
         there = Path(folder) / "mixft-base"
         added = _git(here, "worktree", "add", "--detach", str(there), reference)

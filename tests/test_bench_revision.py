@@ -80,7 +80,13 @@ def test_a_base_that_there_is_not_is_refused(repository, monkeypatch, capsys):
     assert "--base 'nosuch' is no revision of" in capsys.readouterr().err
     monkeypatch.setattr(revision, "checkout", lambda: None)
     assert main(["bench", "dequantize", "--base", "nosuch"]) == 2
-    assert "--base 'nosuch' needs a git checkout, and mixft does not run from one" in capsys.readouterr().err
+    assert "--base 'nosuch' needs git, and a git checkout that mixft is imported from" in capsys.readouterr().err
+
+
+def test_without_git_there_is_no_checkout(monkeypatch):
+    monkeypatch.setattr(revision.shutil, "which", lambda name: None)
+    assert revision.checkout() is None
+    assert revision.commit() is None
 
 
 def test_the_routines_of_a_base_are_compiled(repository, monkeypatch):
