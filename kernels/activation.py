@@ -14,11 +14,18 @@ import triton.language as tl
 
 
 @triton.jit
-def tanh(x):
-    # exp of a non-positive argument cannot overflow, and the sign is put back afterwards.
-    decay = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - decay) / (1.0 + decay)
-    return tl.where(x < 0, -magnitude, magnitude)
+def logistic(x):
+    """sigmoid(x) and 1 - sigmoid(x), each with all of its digits: no exp overflows, and nothing cancels."""
+    decay = tl.exp(-tl.abs(x))
+    above = 1.0 / (1.0 + decay)
+    below = decay * above
+    return tl.where(x < 0, below, above), tl.where(x < 0, above, below)
+
+
+@triton.jit
+def tanh_argument(x):
+    """Of gelu_tanh, which is x times the sigmoid of it: 2 sqrt(2/pi) (x + 0.044715 x^3)."""
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
 
 
 @triton.jit
@@ -28,7 +35,8 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        x = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+        gate, _ = logistic(tanh_argument(x))
+        x = x * gate
     elif ACTIVATION == "silu":
         x = x / (1.0 + tl.exp(-x))
     return x
@@ -43,12 +51,12 @@ def activation_derivative(x, ACTIVATION: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         slope = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476)) + x * density
     elif ACTIVATION == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
-        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner
+        gate, rest = logistic(tanh_argument(x))
+        inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        slope = gate * (1.0 + x * rest * inner)
     elif ACTIVATION == "silu":
-        gate = 1.0 / (1.0 + tl.exp(-x))
-        slope = gate * (1.0 + x * (1.0 - gate))
+        gate, rest = logistic(x)
+        slope = gate * (1.0 + x * rest)
     else:
         slope = x * 0.0 + 1.0
     return slope

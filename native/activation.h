@@ -76,17 +76,22 @@ static inline float gelu_slope(float x)
     return __builtin_fmaf(0.398942280f * x, decay, normal_distribution(x, decay));
 }
 
+/* s(u) (1 + a (1 - s(u))) of the sigmoid s; 1 - s(u) is s(-u), for the difference would lose the digits of its tail. */
+static inline float gated_slope(float u, float a)
+{
+    float decay = exponential(-__builtin_fabsf(u)), above = 1.0f / (1.0f + decay), below = decay * above;
+    float gate = u < 0.0f ? below : above, rest = u < 0.0f ? above : below;
+    return gate * __builtin_fmaf(a, rest, 1.0f);
+}
+
 static inline float gelu_tanh_slope(float x)
 {
-    float gate = sigmoid(tanh_argument(x));
-    float inner = __builtin_fmaf(0.214064449f, x * x, 1.59576912f);
-    return gate * __builtin_fmaf(x * (1.0f - gate), inner, 1.0f);
+    return gated_slope(tanh_argument(x), x * __builtin_fmaf(0.214064449f, x * x, 1.59576912f));
 }
 
 static inline float silu_slope(float x)
 {
-    float gate = sigmoid(x);
-    return gate * __builtin_fmaf(x, 1.0f - gate, 1.0f);
+    return gated_slope(x, x);
 }
 
 static inline void activate(float *values, int64_t length, int activation)
