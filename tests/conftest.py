@@ -129,10 +129,29 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, torch_result: torch.Tensor, epsilon: float) -> None:
-    """Hold ``actual`` to torch's own error at the same dtype plus ``epsilon`` of the largest exact magnitude."""
+# Of the largest magnitude: half a unit in the last place, where a value is rounded to the other side than torch's. Sums
+# that torch adds in another order differ by more than that in FP32: four units.
+EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-21}
+
+
+def budget_of(exact: torch.Tensor, torch_result: torch.Tensor, epsilon: float) -> float:
+    """torch's own error plus ``epsilon`` of the largest exact magnitude."""
     finite = exact[exact.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
-    budget = error(torch_result, exact) + epsilon * scale
+    return error(torch_result, exact) + epsilon * scale
+
+
+def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, torch_result: torch.Tensor, epsilon: float) -> None:
+    """Hold ``actual`` to torch's own error at the same dtype plus ``epsilon`` of the largest exact magnitude."""
+    budget = budget_of(exact, torch_result, epsilon)
     measured = error(actual, exact)
     assert measured <= budget, f"error {measured:.3e} exceeds the budget {budget:.3e}"
+
+
+def assert_rounded_once(actual: torch.Tensor, exact: torch.Tensor, fp32_result: torch.Tensor) -> None:
+    """Hold every element to half a unit in its own last place, on top of the budget that FP32 arithmetic has."""
+    budget = budget_of(exact, fp32_result, EPSILON[torch.float32])
+    info = torch.finfo(actual.dtype)
+    half_unit = info.eps / 2 * (exact.abs() + budget).clamp(min=info.smallest_normal)
+    excess = (actual.double() - exact).abs() - half_unit - budget
+    assert (excess <= 0).all(), f"{excess.max().item():.3e} beyond half a unit in the last place"

@@ -24,6 +24,7 @@ def exact(a, b, bias, activation):
     return ACTIVATIONS[activation](total if bias is None else total + bias.double())
 
 
-def torch_result(a, b, bias, activation):
-    """torch's own result at the operands' dtype, on the CPU."""
-    return ACTIVATIONS[activation](F.linear(a.cpu(), b.cpu().t(), None if bias is None else bias.cpu()))
+def torch_result(a, b, bias, activation, dtype=None):
+    """torch's own result at the operands' dtype, or of operands that are first cast to ``dtype``, on the CPU."""
+    a, b, bias = (x if x is None else x.cpu().to(dtype or x.dtype) for x in (a, b, bias))
+    return ACTIVATIONS[activation](F.linear(a, b.t(), bias))
