@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SERVERS, error
+from conftest import EPSILON, SERVERS, assert_rounded_once, assert_within_budget
 
 from mixft.benchmarks.case import Refused, complaint
 from mixft.benchmarks.cases.linear import linear
@@ -58,6 +58,14 @@ def half(*shape: int, device, dtype=torch.float16):
     return torch.randn(shape, device=device).to(dtype)
 
 
+def assert_is_product(out, a, b, added=None):
+    """Hold the FP32 product to the error of torch's own, of the same values in FP32."""
+    truth, own = a.double() @ b.double(), a.cpu().float() @ b.cpu().float()
+    if added is not None:
+        truth, own = truth + added.double(), own + added.cpu()
+    assert_within_budget(out, truth, own, EPSILON[torch.float32])
+
+
 def poisoned(M: int, N: int, device, dtype):
     """An output whose every element is NaN, with a margin of sentinels behind it."""
     storage = torch.full((M * N + 64,), float("nan"), device=device, dtype=dtype)
@@ -81,7 +89,7 @@ def test_layouts(device, compute, shape, layout):
     a, b = LAYOUTS[layout](half(M, K, device=device), half(K, N, device=device))
     out, sentinels = poisoned(M, N, device, torch.float32)
     compute(Product(a, b, out))
-    assert error(out, a.double() @ b.double()) < 2e-5
+    assert_is_product(out, a, b)
     assert (sentinels == 7).all()
 
 
@@ -96,11 +104,12 @@ def test_forward_epilogue(device, compute, dtype, activation, out_dtype):
     out, sentinels = poisoned(M, N, device, out_dtype)
     kept, others = poisoned(M, N, device, dtype)
     compute(Product(a, b, out, activation, bias, residual, kept))
-    total = a.double() @ b.double() + bias.double()
-    truth = ACTIVATIONS[activation](total) + residual.double()
-    spacing = torch.finfo(out_dtype).eps / 2 * truth.abs()
-    assert ((out.double() - truth).abs() <= spacing * 1.001 + 1e-5).all()
-    assert ((kept.double() - total).abs() <= torch.finfo(dtype).eps / 2 * total.abs() * 1.001 + 1e-5).all()
+    (total, truth), (own_total, own) = (
+        (sums, ACTIVATIONS[activation](sums) + residual.to(sums.dtype))
+        for sums in (torch.addmm(*(x.to(real) for x in (bias, a, b))) for real in (torch.float64, torch.float32))
+    )
+    assert_rounded_once(out, truth, own)
+    assert_rounded_once(kept, total, own_total)
     assert (sentinels == 7).all()
     assert (others == 7).all()
 
@@ -113,8 +122,9 @@ def test_derivative_epilogue_and_column_sums(device, compute, activation):
     out, sentinels = poisoned(M, N, device, torch.float32)
     partials = compute(Product(a, b, out, activation, kept=kept, column_sum=True))
     truth = (a.double() @ b.double()) * SLOPES[activation](kept.double())
-    assert error(out, truth) < 1e-5
-    assert error(partials.sum(0), truth.sum(0)) < 1e-4
+    own = (a.float() @ b.float()) * SLOPES[activation](kept.double()).float()
+    assert_within_budget(out, truth, own, EPSILON[torch.float32])
+    assert_within_budget(partials.sum(0), truth.sum(0), own.sum(0), EPSILON[torch.float32])
     assert (sentinels == 7).all()
 
 
@@ -132,9 +142,9 @@ def test_result_added_to_what_is_there(device, compute):
     M, N, K = 40, 64, 48
     a, b = half(K, M, device=device).t(), half(K, N, device=device)
     out = torch.randn(M, N, device=device)
-    truth = out.double() + a.double() @ b.double()
+    before = out.clone()
     compute(Product(a, b, out, residual=out))
-    assert error(out, truth) < 2e-5
+    assert_is_product(out, a, b, before)
 
 
 def test_same_bits_on_every_run(device, compute):
@@ -163,7 +173,7 @@ def test_many_tiles_a_program(device):
     a, b = half(124, 40, device=device), half(40, 88, device=device)
     out = torch.full((124, 88), float("nan"), device=device)
     matmul_persistent.launch(Product(a, b, out), WALKING, 3)
-    assert error(out, a.double() @ b.double()) < 2e-5
+    assert_is_product(out, a, b)
 
 
 def matrix(rows: int, columns: int, first: int = 0, dtype=torch.float16):
