@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import error
+from conftest import EPSILON, assert_within_budget
 from torch.nn.functional import linear
 
 import mixft.optim
@@ -36,12 +36,23 @@ def inputs(device, dtype=torch.float16, count=BATCHES):
     return [torch.randn(6, 17, generator=generator).to(device, dtype) for _ in range(count)]
 
 
-def exact_gradients(network, batches):
-    """Sums over the batches in FP64."""
-    params = [param.detach().double().requires_grad_() for param in network.parameters()]
+def gradient_sums(network, batches, dtype):
+    """torch's gradients at ``dtype``, each batch's by itself, and their sums in FP32 or more."""
+    params = [param.detach().to(dtype).requires_grad_() for param in network.parameters()]
     first, bias, second, third, third_bias = params
-    loss = sum(linear(linear(linear(x.double(), first, bias).relu(), second), third, third_bias).sum() for x in batches)
-    return torch.autograd.grad(loss, params)
+    sums = [torch.zeros_like(param, dtype=torch.promote_types(dtype, torch.float32)) for param in params]
+    for x in batches:
+        out = linear(linear(linear(x.to(dtype), first, bias).relu(), second), third, third_bias)
+        for total, gradient in zip(sums, torch.autograd.grad(out.sum(), params), strict=True):
+            total += gradient
+    return sums
+
+
+def assert_sums(found, network, batches, dtype=torch.float32):
+    """Hold sums of gradients to the error of torch's at ``dtype``."""
+    exact, own = (gradient_sums(network, batches, kind) for kind in (torch.float64, dtype))
+    for buffer, truth, theirs in zip(found, exact, own, strict=True):
+        assert_within_budget(buffer, truth, theirs, EPSILON[dtype])
 
 
 def snapshot(optimizer):
@@ -62,7 +73,6 @@ every_optimizer = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_sums_are_those_in_fp64_whatever_becomes_of_the_scale(device, dtype):
     """The scale changes between micro-batches, once to a number that is no power of two, once by loading."""
     network, batches = Network(device, dtype), inputs(device, dtype)
-    truth = exact_gradients(network, batches)
     scaler = LossScaler(8.0, device=device.type)
     accumulator = GradAccumulator(network.parameters(), scaler)
     assert accumulator.buffers[0] is network.first.weight.main_grad
@@ -77,9 +87,7 @@ def test_sums_are_those_in_fp64_whatever_becomes_of_the_scale(device, dtype):
         accumulator.accumulate()
         assert all(param.grad is None for param in network.parameters())
         change()
-    budget = 5e-3 if dtype == torch.float16 else 1e-6
-    for buffer, exact in zip(accumulator.buffers, truth, strict=True):
-        assert error(buffer, exact) < budget * exact.abs().max().item()
+    assert_sums(accumulator.buffers, network, batches, dtype)
     assert list(accumulator.gradients()) == list(network.parameters())
     accumulator.reset()
     assert not network.first.weight.main_grad.any()
@@ -159,12 +167,11 @@ def test_without_a_scaler_an_overflow_skips_and_sums_may_be_read_at_any_time(dev
     optimizer = mixft.optim.SGD(network.parameters(), lr=1.0)
     accumulator = GradAccumulator(optimizer)
     batches = inputs(device, torch.float32)
-    truth = exact_gradients(network, batches)
     for x in batches:
         network(x).sum().backward()
         accumulator.accumulate()
         assert len(accumulator.gradients()) == len(accumulator.buffers)
-    assert error(accumulator.buffers[2], truth[2]) < 1e-5 * truth[2].abs().max().item()
+    assert_sums(accumulator.buffers, network, batches)
     network.first.weight.main_grad[0, 0] = INF
     accumulator.accumulate()
     assert accumulator.gradients()[network.first.weight].isinf().sum() == 1
@@ -198,14 +205,15 @@ def test_a_weight_that_another_layer_uses_too(device):
     optimizer = mixft.optim.SGD(layer.parameters(), lr=1.0)
     scaler = LossScaler(32.0, device=device.type)
     accumulator = GradAccumulator(optimizer, scaler)
-    twin = layer.weight.detach().double().requires_grad_()
+    twins = [layer.weight.detach().to(dtype, copy=True).requires_grad_() for dtype in (torch.float64, torch.float32)]
     tokens = torch.tensor([3, 3, 11], device=device)
     for clear in (True, False):
         scaler.scale(layer(layer.weight[tokens].detach()).sum() + layer.weight[tokens].sum()).backward()
-        ((twin[tokens].detach() @ twin.t()).sum() + twin[tokens].sum()).backward()
+        for twin in twins:
+            ((twin[tokens].detach() @ twin.t()).sum() + twin[tokens].sum()).backward()
         accumulator.accumulate(set_to_none=clear)
         assert layer.weight.grad is None if clear else not layer.weight.grad.any()
-    assert error(accumulator.buffers[0], twin.grad) < 1e-5
+    assert_within_budget(accumulator.buffers[0], *(twin.grad for twin in twins), EPSILON[torch.float32])
     assert list(accumulator.gradients()) == [layer.weight]
 
 
@@ -216,27 +224,23 @@ def test_a_group_that_is_added_later(device):
     optimizer.add_param_group({"params": [*network.second.parameters(), *network.third.parameters()]})
     network.second.weight.main_grad.zero_()
     batches = inputs(device, torch.float32, 2)
-    truth = exact_gradients(network, batches)
     for x in batches:
         network(x).sum().backward()
         accumulator.accumulate()
-    for buffer, exact in zip(accumulator.buffers, truth, strict=True):
-        assert error(buffer, exact) < 1e-5 * exact.abs().max().item()
+    assert_sums(accumulator.buffers, network, batches)
 
 
 def test_compiled_backwards_are_seen(device):
     network = Network(device, torch.float32)
     accumulator = GradAccumulator(network.parameters())
     batches = inputs(device, torch.float32, 2)
-    truth = exact_gradients(network, batches)
     torch.compiler.reset()
     compiled = torch.compile(network, backend="aot_eager")
     for x in batches:
         compiled(x).sum().backward()
         accumulator.accumulate()
     gradients = accumulator.gradients()
-    for param, exact in zip(network.parameters(), truth, strict=True):
-        assert error(gradients[param], exact) < 1e-5 * exact.abs().max().item()
+    assert_sums([gradients[param] for param in network.parameters()], network, batches)
 
 
 def test_a_scaler_is_copied_and_pickled_without_the_sums(device):
@@ -293,10 +297,12 @@ def test_every_micro_batch_may_reach_other_layers(device):
         scaler.scale(loss).backward()
         accumulator.accumulate()
     gradients = accumulator.gradients()
-    slope = (between > 0).double()
-    assert error(gradients[network.first.weight], slope.t() @ x.double()) < 0.05
-    exact = torch.ones(33, 6, dtype=torch.float64, device=device) @ between.double()
-    assert error(gradients[network.second.weight], exact) < 0.05
+    for layer, left, right in (
+        (network.first, (between > 0).t(), x),
+        (network.second, torch.ones(33, 6, device=device), between),
+    ):
+        exact, own = (left.to(dtype) @ right.to(dtype) for dtype in (torch.float64, torch.float32))
+        assert_within_budget(gradients[layer.weight], exact, own, EPSILON[torch.float32])
 
 
 def test_what_is_read_before_the_last_micro_batch_is_not_counted_twice(device):
