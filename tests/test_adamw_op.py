@@ -263,7 +263,10 @@ def test_bias_corrections_keep_their_digits(device, step):
 
 
 def test_no_parameters():
-    adamw_([], [], [], [], [], [], [], lr=torch.tensor(0.1))
+    given = {"lr": 0.1, "inv_scale": 0.5, "clip_coef": 0.25, "found_inf": 1.0}
+    scalars = {name: torch.tensor(value) for name, value in given.items()}
+    assert adamw_([], [], [], [], [], [], [], **scalars) is None
+    assert all(torch.equal(scalars[name], torch.tensor(value)) for name, value in given.items())
 
 
 @pytest.mark.parametrize(

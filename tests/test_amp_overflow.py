@@ -219,8 +219,8 @@ def test_a_scale_that_stays_at_its_floor_is_reported_once_with_parameter_and_lay
 
 def test_no_warning_without_an_overflow_at_the_floor_or_after_leaving_it():
     optimizer = torch.optim.SGD(model_of().named_parameters(), lr=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         calm = LossScaler(1.0, min_scale=1.0, patience=2, device="cpu")
         recovering = LossScaler(2.0, min_scale=1.0, patience=4, growth_interval=2, device="cpu")
         static = LossScaler(1.0, min_scale=1.0, patience=2, dynamic=False, device="cpu")
@@ -228,6 +228,8 @@ def test_no_warning_without_an_overflow_at_the_floor_or_after_leaving_it():
             iterate(calm, optimizer)
             iterate(recovering, optimizer, [(0, 0, 1, INF)] if iteration % 4 == 0 else [])
             iterate(static, optimizer, [(0, 0, 1, INF)])
+    assert [str(warning.message) for warning in caught if warning.category is RuntimeWarning] == []
+    assert [scaler.overflow_steps for scaler in (calm, recovering, static)] == [0, 5, 20]
 
 
 def test_a_disabled_scaler_reports_nothing():

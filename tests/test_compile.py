@@ -32,7 +32,7 @@ EXCESS = {
     "round_gradient[fp32,stochastic]": 0.1,
 }
 LAUNCHED_ON = ("sm_86", "sm_90", "gfx942")
-# A value put aside once in a kernel without a loop: eight bytes of its tile\'s thousands.
+# A value put aside once in a kernel without a loop: eight bytes of its tile's thousands.
 SPILLS_ONCE = {("sm_90", "odd rows, 1: dequantize_kernel")}
 # Bytes that ptxas 12, which Triton has for Blackwell before 3.7, puts aside to have one more program resident: a bound
 # on the registers, without which it does not, costs a quarter to half of the programs.

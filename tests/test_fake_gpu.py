@@ -136,6 +136,8 @@ def test_gradients_of_a_subclass(capture, monkeypatch):
     optimizer = mixft.optim.AdamW(params)
     with RefuseSync():
         one_step(LossScaler(device="cuda"), optimizer, params)
+    assert optimizer.last_found_inf.device == torch.device("cuda", 0)
+    assert len(optimizer.state) == len(params)
 
 
 def test_released_gradients(capture):
@@ -148,6 +150,8 @@ def test_released_gradients(capture):
             for param in params:
                 optimizer.step_in_backward(optimizer.param_groups[0], param)
         optimizer.step()
+    assert optimizer.last_found_inf.device == torch.device("cuda", 0)
+    assert len(optimizer.state) == len(params)
 
 
 def test_a_rate_on_the_host_is_not_copied(capture):
@@ -156,6 +160,8 @@ def test_a_rate_on_the_host_is_not_copied(capture):
     give_gradients(params)
     with RefuseSync(reads=()):
         optimizer.step()
+    assert optimizer.param_groups[0]["lr"].device == torch.device("cpu")
+    assert optimizer.last_found_inf.device == torch.device("cuda", 0)
 
 
 def test_what_waits_is_seen(capture):

@@ -366,10 +366,11 @@ def test_refusals_of_sgd():
 
 
 def test_no_parameters():
-    lr = torch.tensor(0.1)
-    adamw_([], [], [], [], [], [], [], lr=lr)
-    sgd_([], [], [], [], [], lr=lr, momentum=0.9)
-    lion_([], [], [], [], [], lr=lr)
+    scalars = {"lr": torch.tensor(0.1), "found_inf": torch.tensor(1.0)}
+    assert adamw_([], [], [], [], [], [], [], **scalars) is None
+    assert sgd_([], [], [], [], [], **scalars, momentum=0.9) is None
+    assert lion_([], [], [], [], [], **scalars) is None
+    assert [value.item() for value in scalars.values()] == [torch.tensor(0.1).item(), 1.0]
 
 
 @pytest.mark.parametrize("name", ["sgd_step_", "lion_step_"])

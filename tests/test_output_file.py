@@ -14,6 +14,7 @@ from mixft.nn.quantization_report import QuantizationReport
 def test_a_file_that_can_be_written_is_taken(tmp_path):
     check_writable("--json", None)
     check_writable("--json", tmp_path / "new.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_and_a_file_in_a_folder_that_there_is_not_are_refused(tmp_path):

@@ -162,7 +162,8 @@ class TestSwitch:
         with RefuseSync():
             controller.step(loss)
             controller.step(loss)
-        controller.step(loss)
+        with pytest.raises(AssertionError, match="waits for the device"), RefuseSync():
+            controller.step(loss)
 
     def test_missing_gradients(self):
         model, optimizer = three_layers()
