@@ -134,8 +134,12 @@ def test_backward_never_waits(device):
     optimizer = AdamW(params, **STORAGES["split-int8-state"])
     release_gradients(optimizer)
     for _ in range(2):
+        _, before = snapshot(optimizer)
         with RefuseSync():
             loss_of(params, [0.0] * len(params)).backward()
+        assert all(param.grad is None for param in params)
+        _, after = snapshot(optimizer)
+        assert all(old != new for old, new in zip(before, after, strict=True))
         optimizer.step()
 
 
