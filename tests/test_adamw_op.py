@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import assert_within_budget
+from conftest import EPSILON, assert_within_budget, error
 
 from mixft.ops import adamw_
 
@@ -253,13 +253,15 @@ def test_steps_side_by_side_and_apart(device):
 
 @pytest.mark.parametrize("step", [0.0, 3.0, 600.0, 1e6])
 def test_bias_corrections_keep_their_digits(device, step):
-    grads = [torch.tensor([3.0, -0.5], device=device)]
-    zeros = [torch.zeros(2, device=device)]
+    after = problem(device, [2], torch.float32, masters=False, step=step)
+    grad = torch.tensor([3.0, -0.5], device=device)
     # Moments as a constant gradient would have left them, so that the step is the sign of the gradient.
-    exp_avgs = [grads[0] * (1 - 0.9**step)]
-    exp_avg_sqs = [grads[0].square() * (1 - 0.999**step)]
-    adamw_(zeros, grads, [], exp_avgs, exp_avg_sqs, [], [scalar(step, device)], lr=scalar(1.0, device), eps=0.0)
-    torch.testing.assert_close(zeros[0], torch.tensor([-1.0, 1.0], device=device), rtol=1e-6, atol=0)
+    after |= {"params": [torch.zeros(2, device=device)], "grads": [grad]}
+    after |= {"exp_avgs": [grad * (1 - 0.9**step)], "exp_avg_sqs": [grad.square() * (1 - 0.999**step)]}
+    before, options = clone(after), HYPERPARAMETERS | {"eps": 0.0, "weight_decay": 0.0}
+    adamw_(**after, lr=scalar(1.0, device), **options)
+    assert_follows_formula(before, after, 1.0, **options)
+    assert error(after["params"][0], torch.tensor([-1.0, 1.0]).double()) <= EPSILON[torch.float32]
 
 
 def test_no_parameters():
