@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from optimizer_cases import copies, every_optimizer, members, parameters, snapshot, weight
+from conftest import EPSILON, assert_within_budget
+from optimizer_cases import copies, every_optimizer, members, parameters, snapshot
+from weight_budget import assert_same_weights, references
 
 from mixft.amp import LossScaler
 
@@ -18,8 +20,7 @@ def device(native_device):
 def test_stock_grad_scaler(device, case, dtype, max_grad_norm):
     params = parameters(device, dtype)
     ours = case.ours(params, **case.options, max_grad_norm=max_grad_norm)
-    twins = copies(params, torch.float64)
-    exact = case.reference(twins, **case.options)
+    exact, single = references(lambda params: case.reference(params, **case.options), params)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=3)
     scales = []
     for step in range(6):
@@ -39,22 +40,24 @@ def test_stock_grad_scaler(device, case, dtype, max_grad_norm):
             assert snapshot(ours) == before
             continue
         assert all(torch.equal(param.grad, grad) for param, grad in zip(params, kept, strict=True))
-        for twin, target in zip(twins, targets, strict=True):
-            twin.grad = target.double()
-        if max_grad_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(twins, max_grad_norm)
-            torch.testing.assert_close(ours.last_grad_norm.double(), norm, rtol=1e-5, atol=0)
-        exact.step()
+        norms = []
+        for optimizer in (exact, single):
+            for twin, target in zip(members(optimizer), targets, strict=True):
+                twin.grad = target.to(twin.dtype)
+            if max_grad_norm is not None:
+                norms.append(torch.nn.utils.clip_grad_norm_(members(optimizer), max_grad_norm))
+            optimizer.step()
+        if norms:
+            assert_within_budget(ours.last_grad_norm, *norms, EPSILON[torch.float32])
     assert scales == [1024, 1024, 512, 512, 256, 256]
-    for param, twin in zip(params, twins, strict=True):
-        torch.testing.assert_close(weight(ours, param).double(), twin, rtol=1e-5, atol=1e-5)
+    assert_same_weights(ours, exact, single)
 
 
 @every_optimizer
 def test_grad_scaler_after_unscale(device, case):
     params = parameters(device)
     ours = case.ours(params, lr=0.01)
-    exact = case.reference(copies(params, torch.float64), lr=0.01)
+    exact, single = references(lambda params: case.reference(params, lr=0.01), params)
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
     for bad in (False, True, False):
         ours.zero_grad()
@@ -68,11 +71,11 @@ def test_grad_scaler_after_unscale(device, case):
         if bad:
             assert snapshot(ours) == before
             continue
-        for twin, t in zip(members(exact), target, strict=True):
-            twin.grad = t.double()
-        exact.step()
-    for param, twin in zip(params, members(exact), strict=True):
-        torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-6)
+        for optimizer in (exact, single):
+            for twin, t in zip(members(optimizer), target, strict=True):
+                twin.grad = t.to(twin.dtype)
+            optimizer.step()
+    assert_same_weights(ours, exact, single)
 
 
 @every_optimizer

@@ -16,6 +16,7 @@ from optimizer_cases import (
 )
 from torch._dynamo.testing import CompileCounter
 from torch.optim import lr_scheduler
+from weight_budget import assert_same_weights, references
 
 from mixft.optim import SGD
 
@@ -23,11 +24,6 @@ from mixft.optim import SGD
 @pytest.fixture(autouse=True)
 def device(native_device):
     return native_device
-
-
-def assert_same_weights(ours, exact):
-    for param, twin in zip(members(ours), members(exact), strict=True):
-        torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-6)
 
 
 SCHEDULES = {
@@ -50,13 +46,13 @@ def test_schedulers(device, case, lr, schedule):
     params = parameters(device)
     ours = case.ours(params, lr=copy.deepcopy(lr))
     # A rate of the same kind: with a tensor, torch 2.6's SequentialLR gives every optimizer another warm-up.
-    exact = case.reference(copies(params, torch.float64), lr=copy.deepcopy(lr))
-    schedules = [schedule(optimizer) for optimizer in (ours, exact)]
+    exact, single = references(lambda params: case.reference(params, lr=copy.deepcopy(lr)), params)
+    schedules = [schedule(optimizer) for optimizer in (ours, exact, single)]
     for _ in range(5):
-        run_beside(ours, [exact], 1)
+        run_beside(ours, [exact, single], 1)
         for schedule in schedules:
             schedule.step()
-    assert_same_weights(ours, exact)
+    assert_same_weights(ours, exact, single)
 
 
 @every_optimizer
@@ -82,21 +78,22 @@ def test_a_closure_runs_with_gradients_and_its_loss_is_returned(device, case):
 def test_a_group_can_be_added_later(device, case):
     params = parameters(device)
     ours = case.ours(params[:2], lr=0.01)
-    exact = case.reference(copies(params[:2], torch.float64), lr=0.01)
-    run_beside(ours, [exact], 1)
+    exact, single = references(lambda params: case.reference(params, lr=0.01), params[:2])
+    run_beside(ours, [exact, single], 1)
     ours.add_param_group({"params": params[2:], "lr": 0.1})
     exact.add_param_group({"params": copies(params[2:], torch.float64), "lr": 0.1})
-    run_beside(ours, [exact], 2)
-    assert_same_weights(ours, exact)
+    single.add_param_group({"params": copies(params[2:], torch.float32), "lr": 0.1})
+    run_beside(ours, [exact, single], 2)
+    assert_same_weights(ours, exact, single)
 
 
 @every_optimizer
 def test_a_parameter_can_be_replaced(device, case):
     params = parameters(device)
     ours = case.ours(params, **case.options)
-    exact = case.reference(copies(params, torch.float64), **case.options)
-    run_beside(ours, [exact], 2)
-    for optimizer in (ours, exact):
+    exact, single = references(lambda params: case.reference(params, **case.options), params)
+    run_beside(ours, [exact, single], 2)
+    for optimizer in (ours, exact, single):
         group = optimizer.param_groups[0]
         old = group["params"][1]
         new = torch.nn.Parameter(old.detach() * 2)
@@ -104,22 +101,22 @@ def test_a_parameter_can_be_replaced(device, case):
         group["params"][1] = new
         # State of another kind than moved: a fresh start.
         optimizer.state.pop(group["params"][0])
-    run_beside(ours, [exact], 2)
-    assert_same_weights(ours, exact)
+    run_beside(ours, [exact, single], 2)
+    assert_same_weights(ours, exact, single)
 
 
 @every_optimizer
 def test_state_can_be_replaced(device, case):
     params = parameters(device)
     ours = case.ours(params, **case.options)
-    exact = case.reference(copies(params, torch.float64), **case.options)
-    run_beside(ours, [exact], 2)
-    for optimizer in (ours, exact):
+    exact, single = references(lambda params: case.reference(params, **case.options), params)
+    run_beside(ours, [exact, single], 2)
+    for optimizer in (ours, exact, single):
         for param in members(optimizer):
             for name in ours.state_names(ours.param_groups[0]):
                 optimizer.state[param][name] = optimizer.state[param][name] * 0.5
-    run_beside(ours, [exact], 2)
-    assert_same_weights(ours, exact)
+    run_beside(ours, [exact, single], 2)
+    assert_same_weights(ours, exact, single)
 
 
 @every_optimizer
@@ -216,11 +213,12 @@ def test_momentum_that_begins_late_begins_with_a_gradient(device):
     params = parameters(device)
     options = {"lr": 0.01, "dampening": 0.5}
     ours = SGD(params, **options)
-    exact = torch.optim.SGD(copies(params, torch.float64), **options)
-    run_beside(ours, [exact], 2)
-    ours.param_groups[0]["momentum"] = exact.param_groups[0]["momentum"] = 0.9
-    run_beside(ours, [exact], 2)
-    assert_same_weights(ours, exact)
+    exact, single = references(lambda params: torch.optim.SGD(params, **options), params)
+    run_beside(ours, [exact, single], 2)
+    for optimizer in (ours, exact, single):
+        optimizer.param_groups[0]["momentum"] = 0.9
+    run_beside(ours, [exact, single], 2)
+    assert_same_weights(ours, exact, single)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_within_budget
+from conftest import EPSILON, assert_within_budget
 from optimizer_cases import (
     DTYPES,
     SHAPES,
@@ -15,6 +15,7 @@ from optimizer_cases import (
     run_beside,
     weight,
 )
+from weight_budget import assert_same_weights, flat, references
 
 from mixft.ops.optimizer_state import join_master
 
@@ -40,10 +41,6 @@ def test_five_steps_match_the_reference_in_fp64(device, case, variation, dtype):
         assert_within_budget(*kept, epsilon=3e-7)
 
 
-def flat(tensors):
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
 @every_optimizer
 def test_without_masters_the_parameter_itself_is_rounded(device, case):
     params = parameters(device, torch.bfloat16)
@@ -52,20 +49,20 @@ def test_without_masters_the_parameter_itself_is_rounded(device, case):
     run_beside(ours, [exact], 1)
     assert all("master" not in ours.state[param] for param in params)
     for param, twin in zip(params, members(exact), strict=True):
-        assert_within_budget(param, twin, twin.bfloat16(), epsilon=1e-6)
+        assert_within_budget(param, twin, twin.bfloat16(), EPSILON[torch.float32])
 
 
 @every_optimizer
 def test_masters_collect_updates_too_small_for_the_parameter(device, case):
     param = torch.nn.Parameter(torch.ones(17, device=device, dtype=torch.bfloat16))
     ours = case.ours([param], lr=3e-4, weight_decay=0.0)
-    exact = case.reference(copies([param], torch.float64), lr=3e-4, weight_decay=0.0)
+    exact, single = references(lambda params: case.reference(params, lr=3e-4, weight_decay=0.0), [param])
     for _ in range(12):
-        for either in (param, *members(exact)):
-            either.grad = torch.ones_like(either)
-        ours.step()
-        exact.step()
-    torch.testing.assert_close(weight(ours, param).double(), members(exact)[0].detach(), rtol=0, atol=2e-6)
+        for optimizer in (ours, exact, single):
+            for each in members(optimizer):
+                each.grad = torch.ones_like(each)
+            optimizer.step()
+    assert_same_weights(ours, exact, single)
     assert torch.equal(param, weight(ours, param).bfloat16())
     assert (param != 1).all()
 
@@ -108,8 +105,8 @@ def test_groups_dtypes_layouts_and_missing_gradients(device, case):
 
     params = awkward_parameters(device)
     ours = case.ours(groups(params), **case.options)
-    exact = case.reference(groups(copies(params, torch.float64)), **case.options)
-    run_beside(ours, [exact], 2)
+    exact, single = references(lambda params: case.reference(groups(params), **case.options), params)
+    run_beside(ours, [exact, single], 2)
     for round_ in range(2):
         give_gradients(params)
         params[1].grad = None
@@ -118,12 +115,12 @@ def test_groups_dtypes_layouts_and_missing_gradients(device, case):
         params[6].grad = torch.randn(1, 1, device=device).expand(8, 3)
         if round_:
             params[0].grad = None
-        for param, twin in zip(params, members(exact), strict=True):
-            twin.grad = None if param.grad is None else param.grad.double()
+        for optimizer in (exact, single):
+            for param, twin in zip(params, members(optimizer), strict=True):
+                twin.grad = None if param.grad is None else param.grad.to(twin.dtype)
+            optimizer.step()
         ours.step()
-        exact.step()
-    for param, twin in zip(params, members(exact), strict=True):
-        torch.testing.assert_close(weight(ours, param).double(), twin, rtol=1e-5, atol=1e-5)
+    assert_same_weights(ours, exact, single)
 
 
 @every_optimizer
@@ -131,11 +128,10 @@ def test_parameters_that_are_views_of_one_buffer(device, case):
     buffer = torch.randn(60, device=device)
     params = [torch.nn.Parameter(view) for view in (buffer[:17], buffer[17:42].view(5, 5), buffer[42:60:3])]
     ours = case.ours(params, **case.options)
-    exact = case.reference(copies(params, torch.float64), **case.options)
+    exact, single = references(lambda params: case.reference(params, **case.options), params)
     between = buffer[43:60:3].clone()
-    run_beside(ours, [exact], 2)
-    for param, twin in zip(params, members(exact), strict=True):
-        torch.testing.assert_close(param.double(), twin, rtol=1e-5, atol=1e-5)
+    run_beside(ours, [exact, single], 2)
+    assert_same_weights(ours, exact, single)
     assert torch.equal(buffer[43:60:3], between), "elements between those of a parameter changed"
 
 
