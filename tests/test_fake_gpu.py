@@ -149,9 +149,9 @@ def test_released_gradients(capture):
         for _ in range(2):
             for param in params:
                 optimizer.step_in_backward(optimizer.param_groups[0], param)
+        assert len(optimizer.state) == len(params)
         optimizer.step()
     assert optimizer.last_found_inf.device == torch.device("cuda", 0)
-    assert len(optimizer.state) == len(params)
 
 
 def test_a_rate_on_the_host_is_not_copied(capture):
