@@ -11,8 +11,9 @@ import torch
 from tiny_bert import rows, save_tiny_bert, write_csv
 from tiny_causal import WORDS, save_tiny_causal, write_documents
 
-from mixft.cli import main, saved_model
+from mixft.cli import main, model_folder, saved_model
 from mixft.cli.job import Job, Recipe
+from mixft.cli.lora import add_adapters
 from mixft.cli.model_folder import quiet_transformers
 from mixft.cli.training import run
 from mixft.nn import QuantLinear
@@ -139,6 +140,20 @@ def test_the_merged_model_is_the_trained_one(folder, tmp_path, kind, precision):
     assert changed == sum("lora_A" in name for name in adapters)
     adapted = saved_model.load(output / "adapter", "cpu").model
     assert any(isinstance(module, QuantLinear) for module in adapted.modules()) == (precision == "int8")
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_the_frozen_model_s_own_dropout_is_off(folder, kind):
+    causal = kind == "gpt2"
+    path = folder / kind
+    model = model_folder.load_causal_lm(path) if causal else model_folder.load_classifier(path, ["no", "yes"])
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    for dropout in dropouts:
+        dropout.p = 0.5
+    adapted = add_adapters(model, "causal-lm" if causal else "classification", "fp32", RANK, 2.0 * RANK).train()
+    assert dropouts
+    tokens = torch.tensor([[2, 7, 5, 9, 4]])
+    assert torch.equal(adapted(input_ids=tokens).logits, adapted(input_ids=tokens).logits)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
     y = W x + alpha / rank * B A x            A [rank, in], B [out, rank], beside every linear layer below the head
 
-(Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.) A classifier's fresh head is trained whole. What
-a layer computed is computed again in the backward pass where the model supports it, so that the memory is that of the
-weights, the adapters and one layer.
+(Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.) A classifier's fresh head is trained whole. The
+model's own dropout is off: it is there against the overfitting of weights that are frozen here. What a layer computed
+is computed again in the backward pass where the model supports it, so that the memory is that of the weights, the
+adapters and one layer.
 """
 
 import copy
@@ -31,6 +32,9 @@ def add_adapters(model: torch.nn.Module, task: str, precision: str, rank: int, a
     names = adapted_layers(model)
     if precision == "int8" and not getattr(model, "is_quantized", False):
         quantize(model, FROZEN)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     if getattr(model, "supports_gradient_checkpointing", False):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, task_type=TASK_TYPES[task])
