@@ -269,6 +269,8 @@ def test_no_parameters():
     scalars = {name: torch.tensor(value) for name, value in given.items()}
     assert adamw_([], [], [], [], [], [], [], **scalars) is None
     assert all(torch.equal(scalars[name], torch.tensor(value)) for name, value in given.items())
+    with pytest.raises(ValueError, match="grads has 1 tensors for 0 parameters"):
+        adamw_([], [torch.ones(2)], [], [], [], [], [], **scalars)
 
 
 @pytest.mark.parametrize(

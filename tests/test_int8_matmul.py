@@ -195,7 +195,8 @@ def test_weight_only_matmul_matches_fp64(device, dtype, shape):
     torch_result = F.linear(a.cpu(), weight.cpu(), bias.cpu())
     out = weight_only_matmul(a, b, b_scale, bias)
     assert out.dtype == dtype
-    assert_within_budget(out, exact, torch_result, EPSILON[dtype])
+    long_sum = LONG_SUM["cuda"] if device.type == "cuda" else 0.0  # torch's result is a CPU's
+    assert_within_budget(out, exact, torch_result, max(EPSILON[dtype], long_sum))
 
 
 def test_weight_only_matmul_is_differentiable_in_its_activations(device):

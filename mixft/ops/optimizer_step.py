@@ -75,15 +75,15 @@ def check_step(
     tensors = {name: list(listed) for name, listed in tensors.items()}
     tensors["grads"] = without_negation(tensors["grads"])
     params = tensors["params"]
-    if not params:
-        return tensors
-    device = params[0].device
     scales = {name: name.removesuffix("s") + "_scales" for name in states}
     for name, listed in tensors.items():
         if len(listed) != len(params) and (listed or name not in ("masters", *optional, *scales.values())):
             raise ValueError(
                 f"{name} has {len(listed)} tensors for {len(params)} parameters; it must have one for each"
             )
+    if not params:
+        return tensors
+    device = params[0].device
     allowed = {"params": FLOATS, "grads": FLOATS, "masters": (torch.float32, torch.int16), **states}
     allowed |= dict.fromkeys(scales.values(), (torch.uint8,))
     for name, listed in tensors.items():
