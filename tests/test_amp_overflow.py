@@ -3,13 +3,12 @@
 import copy
 import pickle
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mixft.optim
-from mixft.amp import LossScaler, floor_watch
+from mixft.amp import LossScaler
 
 INF, NAN = float("inf"), float("nan")
 UNSCALING = [torch.optim.SGD, mixft.optim.AdamW]
@@ -235,16 +234,6 @@ def test_no_warning_without_an_overflow_at_the_floor_or_after_leaving_it():
 def test_a_disabled_scaler_reports_nothing():
     scaler = LossScaler(enabled=False, device="cpu")
     assert scaler.overflow_report() == scaler.overflow_history() == []
-
-
-def test_the_copy_for_the_host_is_waited_for_on_the_stream_that_makes_it(monkeypatch):
-    """The scale's device need not be the current one."""
-    streams = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"the stream of {device}")
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream=None: streams.append(stream)))
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(copy_=lambda values, non_blocking: values))
-    floor_watch.FloorWatch(1, 1.0)._start(SimpleNamespace(is_cuda=True, shape=(1,), dtype=None, device="cuda:1"))
-    assert streams == ["the stream of cuda:1"]
 
 
 def add_one(params):
