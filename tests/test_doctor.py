@@ -111,7 +111,7 @@ def test_wrong_numbers_are_an_error_above_the_bound(monkeypatch, capsys, broken)
     """Of the ops that quantize, none fails because the broken routine does not take its call."""
     monkeypatch.setattr(cpu_quantize, "quantize", broken)
     wrong = [row for row in report(capsys)[1]["ops"] if not row["passed"]]
-    assert {row["op"] for row in wrong} >= {"quantize", "int8_linear"}
+    assert {row["op"] for row in wrong} >= {"quantize", "training_int8_linear"}
     for row in wrong:
         assert row["failure"] is None
         assert row["error"] > row["bound"]
@@ -169,7 +169,7 @@ def test_a_name_that_several_processors_have_is_told_apart(monkeypatch, name, to
         ("sm_90", "mlp", torch.float32, "torch.matmul"),
         ("sm_75", "grad_stats", torch.float16, "Triton, sm_75"),
         ("sm_75", "int8_matmul", torch.float16, None),
-        ("gfx942", "int8_linear", torch.bfloat16, "Triton, gfx942"),
+        ("gfx942", "training_int8_linear", torch.bfloat16, "Triton, gfx942"),
     ],
 )
 def test_what_serves_a_gpu(monkeypatch, arch, op, dtype, code):

@@ -53,7 +53,7 @@ def test_a_weight_is_quantized_once_while_gradients_accumulate(native_device, qu
             quantizations.clear()
             x = torch.randn(5, 64, device=native_device)
             out = layer(x)
-            assert torch.equal(out, mixft.ops.int8_linear(x, layer.weight, layer.bias))
+            assert torch.equal(out, mixft.ops.training_int8_linear(x, layer.weight, layer.bias))
             out.sum().backward()
             counts.append(quantizations.count(layer.weight.shape))
         optimizer.step()
@@ -81,7 +81,7 @@ def test_a_change_of_the_weight_is_seen_while_gradients_accumulate(native_device
         before.sum().backward()
     CHANGES[change](layer)
     after = layer(x)
-    assert torch.equal(after, mixft.ops.int8_linear(x, layer.weight, layer.bias))
+    assert torch.equal(after, mixft.ops.training_int8_linear(x, layer.weight, layer.bias))
     assert not torch.equal(after, before)
 
 
@@ -103,7 +103,7 @@ def test_on_a_cpu_a_write_through_data_to_half_of_the_columns_is_seen(inner):
     for _ in range(3):
         layer(x).sum().backward()
     layer.weight.data[:, 1::2] = 0
-    assert torch.equal(layer(x), mixft.ops.int8_linear(x, layer.weight, layer.bias))
+    assert torch.equal(layer(x), mixft.ops.training_int8_linear(x, layer.weight, layer.bias))
 
 
 def test_on_a_cpu_an_input_that_numpy_writes_to_is_quantized_again():
@@ -112,7 +112,7 @@ def test_on_a_cpu_an_input_that_numpy_writes_to_is_quantized_again():
     x = torch.from_numpy(memory)
     first(x)
     memory *= -2
-    assert torch.equal(second(x), mixft.ops.int8_linear(x, second.weight, second.bias))
+    assert torch.equal(second(x), mixft.ops.training_int8_linear(x, second.weight, second.bias))
 
 
 def test_without_accumulation_no_copy_is_kept(native_device):
@@ -129,7 +129,7 @@ def test_layers_that_read_one_tensor_quantize_it_once(native_device, quantizatio
     outputs = [layer(x) for layer in (query, key, value)]
     assert quantizations.count((10, 64)) == 1
     for layer, out in zip((query, key, value), outputs, strict=True):
-        assert torch.equal(out, mixft.ops.int8_linear(x, layer.weight, layer.bias))
+        assert torch.equal(out, mixft.ops.training_int8_linear(x, layer.weight, layer.bias))
 
 
 def test_another_forward_or_a_write_or_another_dtype_quantizes_again(native_device, quantizations):
@@ -137,12 +137,12 @@ def test_another_forward_or_a_write_or_another_dtype_quantizes_again(native_devi
     x = torch.randn(5, 64, device=native_device)
     first(x)
     x.data.neg_()
-    assert torch.equal(first(x), mixft.ops.int8_linear(x, first.weight, first.bias))
+    assert torch.equal(first(x), mixft.ops.training_int8_linear(x, first.weight, first.bias))
     x.mul_(2)
-    assert torch.equal(second(x), mixft.ops.int8_linear(x, second.weight, second.bias))
+    assert torch.equal(second(x), mixft.ops.training_int8_linear(x, second.weight, second.bias))
     with torch.autocast(native_device.type, torch.bfloat16):
         found = first(x)
-    assert torch.equal(found, mixft.ops.int8_linear(x.bfloat16(), first.weight, first.bias))
+    assert torch.equal(found, mixft.ops.training_int8_linear(x.bfloat16(), first.weight, first.bias))
     assert quantizations.count((5, 64)) == 4
 
 
@@ -169,7 +169,7 @@ def test_after_a_capture_no_copy_of_a_weight_serves_again(monkeypatch, captured)
         for _ in range(3):
             layer.weight.data.mul_(-2)
             out = layer(x)
-            assert torch.equal(out, mixft.ops.int8_linear(x, layer.weight, layer.bias))
+            assert torch.equal(out, mixft.ops.training_int8_linear(x, layer.weight, layer.bias))
             out.sum().backward()
 
 

@@ -13,7 +13,7 @@ from mixft.cpu.int8_input_gradient import int8_input_gradient
 from mixft.nn import QuantLinear
 from mixft.ops import dynamic_int8_linear, outlier_int8_linear, weight_only_matmul
 from mixft.ops.int8_input_gradient import input_gradient
-from mixft.ops.int8_linear import float_dtype
+from mixft.ops.training_int8_linear import float_dtype
 
 SHAPES = [(1, 1, 1), (3, 66, 17), (17, 31, 66), (13, 130, 70), (0, 8, 4), (3, 0, 2), (3, 4, 0)]
 # Least signal to noise in dB of normal numbers; floats of 16 bits round the result too.

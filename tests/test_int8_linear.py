@@ -11,7 +11,7 @@ from conftest import assert_within_budget
 from torch.utils.checkpoint import checkpoint
 
 from mixft.nn import Linear, QuantLinear
-from mixft.ops import dynamic_int8_linear, int8_linear, quantize
+from mixft.ops import dynamic_int8_linear, quantize, training_int8_linear
 
 # 16-bit operands make exact ties, where x / scale and x * (1 / scale) may round apart: one step of 1/127 in a sum.
 FLIP = {torch.float32: 2**-12, torch.bfloat16: 2**-7, torch.float16: 2**-7}
@@ -50,7 +50,7 @@ def test_training_products_match_fp64(device, shape, dtype):
     weight = torch.randn(N, K, device=device, requires_grad=True)
     bias = torch.randn(N, device=device, requires_grad=True)
     grad = torch.randn(M, N, device=device).to(dtype)
-    y = int8_linear(x, weight, bias)
+    y = training_int8_linear(x, weight, bias)
     assert y.dtype == dtype
     y.backward(grad)
     exact = exact_training(x, weight, bias, grad)
@@ -73,12 +73,12 @@ def test_training_gradients_follow_nn_linear(device):
 def test_only_the_gradients_wanted_are_computed(device):
     x = torch.randn(5, 32, device=device)
     weight = torch.randn(7, 32, device=device, requires_grad=True)
-    int8_linear(x, weight).sum().backward()
+    training_int8_linear(x, weight).sum().backward()
     assert x.grad is None
     assert weight.grad.shape == weight.shape
     x.requires_grad_()
     frozen = weight.detach()
-    int8_linear(x, frozen).sum().backward()
+    training_int8_linear(x, frozen).sum().backward()
     assert x.grad.shape == x.shape
 
 
@@ -260,9 +260,9 @@ def test_opcheck(device):
     seed = torch.tensor(3, device=device)
     for backward in ("int8", "weight_grad_16bit", "16bit"):
         quantized = (x_values, scale[:5], values, scale, seed, backward)
-        torch.library.opcheck(torch.ops.mixft.int8_linear_forward.default, (x, weight, bias, *quantized))
+        torch.library.opcheck(torch.ops.mixft.training_int8_linear_forward.default, (x, weight, bias, *quantized))
         arguments = (torch.randn(5, 8, device=device), weight.detach(), *quantized, torch.float32, True, True, True)
-        torch.library.opcheck(torch.ops.mixft.int8_linear_backward.default, arguments)
+        torch.library.opcheck(torch.ops.mixft.training_int8_linear_backward.default, arguments)
 
 
 @pytest.mark.parametrize(
@@ -324,14 +324,14 @@ def test_non_finite_values_reach_the_results(device, dtype, bad):
     grad = torch.randn(6, 24, device=device).to(dtype)
     spoiled = x.detach().clone()
     spoiled[2, 3] = bad
-    y = int8_linear(spoiled, weight)
+    y = training_int8_linear(spoiled, weight)
     assert not y[2].isfinite().any()
     assert y[[0, 1, 3, 4, 5]].isfinite().all()
     dynamic = QuantLinear.from_linear(torch.nn.Linear(40, 24, device=device, dtype=dtype))
     with torch.no_grad():
         assert (~dynamic(spoiled).isfinite()).any(1).tolist() == [False, False, True, False, False, False]
     grad[4, 5] = bad
-    grad_x, grad_weight = torch.autograd.grad(int8_linear(x, weight), (x, weight), grad)
+    grad_x, grad_weight = torch.autograd.grad(training_int8_linear(x, weight), (x, weight), grad)
     assert (~grad_x.isfinite()).any(1).tolist() == [False, False, False, False, True, False]
     assert (~grad_weight.isfinite()).any(1).nonzero().flatten().tolist() == [5]
 
@@ -351,9 +351,9 @@ def test_weight_gradients_over_many_rows_are_summed_in_parts(device, monkeypatch
     x = torch.randn(50, 20, device=device)
     weight = torch.randn(12, 20, device=device, requires_grad=True)
     grad = torch.randn(50, 12, device=device)
-    (whole,) = torch.autograd.grad(int8_linear(x, weight), weight, grad)
-    monkeypatch.setattr(sys.modules["mixft.ops.int8_linear"], "MOST_ROWS", 16)
-    (parts,) = torch.autograd.grad(int8_linear(x, weight), weight, grad)
+    (whole,) = torch.autograd.grad(training_int8_linear(x, weight), weight, grad)
+    monkeypatch.setattr(sys.modules["mixft.ops.training_int8_linear"], "MOST_ROWS", 16)
+    (parts,) = torch.autograd.grad(training_int8_linear(x, weight), weight, grad)
     exact = grad.double().t() @ x.double()
     assert (parts - exact).norm() < 0.02 * exact.norm()
     assert not torch.equal(parts, whole)
@@ -365,13 +365,13 @@ def test_quantized_operands_that_do_not_fit_are_refused(name):
     values, scale, _ = quantize({"quantized_x": x, "quantized_weight": weight}[name])
     for wrong in ((values, scale[:1]), (values[1:], scale), (values, scale.view(-1))):
         with pytest.raises(ValueError, match=f"{name} must be values of shape"):
-            int8_linear(x, weight, **{name: wrong})
+            training_int8_linear(x, weight, **{name: wrong})
     with pytest.raises(TypeError, match=f"the scale of {name} must be torch.float32"):
-        int8_linear(x, weight, **{name: (values, scale.half())})
+        training_int8_linear(x, weight, **{name: (values, scale.half())})
     with pytest.raises(TypeError, match=f"the values of {name} must be torch.int8"):
-        int8_linear(x, weight, **{name: (values.float(), scale)})
+        training_int8_linear(x, weight, **{name: (values.float(), scale)})
     with pytest.raises(ValueError, match="all tensors must be on one device"):
-        int8_linear(x, weight, **{name: (values, scale.to("meta"))})
+        training_int8_linear(x, weight, **{name: (values, scale.to("meta"))})
 
 
 def test_one_scale_for_all_rows_is_read_once_a_row(device):
@@ -381,9 +381,9 @@ def test_one_scale_for_all_rows_is_read_once_a_row(device):
     for tensor in (x, weight):
         values, scale, _ = quantize(tensor, dim=None)
         quantized.append((values, scale.expand(len(tensor), 1)))
-    found = int8_linear(x, weight, quantized_x=quantized[0], quantized_weight=quantized[1])
+    found = training_int8_linear(x, weight, quantized_x=quantized[0], quantized_weight=quantized[1])
     repeated = [(values, scale.clone(memory_format=torch.contiguous_format)) for values, scale in quantized]
-    expected = int8_linear(x, weight, quantized_x=repeated[0], quantized_weight=repeated[1])
+    expected = training_int8_linear(x, weight, quantized_x=repeated[0], quantized_weight=repeated[1])
     for left, right in zip(*(torch.autograd.grad(y, (x, weight), grad) for y in (found, expected)), strict=True):
         assert torch.equal(left, right)
     assert torch.equal(found, expected)

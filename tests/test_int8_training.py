@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import mixft
 from mixft.nn import QuantLinear
 from mixft.nn.int8_training import gains
-from mixft.ops import int8_linear
-from mixft.ops.int8_linear import float_dtype
+from mixft.ops import training_int8_linear
+from mixft.ops.training_int8_linear import float_dtype
 
 BACKWARDS = ("int8", "weight_grad_16bit", "16bit")
 
@@ -35,7 +35,7 @@ def decibels(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_output_and_gradients_stand_30_decibels_above_their_noise(device, backward, dtype):
     x, weight, grad = problem(device, dtype)
     for stochastic in (False, True):
-        y = int8_linear(x, weight, backward=backward, stochastic=stochastic)
+        y = training_int8_linear(x, weight, backward=backward, stochastic=stochastic)
         found = torch.autograd.grad(y, (x, weight), grad)
         x64, weight64, grad64 = (tensor.detach().double().cpu() for tensor in (x, weight, grad))
         assert decibels(y.detach(), x64 @ weight64.t()) > 30
@@ -57,10 +57,10 @@ def test_float_gradients_are_those_of_what_the_forward_computed(device, dtype):
     exact = grad.double().cpu().t() @ x_rounded.double()
     own = grad.cpu().to(computed).t() @ x_rounded.to(computed)
     for backward in ("weight_grad_16bit", "16bit"):
-        y = int8_linear(x, weight, backward=backward)
+        y = training_int8_linear(x, weight, backward=backward)
         _, grad_weight = torch.autograd.grad(y, (x, weight), grad)
         assert_within_budget(grad_weight, exact, own, EPSILON[computed])
-    (grad_x,) = torch.autograd.grad(int8_linear(x, weight, backward="16bit"), x, grad)
+    (grad_x,) = torch.autograd.grad(training_int8_linear(x, weight, backward="16bit"), x, grad)
     exact = grad.double().cpu() @ weight.detach().double().cpu()
     own = (grad.to(computed) @ weight.detach().to(computed)).to(dtype)
     assert_within_budget(grad_x, exact, own, EPSILON[torch.float32])
@@ -73,17 +73,17 @@ def test_random_rounding_keeps_the_mean_and_repeats_with_the_seed(device):
     grad[:, 0] = 1.0
 
     def gradient(stochastic):
-        return torch.autograd.grad(int8_linear(x, weight, stochastic=stochastic), weight, grad)[0]
+        return torch.autograd.grad(training_int8_linear(x, weight, stochastic=stochastic), weight, grad)[0]
 
     torch.manual_seed(7)
     first, second = gradient(True), gradient(True)
     torch.manual_seed(7)
     assert torch.equal(gradient(True), first)
     assert not torch.equal(second, first)
-    x_grad = [torch.autograd.grad(int8_linear(x, weight, stochastic=True), x, grad)[0] for _ in range(64)]
+    x_grad = [torch.autograd.grad(training_int8_linear(x, weight, stochastic=True), x, grad)[0] for _ in range(64)]
     # Of the weight as it is rounded, which no average brings back.
     exact_x = grad @ mixft.ops.dequantize(*mixft.ops.quantize(weight.detach())[:2], dtype=torch.float32)
-    nearest_x = torch.autograd.grad(int8_linear(x, weight), x, grad)[0]
+    nearest_x = torch.autograd.grad(training_int8_linear(x, weight), x, grad)[0]
     mean_error = (torch.stack(x_grad).mean(0) - exact_x).norm()
     assert mean_error < 0.6 * (nearest_x - exact_x).norm()
 
@@ -110,7 +110,7 @@ def test_random_rounding_leaves_what_is_drawn_after_it_alone_under_checkpointing
 def test_non_finite_gradients_pass_random_rounding(device, bad):
     x, weight, grad = problem(device, rows=6, inner=40, columns=24)
     grad[4, 5] = bad
-    y = int8_linear(x, weight, stochastic=True)
+    y = training_int8_linear(x, weight, stochastic=True)
     grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
     assert (~grad_x.isfinite()).any(1).tolist() == [False, False, False, False, True, False]
     assert (~grad_weight.isfinite()).any(1).nonzero().flatten().tolist() == [5]
@@ -121,7 +121,7 @@ def test_what_the_backward_keeps_of_the_input_is_int8(native_device, backward):
     x, weight, _ = problem(native_device, rows=512, inner=384, columns=64)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        int8_linear(x, weight, backward=backward)
+        training_int8_linear(x, weight, backward=backward)
     owned = {tensor.data_ptr(): tensor.nbytes for tensor in kept if tensor.data_ptr() != weight.data_ptr()}
     int8_bytes = x.numel() + 4 * len(x)
     assert sum(owned.values()) <= int8_bytes + weight.numel() + 4 * len(weight)
@@ -129,7 +129,7 @@ def test_what_the_backward_keeps_of_the_input_is_int8(native_device, backward):
 
 def test_a_second_derivative_is_refused_rather_than_wrong(native_device):
     x, weight, _ = problem(native_device)
-    (gradient,) = torch.autograd.grad(int8_linear(x, weight).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(training_int8_linear(x, weight).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 

@@ -309,13 +309,13 @@ def test_what_is_kept_from_inference_serves_in_training(compiled):
     # In a process of its own, whose caches are empty.
     script = """
 import torch
-from mixft.ops import int8_linear, quantize
+from mixft.ops import training_int8_linear, quantize
 x, weight = torch.randn(70, 1000), torch.randn(30, 1000)
 with torch.inference_mode():
-    int8_linear(x, weight)
+    training_int8_linear(x, weight)
 for tensor in (x, weight):
     tensor.requires_grad_()
-int8_linear(x, weight, stochastic=True).sum().backward()
+training_int8_linear(x, weight, stochastic=True).sum().backward()
 quantize(x, symmetric=False, dim=0)
 print(bool(weight.grad.any()))
 """

@@ -85,7 +85,7 @@ def test_a_gradient_alone_takes_only_the_backward_to_floats(native_device):
     guard = layer.int8_training.guard
     assert guard.fallback == "gradients"
     assert guard.sqnr["input"] > 30
-    expected = mixft.ops.int8_linear(x, layer.weight, layer.bias, backward="16bit")
+    expected = mixft.ops.training_int8_linear(x, layer.weight, layer.bias, backward="16bit")
     assert torch.equal(layer(x), expected)
     (found,) = torch.autograd.grad(layer(x), x, grad)
     (want,) = torch.autograd.grad(expected, x, grad)

@@ -174,7 +174,7 @@ CALLS = {
     "activation": lambda x, bias: mixft.nn.GELU()(x) * bias,
     "dropout": dropped,
     "dynamic layer": frozen,
-    "training layer": lambda x, bias: mixft.ops.int8_linear(x, x.t() @ x, bias),
+    "training layer": lambda x, bias: mixft.ops.training_int8_linear(x, x.t() @ x, bias),
 }
 
 

@@ -94,9 +94,9 @@ def _print(rows: list[Row]) -> None:
 
     for device in dict.fromkeys(row.device for row in rows):
         title = f"ops on {device}: largest error against FP64, relative to the largest value"
-        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("op", "dtype", "served by"):
-            table.add_column(column)
+            table.add_column(column, no_wrap=column == "op")
         for column in ("error", "bound", ""):
             table.add_column(column, justify="right")
         for row in (row for row in rows if row.device == device):

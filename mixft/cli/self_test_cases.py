@@ -71,10 +71,10 @@ def _mlp_case(dtype: torch.dtype) -> Case:
 
 def _int8_linear_case(dtype: torch.dtype) -> Case:
     return Case(
-        "int8_linear",
+        "training_int8_linear",
         dtype,
         _layer,
-        lambda *tensors: _with_gradients(ops.int8_linear, *tensors),
+        lambda *tensors: _with_gradients(ops.training_int8_linear, *tensors),
         _exact_with_gradients(lambda out: out),
         5 * INT8_STEP + ROUNDING[dtype],
     )

@@ -15,7 +15,7 @@ INT8_PRODUCTS = (
     "lora_int8_linear",
     "outlier_int8_linear",
     "static_int8_linear",
-    "int8_linear",
+    "training_int8_linear",
 )
 # Those that on a CPU are compiled whole, with what surrounds the product.
 COMPILED_LAYERS = ("dynamic_int8_linear", "lora_int8_linear", "static_int8_linear", "outlier_int8_linear")

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixft.ops import int8_linear
-from mixft.ops.int8_linear import Backward, check_backward
+from mixft.ops import training_int8_linear
 from mixft.ops.registration import is_observed
+from mixft.ops.training_int8_linear import Backward, check_backward
 from mixft.ops.validation import FLOATS
 
 from .int8_cache import WeightCache, shared_input
@@ -25,7 +25,7 @@ class TrainingOptions:
 
     Attributes:
         backward: what runs in int8 beside the forward: "int8" both gradients, "weight_grad_16bit" that of the input,
-            "16bit" neither; see :func:`mixft.ops.int8_linear`.
+            "16bit" neither; see :func:`mixft.ops.training_int8_linear`.
         stochastic: round gradients to int8 at random, so that their mean is kept, with torch's generator.
         shape_gating: whether an input with which int8 would be slower is multiplied in floats; see :func:`gains`.
         min_sqnr: the median signal-to-quantization-noise ratio of features in dB below which the layer, or its
@@ -91,10 +91,12 @@ class Int8Training:
             return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
         # What a compiler or transform traces is neither measured nor kept.
         if not fits or is_observed():
-            return int8_linear(input, weight, bias, **options)
+            return training_int8_linear(input, weight, bias, **options)
         quantized_x = shared_input.quantized(self, source, input)
         quantized_weight = self.weight_cache.quantized(parameter, weight)
-        output = int8_linear(input, weight, bias, **options, quantized_x=quantized_x, quantized_weight=quantized_weight)
+        output = training_int8_linear(
+            input, weight, bias, **options, quantized_x=quantized_x, quantized_weight=quantized_weight
+        )
         if output.requires_grad and self.guard.ends_pass(output):
             rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
             self.guard.measure(rows, quantized_x, weight, quantized_weight, output, self.backward)

@@ -6,7 +6,6 @@ from .dequantize import dequantize
 from .dynamic_int8_linear import dynamic_int8_linear
 from .grad import grad_stats, unscale_
 from .grad_scalars import grad_scalars
-from .int8_linear import int8_linear
 from .int8_matmul import int8_matmul
 from .lion import lion_
 from .lora_int8_linear import lora_int8_linear
@@ -16,6 +15,7 @@ from .outlier_int8_linear import outlier_int8_linear
 from .quantize import quantize
 from .sgd import sgd_
 from .static_int8_linear import static_int8_linear
+from .training_int8_linear import training_int8_linear
 from .weight_only_matmul import weight_only_matmul
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "dynamic_int8_linear",
     "grad_scalars",
     "grad_stats",
-    "int8_linear",
     "int8_matmul",
     "lion_",
     "lora_int8_linear",
@@ -35,6 +34,7 @@ __all__ = [
     "quantize",
     "sgd_",
     "static_int8_linear",
+    "training_int8_linear",
     "unscale_",
     "weight_only_matmul",
 ]

@@ -4,8 +4,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from .int8_linear import float_dtype
 from .registration import define_composition, define_op, server, take_rows_together, without_dispatch
+from .training_int8_linear import float_dtype
 
 FrozenBackward = Literal["int8", "16bit", "exact"]
 # Not asked for in a function, which torch 2.6 could not compile.
@@ -42,7 +42,7 @@ def input_gradient(
         weight: int8 [N, K].
         weight_scale: FP32 [N, 1].
         backward: "int8" quantizes the rows of ``grad * weight_scale`` for one product of bytes; "16bit" rounds them to
-            the floats of :func:`mixft.ops.int8_linear`; "exact" to no others than those of ``grad``.
+            the floats of :func:`mixft.ops.training_int8_linear`; "exact" to no others than those of ``grad``.
         left: [M, R] of the dtype of ``grad``, or None.
         right: [R, K] of the dtype of ``grad``, or None.
     """

@@ -58,7 +58,7 @@ def _empty_output(x, weight, bias, x_values, x_scale, weight_values, weight_scal
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@define_composition("int8_linear_forward", _empty_output)
+@define_composition("training_int8_linear_forward", _empty_output)
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -96,7 +96,7 @@ def _empty_gradients(
     )
 
 
-@define_composition("int8_linear_backward", _empty_gradients)
+@define_composition("training_int8_linear_backward", _empty_gradients)
 def _backward(
     grad_out: Tensor,
     weight: Tensor | None,
@@ -191,7 +191,7 @@ class _EagerInt8Linear(torch.autograd.Function):
         return _differentiate_with(_backward.without_dispatch[grad_out.device.type], ctx, grad_out.resolve_neg())
 
 
-def int8_linear(
+def training_int8_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
