@@ -195,14 +195,28 @@ def test_reasons_are_counted_once_each():
 def test_an_aim_shows_its_own_rows():
     rows = pair("linear/512x768-fp16", {"torch": 2.0}) + pair("linear/512x768-bf16", {"torch": 9.0})
     table = tables.aims([recording(rows, device="cuda")])
-    assert "| FP16 linear layer | H100 | ≥ 0.97x torch | 2.00x (2.00 to 2.00, 1 case) |" in table
+    assert "| FP16 linear layer | H100 | ≥ 0.97x torch | 2.00x (2.00 to 2.00, 1 case) | yes |" in table
     assert table.count("not measured yet") == len(tables.AIMS) - 1
+
+
+@pytest.mark.parametrize(("ratio", "met"), [(0.97, "yes"), (0.96, "no")])
+def test_an_aim_is_met_from_its_figure_on(ratio, met):
+    rows = pair("linear/512x768-fp16", {"torch": ratio})
+    assert f"1 case) | {met} |" in tables.aims([recording(rows, device="cuda")])
+
+
+def test_a_share_of_the_floor_is_met_in_hundredths():
+    rows = pair("quantize/512x768-fp16", {})
+    for fraction, met in ((0.9, "yes"), (0.89, "no")):
+        rows[0]["floor_fraction"] = fraction
+        table = tables.aims([recording(rows, device="cuda")])
+        assert f"| ≥ 90% of the floor | {fraction:.0%} ({fraction:.0%} to {fraction:.0%}, 1 case) | {met} |" in table
 
 
 def test_an_aim_for_the_host_compares_the_host_s_times():
     rows = pair("tensors/adamw-fp32-1000", {"torch fused": 2.0})
     rows[0]["host_seconds"], rows[1]["host_seconds"] = 1e-5, 7e-5
-    assert "| ≥ 5x torch fused | 7.00x (7.00 to 7.00, 1 case) |" in tables.aims([recording(rows, device="cuda")])
+    assert "| ≥ 5x torch fused | 7.00x (7.00 to 7.00, 1 case) | yes |" in tables.aims([recording(rows, device="cuda")])
 
 
 def test_tables_of_a_fine_tuning_report():
