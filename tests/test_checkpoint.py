@@ -332,6 +332,17 @@ def test_shards_hold_every_tensor_once_within_the_limit_and_load(tmp_path, mode)
         assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_file_of_many_tensors_is_opened_a_few_times(tmp_path, monkeypatch):
+    """To open a file takes time for every tensor in it."""
+    model = nn.Sequential(*(nn.Linear(128, 128) for _ in range(50)))
+    mixft.quantize_(model)
+    mixft.save_quantized(model, tmp_path / "model.safetensors")
+    opened = []
+    monkeypatch.setattr("mixft.nn.tensor_file.safe_open", lambda *a, **k: opened.append(a) or safe_open(*a, **k))
+    mixft.load_quantized(nn.Sequential(*(nn.Linear(128, 128) for _ in range(50))), tmp_path / "model.safetensors")
+    assert 0 < len(opened) <= 3
+
+
 def edit_index(path, change):
     index = path.with_name(f"{path.name}.index.json")
     content = json.loads(index.read_text())

@@ -129,6 +129,28 @@ def test_a_model_of_many_layers_is_refused_in_one_line():
         mixft.quantize_(model, exclude="typo")
 
 
+def walks_to_choose(model, monkeypatch):
+    """How often the choice of layers goes over all modules of ``model``."""
+    walks = []
+    walk = nn.Module.named_modules
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "named_modules", lambda self, *a, **k: walks.append(self) or walk(self, *a, **k))
+        choose_layers(model)
+    return walks.count(model)
+
+
+def test_a_model_of_many_layers_is_walked_no_more_often_than_one_of_few(monkeypatch):
+    """A mixture of experts has tens of thousands of layers."""
+    few, many = (nn.Sequential(*(nn.Linear(128, 128, device="meta") for _ in range(n))) for n in (3, 50))
+    assert walks_to_choose(many, monkeypatch) == walks_to_choose(few, monkeypatch) > 0
+
+
+def test_a_name_in_full_is_not_taken_for_a_glob():
+    model = nn.ModuleDict({name: nn.Linear(128, 128) for name in ("a[1]", "a1", "b")})
+    reasons = choose_layers(model, include=["a[1]", "b"])
+    assert [name for name, reason in reasons.items() if not reason] == ["a[1]", "b"]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("mode", ["dynamic", "train"])
 def test_a_layer_with_non_finite_weights_is_named_and_nothing_changes(bad, mode):

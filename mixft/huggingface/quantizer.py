@@ -83,8 +83,7 @@ class Int8Quantizer(HfQuantizer):
                 raise ValueError(f"model has no layer to quantize ({why_none(reasons)})")
             config.layers = [_relative(name, model) for name in chosen]
         if config.mode != "train":
-            layers = [module for name, module in model.named_modules() if _relative(name, model) in config.layers]
-            replace_modules(model, {layer: self._empty_like(layer) for layer in layers})
+            replace_modules(model, {layer: self._empty_like(layer) for layer in _configured(model, config).values()})
 
     def _empty_like(self, linear: nn.Module) -> QuantLinear:
         """A layer of the configured mode for ``linear``, an ``nn.Linear`` or ``Conv1D``, on the meta device."""
@@ -118,8 +117,7 @@ class Int8Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs) -> PreTrainedModel:
         config = self.quantization_config
         if config.mode == "train":
-            names = [name for name, _ in model.named_modules() if _relative(name, model) in config.layers]
-            quantize_(model, "train", include=names, **config.training)
+            quantize_(model, "train", include=_configured(model, config), **config.training)
             return model
         for name, parameter in model.named_parameters():
             if parameter.dtype == torch.int8:
@@ -134,7 +132,8 @@ class Int8Quantizer(HfQuantizer):
             )
         # A layer that the checkpoint lacks is new, and is left to be trained.
         replace_modules(model, {layer: _initialized(layer, model) for layer in unread.values()})
-        config.layers = [name for name in config.layers if name not in {_relative(name, model) for name in unread}]
+        new = {_relative(name, model) for name in unread}
+        config.layers = [name for name in config.layers if name not in new]
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -234,6 +233,12 @@ class QuantizeWeight(ConversionOps):
 def _relative(name: str, model: PreTrainedModel) -> str:
     """``name`` without the prefix of the base model, so that it is the same with a head and without."""
     return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _configured(model: PreTrainedModel, config: Int8Config) -> dict[str, nn.Module]:
+    """The modules of ``model`` that ``config`` names, by their names in it."""
+    layers = set(config.layers)
+    return {name: module for name, module in model.named_modules() if _relative(name, model) in layers}
 
 
 def _unread(model: PreTrainedModel) -> dict[str, QuantLinear]:

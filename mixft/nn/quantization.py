@@ -1,6 +1,7 @@
 """Swapping the linear layers of a model for int8 ones, and back."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 import torch
@@ -116,6 +117,7 @@ def choose_layers(
     candidates = {name: module for name, module in model.named_modules() if is_linear(module)}
     included = _matching("include", include, candidates)
     excluded = _matching("exclude", exclude, candidates)
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     reasons = {}
     for name, module in candidates.items():
         if include is not None and name not in included:
@@ -123,7 +125,8 @@ def choose_layers(
         elif name in excluded:
             reasons[name] = "in exclude"
         else:
-            reasons[name] = _reason_to_leave(name, module, mode, options, model, explicit=name in included)
+            shared = owners[id(module.weight)] > 1
+            reasons[name] = _reason_to_leave(name, module, mode, options, model, shared, explicit=name in included)
     return reasons
 
 
@@ -180,13 +183,13 @@ def dequantize_(model: nn.Module) -> list[str]:
     return list(layers)
 
 
-def _matching(argument: str, patterns: str | Iterable[str] | None, names: Iterable[str]) -> set[str]:
+def _matching(argument: str, patterns: str | Iterable[str] | None, names: Collection[str]) -> set[str]:
     patterns = [patterns] if isinstance(patterns, str) else list(patterns or ())
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{argument} must be a glob or several; it is {patterns!r}")
     matched = set()
     for pattern in patterns:
-        found = {name for name in names if fnmatchcase(name, pattern)}
+        found = {pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)}
         if not found:
             listing = ", ".join(_as_globs(names))
             raise ValueError(f"{argument} pattern {pattern!r} matches none of the linear layers: {listing}")
@@ -195,7 +198,13 @@ def _matching(argument: str, patterns: str | Iterable[str] | None, names: Iterab
 
 
 def _reason_to_leave(
-    name: str, module: nn.Module, mode: Mode, options: TrainingOptions | FrozenOptions, model: nn.Module, explicit: bool
+    name: str,
+    module: nn.Module,
+    mode: Mode,
+    options: TrainingOptions | FrozenOptions,
+    model: nn.Module,
+    shared: bool,
+    explicit: bool,
 ) -> str:
     if isinstance(module, QuantLinear):
         if module.mode == mode and (mode != "train" or module.int8_training.options == options):
@@ -212,10 +221,7 @@ def _reason_to_leave(
         return "its forward was replaced on the layer itself, which a replacement would lose"
     if mode == "train" and getattr(module, "fuse_wgrad_accumulation", False):
         return "fuse_wgrad_accumulation is on, and int8 training gives weight.grad"
-    owners = sum(
-        1 for other in model.modules() for parameter in other.parameters(recurse=False) if parameter is module.weight
-    )
-    if owners > 1:
+    if shared:
         return SHARED
     parent = model.get_submodule(name.rpartition(".")[0])
     if mode != "train" and isinstance(parent, nn.MultiheadAttention):

@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from .tensor_file import CHECKSUMS, Entry, TensorFile, content_of, storage_order, write_tensors
 
 INDEX = ".index.json"
+# A file is opened anew after so many bytes were read of it, or this part of it where that is more: what was read stays
+# mapped until then, and to open one takes time for every tensor that it has.
+SMALLEST_WINDOW, WINDOWS = 2**24, 128
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SIZE = re.compile(r"(\d+(?:\.\d+)?) *([A-Za-z]*)")
 
@@ -133,7 +136,7 @@ def _present(path: Path) -> list[str]:
     return [file.name for file in (index, path) if file.is_file()] + found
 
 
-@dataclass(frozen=True)
+@dataclass
 class TensorSet:
     """The tensors of one file, or of the shards that an index names.
 
@@ -148,11 +151,19 @@ class TensorSet:
     metadata: dict
     entries: dict[str, Entry]
     files: dict[str, Path]
+    _open: TensorFile | None = field(default=None, init=False, repr=False)
+    _bytes_left: int = field(default=0, init=False, repr=False)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, from a file opened for it alone: what was mapped before can leave the memory."""
-        with TensorFile(self.files[name]) as file:
-            return file.tensor(name)
+        """One tensor. Those read before, once dropped, leave the memory within a window's bytes."""
+        path = self.files[name]
+        if self._open is None or self._open.path != path or self._bytes_left <= 0:
+            if self._open is not None:
+                self._open.close()
+            self._open = TensorFile(path)
+            self._bytes_left = max(SMALLEST_WINDOW, path.stat().st_size // WINDOWS)
+        self._bytes_left -= self.entries[name].nbytes
+        return self._open.tensor(name)
 
     def checksums(self) -> dict[str, str] | None:
         """The checksum of every tensor as `write_shards` left it; None where there are none.

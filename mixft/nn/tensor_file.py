@@ -128,7 +128,11 @@ class TensorFile:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._file.__exit__(*exception)
+        self.close()
+
+    def close(self) -> None:
+        """Let the system unmap what no tensor needs any more."""
+        self._file.__exit__(None, None, None)
 
     def metadata(self) -> dict[str, str]:
         """The file's own metadata, without its tensors."""
