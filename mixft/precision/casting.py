@@ -1,5 +1,7 @@
 """The dtype of a parameter changed in place, with the master that a mixft optimizer keeps beside it."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,30 +41,38 @@ def widened(param: Tensor, optimizer: MixedPrecisionOptimizer | None) -> Tensor:
 
 
 @torch.no_grad()
-def cast_parameter(param: Tensor, dtype: torch.dtype, optimizer: MixedPrecisionOptimizer | None) -> None:
-    """Change the dtype of ``param`` in place; it stays the same object, in the optimizer and in the model.
+def cast_parameters(wanted: Iterable[tuple[Tensor, torch.dtype]], optimizer: MixedPrecisionOptimizer | None) -> None:
+    """Change the dtypes of parameters in place; each stays the same object, in the optimizer and in the model.
 
-    To FP32 it takes its master's value, bit for bit. From FP32 the old value becomes the master: bit for bit with FP32
+    To FP32 one takes its master's value, bit for bit. From FP32 the old value becomes the master: bit for bit with FP32
     masters, as exact as ``split_master`` is with split ones. With ``master_weights="none"``, or with no optimizer, it
     is rounded. Moments and step counts are not touched. A gradient is cast along.
     """
-    if param.dtype == dtype:
-        return
+    owned = set() if optimizer is None else set(parameters_of(optimizer))
+    for param, dtype in wanted:
+        if param.dtype == dtype:
+            continue
+        narrow = _recast(param, dtype, optimizer) if param in owned else param.detach().to(dtype)
+        grad, param.grad = param.grad, None
+        # Assigning the data, unlike assigning into the module, keeps the parameter's identity.
+        param.data = narrow
+        if grad is not None:
+            param.grad = grad.to(dtype)
+
+
+def _recast(param: Tensor, dtype: torch.dtype, optimizer: MixedPrecisionOptimizer) -> Tensor:
+    """The value of ``param`` in ``dtype``, and the master that goes with it put into the optimizer's state."""
     value = widened(param, optimizer)
-    owned = optimizer is not None and any(param is member for member in parameters_of(optimizer))
-    if owned and param in optimizer.state:
+    if param in optimizer.state:
         optimizer.state[param].pop("master", None)
-    narrow = value if dtype == torch.float32 else value.to(dtype)
-    if owned and dtype != torch.float32:
-        if optimizer.master_weights == "split":
-            narrow, optimizer.state[param]["master"] = split_master(value, dtype)
-        elif optimizer.master_weights != "none":
-            optimizer.state[param]["master"] = value
-    grad, param.grad = param.grad, None
-    # Assigning the data, unlike assigning into the module, keeps the parameter's identity.
-    param.data = narrow
-    if grad is not None:
-        param.grad = grad.to(dtype)
+    if dtype == torch.float32:
+        return value
+    if optimizer.master_weights == "split":
+        narrow, optimizer.state[param]["master"] = split_master(value, dtype)
+        return narrow
+    if optimizer.master_weights != "none":
+        optimizer.state[param]["master"] = value
+    return value.to(dtype)
 
 
 def parameters_of(optimizer: MixedPrecisionOptimizer) -> list[Tensor]:

@@ -9,7 +9,7 @@ from mixft.ops.validation import SIXTEEN_BITS
 from mixft.optim.base import MixedPrecisionOptimizer
 
 from .border import Border, border_of, detach
-from .casting import cast_parameter
+from .casting import cast_parameters
 
 
 class Layout:
@@ -76,8 +76,8 @@ class Layout:
                 self._widen_border(module, known[0], outermost=not all(inside))
             else:
                 self._restore_border(module, known[0])
-        for param, low in self._low.items():
-            cast_parameter(param, torch.float32 if param in wide else low, self.optimizer)
+        wanted = ((param, torch.float32 if param in wide else low) for param, low in self._low.items())
+        cast_parameters(wanted, self.optimizer)
 
     def _all_raised(self) -> set[str]:
         """The raised modules, and those that hold a parameter of theirs elsewhere."""

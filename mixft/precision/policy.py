@@ -11,7 +11,7 @@ from mixft.ops.validation import SIXTEEN_BITS
 from mixft.optim.base import MixedPrecisionOptimizer
 
 from .border import CASTABLE, Border, border_of, detach
-from .casting import cast_parameter, check_model, check_optimizer, widened
+from .casting import cast_parameters, check_model, check_optimizer, widened
 from .report import ModulePrecision, PolicyReport
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -94,13 +94,15 @@ class PrecisionPolicy:
             dtype = rules[module][1]
             if dtype is not None and _has_tensors(module):
                 Border(dtype, originals={key: param.dtype for key, param in _own(module).items()}).attach(module)
+        governed = [(module, dtype) for module, (_, dtype) in rules.items() if dtype is not None]
+        cast_parameters(
+            ((param, _parameter_dtype(module, dtype)) for module, dtype in governed for param in _own(module).values()),
+            optimizer,
+        )
         rows = []
         for name, module in model.named_modules():
             pattern, dtype = rules[module]
             own = _own(module)
-            if dtype is not None:
-                for param in own.values():
-                    cast_parameter(param, _parameter_dtype(module, dtype), optimizer)
             if own:
                 stored = next(iter(own.values())).dtype
                 count = sum(param.numel() for param in own.values())
@@ -226,12 +228,11 @@ def _check_parameters(model: nn.Module, rules: dict[nn.Module, tuple[str, torch.
 
 
 def _remove(model: nn.Module, optimizer: MixedPrecisionOptimizer | None) -> None:
-    for module in model.modules():
-        border = border_of(module)
-        if border is not None:
-            for key, dtype in border.originals.items():
-                cast_parameter(getattr(module, key), dtype, optimizer)
-            detach(module)
+    borders = {module: border for module in model.modules() if (border := border_of(module)) is not None}
+    originals = ((module, item) for module, border in borders.items() for item in border.originals.items())
+    cast_parameters(((getattr(module, key), dtype) for module, (key, dtype) in originals), optimizer)
+    for module in borders:
+        detach(module)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
