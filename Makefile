@@ -5,7 +5,8 @@ INSTALLED := $(VENV)/.installed
 COMPAT := .venv-compat
 TORCH ?= torch
 
-# Processes that share the tests, where pytest-xdist is to be had; a file's tests stay together.
+# Processes that share the tests, where pytest-xdist is to be had; a file's tests stay together. Threads of one that wait
+# for work give their core to the other's.
 WORKERS ?= 2
 SHARED = $(shell $(VENV)/bin/python -c "import xdist" 2>/dev/null && printf '%s' "-n $(WORKERS) --dist loadfile")
 
@@ -15,7 +16,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/mixft finetune --model minilm --train movie-reviews --precision fp32,int8 --output runs/demo --overwrite
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(SHARED)
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest $(SHARED)
 
 # Without the constraints, as a user installs it, and without the tests of the checkout itself:
 # make compat PYTHON=python3.12 TORCH=torch==2.11.0

@@ -40,10 +40,18 @@ def test_a_step_that_changes_nothing_is_wrong(case):
     assert complaint(shapes.sample(inputs[0]), case.exact(inputs), case.bound)
 
 
+def shortened(inputs):
+    """The same, with 16 tokens a sequence for a whole model."""
+    *others, last = inputs
+    if not isinstance(last, dict):
+        return inputs
+    return *others, {name: tensor[:, :16] if tensor.dim() == 2 else tensor for name, tensor in last.items()}
+
+
 @pytest.mark.parametrize("case", TESTED, ids=lambda case: case.name)
 def test_the_providers_of_a_case_do_the_same_work(case):
     torch.manual_seed(0)
-    inputs = case.inputs(CPU)
+    inputs = shortened(case.inputs(CPU))
     exact = case.exact(inputs)
     for name, prepare in case.providers.items():
         if name.endswith(COMPILED):
