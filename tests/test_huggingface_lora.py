@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import assert_within_budget
 from huggingface_models import bert, gpt2, llama, logits
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import HRAConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
 import mixft
@@ -155,6 +155,25 @@ def test_a_broken_adapter_is_refused_and_the_weight_stays(native_device):
         model.merge_adapter()
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged
+
+
+@pytest.mark.parametrize(
+    ("config", "left"),
+    [
+        (lora(["query"], rank=130), {"base_layer", "lora_A.default", "lora_B.default"}),
+        (lora(["query"], rank=130, use_dora=True), {"base_layer", "lora_A.default", "lora_B.default"}),
+        (HRAConfig(r=4, target_modules=["query"]), {"base_layer"}),
+    ],
+)
+def test_layers_in_adapters_of_peft_stay_in_floats(config, left):
+    model = draw(get_peft_model(bert(layers=1), config)).eval()
+    before = logits(model)
+    report = mixft.quantize_(model, "dynamic")
+    reason = "an adapter of PEFT holds it, and may read its weight; quantize_ before get_peft_model"
+    assert {layer.name.rpartition("query.")[2] for layer in report.left if layer.reason == reason} == left
+    assert len(report.quantized) == 6
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=0.1, atol=0.1 * before.abs().max().item())
 
 
 @pytest.mark.parametrize("mode", MODES)

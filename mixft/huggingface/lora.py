@@ -45,6 +45,8 @@ class LoraQuantLinear(Linear):
             weight; merging gives NaN or Inf under ``safe_merge``.
     """
 
+    takes_int8_weight = True  # for quantize_, which leaves the layers of other adapters
+
     def __init__(self, base_layer: QuantLinear, adapter_name: str, config, **options):
         super().__init__(base_layer, adapter_name, config=config, **options)
         self._weight_before_merge: tuple[Tensor, ...] | None = None

@@ -45,8 +45,9 @@ def quantize_(
     layers with hooks or a ``forward`` of their own, and subclasses of ``nn.Linear``, whose own code may read the
     weight; so does ``nn.TransformerEncoderLayer``, whose layers are taken in the modes that keep int8 weights only
     after ``torch.backends.mha.set_fastpath_enabled(False)``, which such a model needs wherever it runs. In those modes
-    a layer stays too whose weight the forward of a module around it reads, as its source says (``self.dense.weight``);
-    where other code does so, name the layer in ``exclude``. ``include`` names layers that are to be quantized although
+    a layer stays too whose weight the forward of a module around it reads, as its source says (``self.dense.weight``),
+    and one in an adapter of PEFT, which is to be added afterwards; where other code does so, name the layer in
+    ``exclude``. ``include`` names layers that are to be quantized although
     they are heads or small.
 
     Before ``save_pretrained`` of a model of transformers call :func:`mixft.huggingface.mark_quantized`, or what is
@@ -223,6 +224,8 @@ def _reason_to_leave(
         return "fuse_wgrad_accumulation is on, and int8 training gives weight.grad"
     if shared:
         return SHARED
+    if mode != "train" and _is_in_adapter(name, model):
+        return "an adapter of PEFT holds it, and may read its weight; quantize_ before get_peft_model"
     parent = model.get_submodule(name.rpartition(".")[0])
     if mode != "train" and isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its weight"
@@ -237,6 +240,17 @@ def _reason_to_leave(
     if module.weight.numel() < SMALLEST_WEIGHT or min(module.weight.shape) < SMALLEST_SIDE:
         return f"too small to gain, {tuple(module.weight.shape)}"
     return ""
+
+
+def _is_in_adapter(name: str, model: nn.Module) -> bool:
+    """Whether a module around the layer ``name`` has a ``base_layer``, as every adapter of PEFT, and does not say that
+    it takes an int8 one."""
+    parts = name.split(".")
+    for end in range(len(parts)):
+        outer = model.get_submodule(".".join(parts[:end]))
+        if "base_layer" in outer._modules:
+            return parts[end:] != ["base_layer"] or not getattr(outer, "takes_int8_weight", False)
+    return False
 
 
 def _converted(name: str, module: nn.Linear | QuantLinear, mode: Mode, options: dict) -> QuantLinear:
