@@ -157,6 +157,44 @@ def test_a_broken_adapter_is_refused_and_the_weight_stays(native_device):
     assert not layer.merged
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize("mode", ["weight_only", "dynamic", "train"])
+def test_adapters_go_on_after_dequantize(mode, make, merged):
+    model = make(layers=1)
+    mixft.quantize_(model, mode)
+    plain = copy.deepcopy(model)
+    mixft.dequantize_(plain)
+    base = logits(plain)
+    model = draw(get_peft_model(model, lora("all-linear"))).eval()
+    if merged:
+        model.merge_adapter()
+    mixft.dequantize_(model)
+    if merged:
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            torch.testing.assert_close(logits(model), base, rtol=1e-5, atol=1e-6)
+    adapted = logits(model)
+    assert not torch.allclose(adapted, base)
+    model = model.merge_and_unload()
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_go_on_in_another_mode():
+    model = bert(layers=1)
+    mixft.quantize_(model, "train")
+    model = draw(get_peft_model(model, lora("all-linear"))).eval()
+    before = model.state_dict()["base_model.model.bert.pooler.dense.base_layer.weight"].clone()
+    model.merge_adapter()
+    mixft.quantize_(model, "dynamic")
+    model.unmerge_adapter()
+    layer = model.base_model.model.bert.pooler.dense.base_layer
+    values, scale = layer.weight, layer.weight_scale
+    assert layer.mode == "dynamic"
+    assert ((values * scale - before).abs() <= before.abs().amax(1, keepdim=True) / 254 + 1e-7).all()
+
+
 @pytest.mark.parametrize(
     ("config", "left"),
     [
@@ -281,7 +319,7 @@ def test_initial_adapters_are_those_of_a_floating_point_layer(native_device, mod
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "use_dora=True is not for int8 layers"),
         ({"lora_bias": True}, "lora_bias=True is not for int8 layers"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the int8 weight"),
     ],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixft.nn import Linear as MixftLinear
 from mixft.nn import QuantLinear
+from mixft.nn.conv1d import is_conv1d
 from mixft.nn.hooks import has_hooks
 from mixft.nn.int8_weight import int8_weight_of
 from mixft.ops.lora_int8_linear import lora_int8_linear
@@ -38,7 +39,8 @@ class LoraQuantLinear(Linear):
     """A ``QuantLinear`` with LoRA adapters.
 
     Merging dequantizes the weight, adds the adapters in FP32 and quantizes the sum anew: each element is then within
-    half a step, max|row| / 254, of the exact sum. The weight before is kept, and unmerging gives its bits back.
+    half a step, max|row| / 254, of the exact sum. The weight before is kept, and unmerging gives its bits back. After
+    ``mixft.dequantize_`` the adapters are those of a floating-point layer, and merging rounds to its dtype alone.
 
     Raises:
         ValueError: ``use_dora`` or another variant of LoRA, ``lora_bias``, or an ``init_lora_weights`` that changes the
@@ -92,6 +94,8 @@ class LoraQuantLinear(Linear):
         """Add an adapter; the class says what is refused."""
         if config.lora_bias:
             raise ValueError("lora_bias=True is not for int8 layers; train their biases with bias='lora_only'")
+        if config.use_dora:
+            raise ValueError("use_dora=True is not for int8 layers, as it reads a floating-point weight; leave it out")
         if config.init_lora_weights not in INITIAL_WEIGHTS:
             choices = ", ".join(map(repr, INITIAL_WEIGHTS))
             raise ValueError(
@@ -126,7 +130,7 @@ class LoraQuantLinear(Linear):
             merged += self.get_delta_weight(name)
         if safe_merge and not merged.isfinite().all():
             raise ValueError(f"merging {', '.join(names)} gives NaN or Inf; the adapter seems to be broken")
-        _set_weight(layer, (merged,) if len(before) == 1 else int8_weight_of(merged))
+        _set_weight(layer, (merged,))
         self._weight_before_merge = before
         self.merged_adapters.extend(names)
 
@@ -183,9 +187,19 @@ def _int8_layers(model: nn.Module) -> set[str]:
     return {name for name, part in model.named_modules() if isinstance(part, QuantLinear) and id(part) not in held}
 
 
-def _weight_of(layer: QuantLinear) -> tuple[Tensor, ...]:
+def _keeps_int8(layer: nn.Module) -> bool:
+    return isinstance(layer, QuantLinear) and layer.mode != "train"
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The floating-point weight as [out_features, in_features]."""
+    transposed = layer.transposed if isinstance(layer, QuantLinear) else is_conv1d(layer)
+    return layer.weight.t() if transposed else layer.weight
+
+
+def _weight_of(layer: nn.Module) -> tuple[Tensor, ...]:
     """The weight in what it is kept in, [out_features, in_features]: int8 and its scales, or one floating tensor."""
-    return (layer.matrix().detach().clone(),) if layer.mode == "train" else (layer.weight, layer.weight_scale)
+    return (layer.weight, layer.weight_scale) if _keeps_int8(layer) else (_matrix(layer).detach().clone(),)
 
 
 def _in_floats(weight: tuple[Tensor, ...]) -> Tensor:
@@ -194,12 +208,14 @@ def _in_floats(weight: tuple[Tensor, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def _set_weight(layer: QuantLinear, weight: tuple[Tensor, ...]) -> None:
-    if layer.mode == "train":
-        layer.matrix().copy_(weight[0])
-    else:
-        device = layer.weight.device
-        layer.weight, layer.weight_scale = weight[0].to(device), weight[1].to(device)
+def _set_weight(layer: nn.Module, weight: tuple[Tensor, ...]) -> None:
+    """Set what `_weight_of` gave, also where the layer was quantized or dequantized since."""
+    if not _keeps_int8(layer):
+        _matrix(layer).copy_(weight[0] if len(weight) == 1 else _in_floats(weight))
+        return
+    values, scale = weight if len(weight) == 2 else int8_weight_of(weight[0])
+    device = layer.weight.device
+    layer.weight, layer.weight_scale = values.to(device), scale.to(device)
     if layer.mode == "static":
         layer.weight_sum = layer.weight.sum(1, dtype=torch.int32)
 
