@@ -161,6 +161,23 @@ def test_module_conveniences(device, mode):
         assert half.weight.dtype == torch.int8
 
 
+@pytest.mark.parametrize("cast", [torch.nn.Module.half, torch.nn.Module.to, torch.nn.Module.type])
+@pytest.mark.parametrize("mode", ["dynamic", "weight_only", "static"])
+def test_casts_leave_integers_and_scales_alone(device, mode, cast):
+    layer = QuantLinear.from_linear(torch.nn.Linear(48, 40, device=device), mode if mode != "static" else "dynamic")
+    if mode == "static":
+        layer.to_static(0.03, 5)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    cast(layer, *([] if cast is torch.nn.Module.half else [torch.float16]))
+    after = dict(layer.named_buffers())
+    assert after.keys() == before.keys()
+    assert all(
+        after[name].dtype == buffer.dtype and torch.equal(after[name], buffer) for name, buffer in before.items()
+    )
+    assert layer.bias.dtype == layer.to_linear().weight.dtype == torch.float16
+    assert layer(torch.randn(3, 48, device=device, dtype=torch.float16)).isfinite().all()
+
+
 @pytest.mark.parametrize("mode", ["dynamic", "weight_only", "train"])
 def test_torch_compile_has_no_graph_break(device, mode):
     layer = QuantLinear.from_linear(torch.nn.Linear(48, 40, device=device), mode)

@@ -12,8 +12,9 @@ from mixft.ops import (
 )
 from mixft.ops.activation import activate
 
-# Buffers that half() and to(dtype) leave in FP32: a scale in 16 bits would change the weights or the input.
+# Buffers that no cast changes: a scale in 16 bits would change the weights or the input.
 SCALES = ("weight_scale", "input_scale")
+BUFFERS = (*SCALES, "weight", "input_zero_point", "weight_sum")
 
 
 def int8_weight_of(weight: Tensor) -> tuple[Tensor, Tensor]:

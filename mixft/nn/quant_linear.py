@@ -285,12 +285,13 @@ class QuantLinear(nn.Module):
         self.mode = "static"
 
     def _apply(self, fn, recurse: bool = True):
-        scales = {name: getattr(self, name, None) for name in int8_weight.SCALES}
+        # Module.type casts integers too.
+        kept = {name: self._buffers[name] for name in int8_weight.BUFFERS if self._buffers.get(name) is not None}
         self.float_dtype = fn(torch.empty(0, dtype=self.float_dtype)).dtype
         super()._apply(fn, recurse)
-        for name, scale in scales.items():
-            if scale is not None and getattr(self, name).dtype != torch.float32:
-                setattr(self, name, scale.to(getattr(self, name).device))
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
     def _load_from_state_dict(
