@@ -1,6 +1,7 @@
 """Int8 linear layers: against FP64 with the quantization done by the test itself, and against nn.Linear."""
 
 import copy
+import io
 import pickle
 import sys
 
@@ -187,6 +188,28 @@ def test_torch_compile_has_no_graph_break(device, mode):
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(expected)
     torch.testing.assert_close(torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated", "ignore:Converting a tensor to a Python boolean")
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("dynamic", {}), ("dynamic", {"outlier_threshold": 2.0}), ("weight_only", {}), ("train", {})],
+)
+def test_a_traced_layer_can_be_saved_and_trained(native_device, mode, options):
+    layer = QuantLinear.from_linear(torch.nn.Linear(48, 40, device=native_device), mode, **options)
+    x, other = torch.randn(2, 64, 48, device=native_device)
+    traced = torch.jit.trace(layer, x)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(other), layer(other))
+    layer.zero_grad()
+    traced(other).sum().backward()
+    found = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    layer(other).sum().backward()
+    assert found
+    assert all(torch.equal(found[name], parameter.grad) for name, parameter in layer.named_parameters())
 
 
 def inference_layer(mode, device):

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from .activation import check_activation
 from .int8_input_gradient import check_frozen_backward, input_gradient
-from .registration import map_over_rows, take_rows_together, without_dispatch
+from .registration import is_traced, map_over_rows, take_rows_together, without_dispatch
 
 
 def _keep(ctx, backward: str, inputs: tuple) -> None:
@@ -82,8 +82,10 @@ def call_frozen(
     check_frozen_backward(backward)
     operands = rows, weight, weight_scale, bias, check_activation(activation), *more
     serve = without_dispatch(op, x, weight, weight_scale, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if wanted:
         refuse_activation_gradient(activation)
+    if wanted and not is_traced():
         out = FrozenWeight.apply(serve, backward, *operands)
     else:
         out = serve(*operands)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .frozen_weight import FrozenWeight, register_gradient
 from .int8_input_gradient import FrozenBackward, check_frozen_backward
 from .int8_operands import check_frozen_weight, check_layer
-from .registration import define_composition, server
+from .registration import define_composition, is_traced, server
 
 
 def _empty(x, weight, weight_scale, bias, threshold):
@@ -65,7 +65,8 @@ def outlier_int8_linear(
     check_frozen_weight(weight, weight_scale)
     check_frozen_backward(backward)
     rows = check_layer(x, weight, bias)
-    out = FrozenWeight.apply(_outlier_linear, backward, rows, weight, weight_scale, bias, float(threshold))
+    operands = rows, weight, weight_scale, bias, float(threshold)
+    out = _outlier_linear(*operands) if is_traced() else FrozenWeight.apply(_outlier_linear, backward, *operands)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

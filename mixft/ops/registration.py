@@ -161,10 +161,16 @@ def without_dispatch(op, *tensors: Tensor | None) -> Callable:
 
 
 def is_observed() -> bool:
-    """Whether a compiler, a dispatch mode or a functorch transform follows what is done with tensors now."""
+    """Whether a compiler, a tracer, a dispatch mode or a functorch transform follows what is done with tensors now."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or is_traced()
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` records what is done, in a graph that can be saved if it holds no autograd function
+    of Python's: an op's own gradient serves there."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
@@ -223,7 +229,7 @@ def needs_dispatch(*tensors: Tensor | None) -> bool:
             "this op of mixft's has no forward-mode derivative, as torch.func.jvp and forward_ad ask for; use reverse "
             "mode, or torch's layers"
         )
-    if is_observed() or torch._C._get_tracing_state() is not None:
+    if is_observed():
         return True
     if any(tensor is not None and tensor.is_neg() for tensor in tensors):  # numbers whose sign the dispatcher turns
         return True
