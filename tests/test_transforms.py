@@ -107,10 +107,14 @@ def frozen_layer(device, mode, **options):
     return made
 
 
-@pytest.mark.parametrize("mode", ["weight_only", "dynamic", "static", "train"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("weight_only", {}), ("dynamic", {}), ("static", {}), ("train", {}), ("train", {"shape_gating": False})],
+)
 @pytest.mark.parametrize("with_activation", [False, True])
-def test_int8_layers_map_over_samples(device, mode, with_activation):
-    layer = frozen_layer(device, mode)
+def test_int8_layers_map_over_samples(device, mode, options, with_activation):
+    layer = frozen_layer(device, mode, **options)
     layer.activation = "silu" if with_activation else None
     x = torch.randn(3, 4, 48, device=device)
     parameters = {key: value.detach() for key, value in layer.named_parameters()}

@@ -30,7 +30,7 @@ from mixft.cpu.instruction_set import has_bf16_dot
 from .int8_matmul import MOST_TERMS
 from .int8_operands import check_layer, check_quantized, quantize_columns, quantize_rows, quantized_rows
 from .quantize import LARGEST_SEED
-from .registration import define_composition, needs_dispatch, server
+from .registration import define_composition, is_transformed, needs_dispatch, server
 from .validation import FLOATS, check_dtype
 
 Backward = Literal["int8", "weight_grad_16bit", "16bit"]
@@ -191,6 +191,25 @@ class _EagerInt8Linear(torch.autograd.Function):
         return _differentiate_with(_backward.without_dispatch[grad_out.device.type], ctx, grad_out.resolve_neg())
 
 
+class _TransformedInt8Linear(torch.autograd.Function):
+    """The same for the transforms of ``torch.func``, which do not take the gradient that an op was given."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return _forward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save_for_backward(ctx, inputs, output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        return _differentiate(ctx, grad_out)
+
+
 def training_int8_linear(
     x: Tensor,
     weight: Tensor,
@@ -241,5 +260,7 @@ def training_int8_linear(
     if stochastic and backward != "16bit":
         seed = torch.randint(LARGEST_SEED, (), device=x.device)
     serve = _forward if needs_dispatch(x, weight, bias) else _EagerInt8Linear.apply
+    if is_transformed(x, weight, bias):
+        serve = _TransformedInt8Linear.apply
     out = serve(rows, weight, bias, x_values, x_scale, weight_values, weight_scale, seed, backward)
     return out.view(*x.shape[:-1], weight.shape[0])
