@@ -279,6 +279,16 @@ def test_inference_layers_name_what_does_not_fit(mode):
         layer(torch.ones(2, 48, device="meta"))
 
 
+@pytest.mark.parametrize("shape_gating", [False, True])
+def test_a_training_layer_cast_to_fp64_is_named(native_device, shape_gating):
+    layer = QuantLinear(48, 40, mode="train", device=native_device, shape_gating=shape_gating).double()
+    x = torch.ones(2, 48, device=native_device)
+    for given in (x, x.double()):
+        with pytest.raises(TypeError, match=r"weight must be torch.float16 or .*; it is torch.float64"):
+            layer(given)
+    assert layer.float()(x).dtype == torch.float32
+
+
 def test_to_linear_round_trip(device):
     linear = torch.nn.Linear(30, 20, device=device)
     train = QuantLinear.from_linear(linear, "train").to_linear()

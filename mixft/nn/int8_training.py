@@ -86,7 +86,8 @@ class Int8Training:
         """
         self.guard.starts_forward(input)
         options = {"backward": self.backward, "stochastic": self.options.stochastic}
-        fits = input.dim() > 0 and input.shape[-1] == weight.shape[1] and input.dtype in FLOATS
+        fits = input.dim() > 0 and input.shape[-1] == weight.shape[1]
+        fits = fits and input.dtype in FLOATS and weight.dtype in FLOATS
         if fits and (self.guard.fallback == "layer" or self._gated(input, weight)):
             return F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
         # What a compiler or transform traces is neither measured nor kept.
