@@ -47,8 +47,7 @@ def quantize_(
     after ``torch.backends.mha.set_fastpath_enabled(False)``, which such a model needs wherever it runs. In those modes
     a layer stays too whose weight the forward of a module around it reads, as its source says (``self.dense.weight``),
     and one in an adapter of PEFT, which is to be added afterwards; where other code does so, name the layer in
-    ``exclude``. ``include`` names layers that are to be quantized although
-    they are heads or small.
+    ``exclude``. ``include`` names layers that are to be quantized although they are heads or small.
 
     Before ``save_pretrained`` of a model of transformers call :func:`mixft.huggingface.mark_quantized`, or what is
     saved loads as floats.
