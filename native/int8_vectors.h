@@ -54,7 +54,7 @@ static inline void store_integers(int32_t *to, integers from)
     _mm512_storeu_si512(to, from);
 }
 
-/* The compiler's intrinsic makes it copy the sums around. */
+/* The compiler's intrinsics make it copy the sums around, here and below. */
 static inline void add_products(integers *sum, integers weights, integers values)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(weights), "v"(values));
@@ -86,7 +86,7 @@ static inline void add_products(integers *sum, integers weights, integers values
 #ifdef __AVXVNNI__
     *sum = _mm256_dpbusd_avx_epi32(*sum, weights, values);
 #else
-    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(weights, values));
+    __asm__("vpaddd %1, %0, %0" : "+x"(*sum) : "x"(_mm256_madd_epi16(weights, values)));
 #endif
 }
 #endif
